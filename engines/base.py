@@ -1,0 +1,80 @@
+"""An engine runs one built network: named tensors in, named tensors out."""
+
+from __future__ import annotations
+
+import abc
+from types import TracebackType
+from typing import TYPE_CHECKING, ClassVar, Self
+
+from engines.contract import Network
+from engines.errors import EngineError, InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["Engine"]
+
+
+class Engine(abc.ABC):
+    """One network on one backend. `infer` checks, a backend's `infer_impl` works.
+
+    Use it as a context manager or call `close`; a closed engine refuses to run.
+
+    Args:
+        network: the contract that inputs and outputs obey.
+    """
+
+    backend: ClassVar[str]
+
+    def __init__(self, network: Network) -> None:
+        self.network = network
+        self.closed = False
+
+    def infer(self, **inputs: Tensor) -> dict[str, Tensor]:
+        """Run once on CPU tensors of any batch size.
+
+        A `timestep` of shape [1] serves the whole batch. The outputs are the caller's own: a later call does not
+        write over them.
+
+        Raises:
+            InputError: an input contradicts the contract.
+            EngineError: the engine is closed, or the backend failed or returned something else than the contract.
+        """
+        if self.closed:
+            raise EngineError(f"{self.network.name}: the {self.backend} engine is closed; open it again")
+        sample = inputs.get("sample")
+        timestep = inputs.get("timestep")
+        if sample is not None and timestep is not None and timestep.shape == (1,):
+            inputs["timestep"] = timestep.expand(sample.shape[0])
+        sizes = self.network.bind(inputs)
+        try:
+            outputs = self.infer_impl({spec.name: inputs[spec.name].contiguous() for spec in self.network.inputs})
+        except (InputError, EngineError):
+            raise
+        except Exception as error:
+            said = str(error).strip().splitlines()
+            raise EngineError(f"{self.network.name}: {self.backend} failed: {said[0] if said else error!r}") from error
+        for spec in self.network.outputs:
+            shape = tuple(outputs[spec.name].shape) if spec.name in outputs else None
+            if shape != spec.shape(sizes):
+                raise EngineError(
+                    f"{self.network.name}: {self.backend} returned {spec.name} of shape {shape}, "
+                    f"not {spec.shape(sizes)}; verify the bundle"
+                )
+        return outputs
+
+    @abc.abstractmethod
+    def infer_impl(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Run on checked, contiguous CPU tensors; return fresh CPU tensors by output name."""
+
+    def close(self) -> None:
+        """Free what the backend holds. Closing twice is fine."""
+        self.closed = True
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,165 @@
+"""Every network's tensors: name, dtype, axes. The one table that export, engines and tests read.
+
+An axis is a number (fixed by the model) or a symbol, perhaps with a factor: an image is `vae_factor * height` pixels
+high where its latent is `height` high. Names follow diffusers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+from engines.errors import InputError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["NETWORKS", "Axis", "Dims", "Network", "TensorSpec", "contract"]
+
+NetworkName = Literal["text_encoder", "unet", "vae_encoder", "vae_decoder"]
+NETWORKS: tuple[NetworkName, ...] = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
+
+
+@dataclass(frozen=True)
+class Dims:
+    """The sizes of one model that its tensors depend on; nothing in the project hard-codes 512, 8 or 77.
+
+    Args:
+        tokens: L, the tokenizer's `model_max_length`.
+        text_width: D, the width of `encoder_hidden_states`.
+        vocabulary: number of token ids.
+        latent_channels: channels of the latent (4 for SD1.x).
+        image_channels: channels of the image (3).
+        vae_factor: f, pixels of the image a side of a latent cell.
+        latent_multiple: the UNet halves the latent this many-fold, so latent sides are multiples of it.
+        sample_size: the latent side that the model was trained at; the default.
+    """
+
+    tokens: int
+    text_width: int
+    vocabulary: int
+    latent_channels: int
+    image_channels: int
+    vae_factor: int
+    latent_multiple: int
+    sample_size: int
+
+    @property
+    def image_multiple(self) -> int:
+        """Image sides are multiples of this number of pixels."""
+        return self.vae_factor * self.latent_multiple
+
+
+@dataclass(frozen=True)
+class Axis:
+    """A size that a caller chooses: `factor * symbol`."""
+
+    symbol: str
+    factor: int = 1
+
+    def __str__(self) -> str:
+        return self.symbol if self.factor == 1 else f"{self.factor}*{self.symbol}"
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor: its name, torch dtype name and axes."""
+
+    name: str
+    dtype: str
+    axes: tuple[int | Axis, ...]
+
+    def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """The shape where each symbol has the given size."""
+        return tuple(a if isinstance(a, int) else a.factor * sizes[a.symbol] for a in self.axes)
+
+    def __str__(self) -> str:
+        return f"{self.name}: {self.dtype} [{', '.join(str(a) for a in self.axes)}]"
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network's inputs, in order, and outputs, in order. `multiples`: what each symbol's size is a multiple of."""
+
+    name: NetworkName
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    multiples: Mapping[str, int]
+
+    @property
+    def symbols(self) -> tuple[str, ...]:
+        """The symbols of the inputs' axes, in order of appearance."""
+        seen = [a.symbol for spec in self.inputs for a in spec.axes if isinstance(a, Axis)]
+        return tuple(dict.fromkeys(seen))
+
+    def bind(self, inputs: Mapping[str, Tensor]) -> dict[str, int]:
+        """The size of each symbol, read from `inputs`.
+
+        Raises:
+            InputError: a tensor is missing, unknown, of another dtype or rank, or its sizes contradict the contract.
+        """
+        names = [spec.name for spec in self.inputs]
+        for name in inputs:
+            if name not in names:
+                raise InputError(f"{self.name}: unknown input {name!r}; it takes {', '.join(names)}")
+        sizes: dict[str, int] = {}
+        for spec in self.inputs:
+            if spec.name not in inputs:
+                raise InputError(f"{self.name}: input {spec.name!r} is missing; it takes {', '.join(names)}")
+            tensor = inputs[spec.name]
+            dtype = str(tensor.dtype).removeprefix("torch.")
+            if dtype != spec.dtype:
+                raise InputError(f"{self.name}: {spec.name} is {dtype}, not {spec.dtype}; convert it first")
+            self._bind_shape(spec, tuple(tensor.shape), sizes)
+        return sizes
+
+    def _bind_shape(self, spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
+        wanted = f"{self.name}: {spec.name} has shape {list(shape)}, not [{', '.join(str(a) for a in spec.axes)}]"
+        if len(shape) != len(spec.axes):
+            raise InputError(f"{wanted}; give {len(spec.axes)} axes")
+        for size, axis in zip(shape, spec.axes, strict=True):
+            if isinstance(axis, int):
+                if size != axis:
+                    raise InputError(f"{wanted}; {size} should be {axis}")
+                continue
+            multiple = axis.factor * self.multiples.get(axis.symbol, 1)
+            if size < 1 or size % multiple:
+                raise InputError(f"{wanted}; {size} is not a positive multiple of {multiple}")
+            bound = sizes.setdefault(axis.symbol, size // axis.factor)
+            if bound * axis.factor != size:
+                raise InputError(f"{wanted}; another input has {axis.symbol}={bound}")
+
+
+def contract(name: NetworkName, dims: Dims) -> Network:
+    """The tensors of network `name` for a model of sizes `dims`."""
+    batch, height, width = Axis("batch"), Axis("height"), Axis("width")
+    latent: tuple[int | Axis, ...] = (batch, dims.latent_channels, height, width)
+    pixels = (Axis("height", dims.vae_factor), Axis("width", dims.vae_factor))
+    image: tuple[int | Axis, ...] = (batch, dims.image_channels, *pixels)
+    text: tuple[int | Axis, ...] = (batch, dims.tokens, dims.text_width)
+    f32, i64 = "float32", "int64"
+    tensors: dict[NetworkName, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = {
+        "text_encoder": (
+            (TensorSpec("input_ids", i64, (batch, dims.tokens)),),
+            (TensorSpec("last_hidden_state", f32, text),),
+        ),
+        "unet": (
+            (
+                TensorSpec("sample", f32, latent),
+                TensorSpec("timestep", i64, (batch,)),
+                TensorSpec("encoder_hidden_states", f32, text),
+            ),
+            (TensorSpec("noise_pred", f32, latent),),
+        ),
+        # The posterior of AutoencoderKL, not yet multiplied by the VAE's scaling factor.
+        "vae_encoder": (
+            (TensorSpec("sample", f32, image),),
+            (TensorSpec("latent_mean", f32, latent), TensorSpec("latent_logvar", f32, latent)),
+        ),
+        # Takes the latent already divided by the scaling factor; the image is in -1..1, unclamped.
+        "vae_decoder": ((TensorSpec("latent_sample", f32, latent),), (TensorSpec("sample", f32, image),)),
+    }
+    inputs, outputs = tensors[name]
+    multiples = {"height": dims.latent_multiple, "width": dims.latent_multiple} if name == "unet" else {}
+    return Network(name, inputs, outputs, multiples)

@@ -1,0 +1,39 @@
+"""Every exception this project raises on purpose.
+
+    SmoothRTError                 something went wrong that the user can act on; one line, exit code 2
+    ├── InputError (ValueError)   an argument, an image, a prompt or a path is not usable
+    ├── ModelError                a model folder or a LoRA cannot be read or does not fit
+    ├── BundleError               a bundle is missing, damaged, stale or lacks what is asked for
+    ├── EngineError               a backend is not installed, cannot run here, or failed while running
+    └── ParityError               a built graph differs from the torch module by more than its tolerance
+
+Each message is one line that names the input, says what is wrong and what to do about it.
+"""
+
+from __future__ import annotations
+
+__all__ = ["BundleError", "EngineError", "InputError", "ModelError", "ParityError", "SmoothRTError"]
+
+
+class SmoothRTError(Exception):
+    """The root: catch this to catch everything the project raises on purpose."""
+
+
+class InputError(SmoothRTError, ValueError):
+    """An argument, an image, a prompt or a path is not usable."""
+
+
+class ModelError(SmoothRTError):
+    """A model folder, a checkpoint or a LoRA cannot be read or does not fit."""
+
+
+class BundleError(SmoothRTError):
+    """A bundle is missing, damaged, stale or lacks what is asked for."""
+
+
+class EngineError(SmoothRTError):
+    """A backend is not installed, cannot run here, or failed while running."""
+
+
+class ParityError(SmoothRTError):
+    """A built graph differs from the torch module by more than its tolerance."""

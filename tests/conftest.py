@@ -1,0 +1,43 @@
+"""Fixtures: a model small enough to export in seconds, whose sizes differ from every usual default."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A diffusers folder with random weights: f = 2, latents of 8x8, 12 tokens of width 32."""
+    import torch
+    from diffusers import StableDiffusionPipeline
+
+    from smooth_rt.training.tiny import TinyConfig, new_text_encoder, new_unet, new_vae, scheduler
+    from smooth_rt.training.tokenizer import train_tokenizer
+
+    folder = tmp_path_factory.mktemp("model")
+    config = TinyConfig(size=16, tokens=12, width=32, vae_channels=(16, 32), unet_channels=(16, 32, 32))
+    torch.manual_seed(0)
+    captions = [f"{thing} on {colour} background" for thing in ("red apple", "dog") for colour in ("blue", "white")]
+    tokenizer = train_tokenizer(captions, config.tokens, folder / "tokenizer")
+    vae, unet = new_vae(config), new_unet(config)
+    # A fresh UNet's last layer makes a prediction that hardly depends on its inputs; spread it.
+    for parameter in unet.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    pipe = StableDiffusionPipeline(
+        vae=vae,
+        text_encoder=new_text_encoder(config, tokenizer),
+        tokenizer=tokenizer,
+        unet=unet,
+        scheduler=scheduler(),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder, safe_serialization=True)
+    return folder
