@@ -123,7 +123,7 @@ class EmojiScenes:
         caption = f"{self.captions[obj]} on {COLOURS[colour]} background" if named else self.captions[obj]
 
         sprite = self.sprites[obj].resize((side, side), Image.Resampling.LANCZOS)
-        canvas = Image.new("RGB", (self.size, self.size), tuple(int(round(v)) for v in shade))
+        canvas = Image.new("RGB", (self.size, self.size), tuple(round(v) for v in shade))
         canvas.paste(sprite, (left, top), sprite)
         mask = Image.new("L", canvas.size)
         mask.paste(sprite.getchannel("A"), (left, top))

@@ -71,7 +71,9 @@ class Run:
         self.folder.mkdir(parents=True, exist_ok=True)
         newest = self.checkpoints()
         if newest and not self.resume:
-            raise InputError(f"{self.folder}: holds a run already; add --resume to go on with it or name another folder")
+            raise InputError(
+                f"{self.folder}: holds a run already; add --resume to go on with it or name another folder"
+            )
         if newest:
             self._load(newest[-1])
 
@@ -85,7 +87,7 @@ class Run:
         return self.lr * min(1.0, (step + 1) / self.warmup) * fall
 
     def fit(self, step_fn: StepFn, every: dict[int, Callable[[int], None]] | None = None, quiet: bool = False) -> None:
-        """Run to the last step; `step_fn(step)` returns the loss and numbers to log; `every` maps a period to a call."""
+        """Run to the last step. `step_fn(step)` returns the loss and numbers to log; `every` maps periods to calls."""
         log = (self.folder / "log.jsonl").open("a", encoding="utf-8")
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         averages: dict[str, float] = {}
@@ -146,8 +148,12 @@ class Run:
         target = self.folder / f"checkpoint-{self.step:08d}.safetensors"
         partial = target.with_suffix(".partial")
         contiguous = {key: value.contiguous() for key, value in tensors.items()}
-        save_file(contiguous, partial, {"step": str(self.step), "settings": json.dumps(self.settings)})
-        partial.replace(target)
+        try:
+            save_file(contiguous, partial, {"step": str(self.step), "settings": json.dumps(self.settings)})
+            partial.replace(target)
+        except (OSError, SafetensorError) as error:
+            partial.unlink(missing_ok=True)
+            raise SmoothRTError(f"{target}: cannot be written ({error}); make room, then --resume") from error
         for old in self.checkpoints()[:-2]:
             old.unlink()
 
@@ -155,9 +161,9 @@ class Run:
         try:
             with safe_open(path, "pt") as file:
                 metadata = file.metadata()
-                tensors = {key: file.get_tensor(key) for key in file.keys()}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
         except (OSError, SafetensorError) as error:
-            raise ModelError(f"{path}: not a readable checkpoint ({error}); delete it to resume from the one before") from error
+            raise ModelError(f"{path}: unreadable ({error}); delete it to resume from the one before") from error
         settings = json.loads(metadata["settings"])
         if settings != json.loads(json.dumps(self.settings)):
             changed = [k for k in {*settings, *self.settings} if settings.get(k) != self.settings.get(k)]

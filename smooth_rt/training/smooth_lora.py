@@ -1,0 +1,206 @@
+"""Train a Smooth-LoRA: the diffusion loss plus Step-wise Variation Regularization (`svr`) on LoRA weights alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import DDIMScheduler
+from diffusers.models.attention_processor import AttnProcessor
+from peft import LoraConfig
+from peft.utils import get_peft_model_state_dict
+from torch import Tensor
+
+from smooth_rt.errors import InputError
+from smooth_rt.lora import Lora, LoraLayer, write_lora
+from smooth_rt.model import Model
+from smooth_rt.training.captioned import Pictures
+from smooth_rt.training.run import Run, keyed_generator
+from smooth_rt.training.svr import Target, variation
+
+
+@dataclass(frozen=True)
+class SmoothLoraConfig:
+    """What decides the LoRA. `reg_weight` is the paper's lambda; `reg_guidance` regularises the guided prediction.
+
+    Training uses prompts as they are with probability 1 - `drop_prompt`, else the empty prompt, since guidance at
+    sampling runs both.
+    """
+
+    seed: int = 0
+    rank: int = 8
+    lora_alpha: float = 8.0
+    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
+    batch_size: int = 16
+    lr: float = 1e-4
+    reg_weight: float = 1.0
+    reg_guidance: float = 1.0
+    svr_target: str = "scalar"
+    drop_prompt: float = 0.0
+    calibration_steps: int = 60
+
+    def __post_init__(self) -> None:
+        for name, value, least in (("rank", self.rank, 1), ("batch-size", self.batch_size, 1)):
+            if value < least:
+                raise InputError(f"{name}={value}: use {least} or more")
+        if self.reg_weight < 0 or self.lr <= 0:
+            raise InputError(f"reg-weight={self.reg_weight}, lr={self.lr}: the weight is 0 or more, the rate above 0")
+
+
+def train_smooth_lora(
+    model: Model,
+    pictures: Pictures,
+    output: Path,
+    steps: int = 30000,
+    resume: bool = False,
+    config: SmoothLoraConfig | None = None,
+    every: dict[int, Callable[[int], None]] | None = None,
+) -> Path:
+    """Train on `pictures` and write `output/smooth_lora.safetensors` in diffusers' format; returns its path.
+
+    The model's UNet receives a PEFT adapter named "smooth" and keeps it; its own weights do not change.
+
+    Raises:
+        InputError: settings out of range, or a folder that holds another run.
+    """
+    config = config or SmoothLoraConfig()
+    unet, vae = model.unet, model.vae
+    torch.manual_seed(config.seed)
+    unet.add_adapter(
+        LoraConfig(
+            r=config.rank,
+            lora_alpha=config.lora_alpha,
+            target_modules=list(config.target_modules),
+            init_lora_weights="gaussian",
+        ),
+        "smooth",
+    )
+    # Fused attention has no double backward; this processor writes attention out.
+    unet.set_attn_processor(AttnProcessor())
+    scheduler = DDIMScheduler.from_config(model.scheduler_config)
+    alphas = scheduler.alphas_cumprod
+    prediction_type = scheduler.config.prediction_type
+    target = Target(config.svr_target, alphas)
+    encode = _TextCache(model)
+
+    def batch(stream: str, step: int) -> dict[str, Tensor]:
+        generator = keyed_generator(config.seed, stream, step)
+        size = config.batch_size
+        drawn = [pictures.draw(stream, step * size + i) for i in range(size)]
+        images = torch.stack([torch.from_numpy(picture.image.copy()) for picture in drawn])
+        with torch.no_grad():
+            posterior = vae.encode(images.permute(0, 3, 1, 2).float().div(127.5).sub(1)).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator)
+        latents = (posterior.mean + posterior.std * noise) * vae.config.scaling_factor
+        dropped = torch.rand(size, generator=generator) < config.drop_prompt
+        captions = ["" if drop else picture.caption for drop, picture in zip(dropped, drawn, strict=True)]
+        return {
+            "latents": latents,
+            "context": encode(captions),
+            "empty": encode([""] * size),
+            "timesteps": torch.randint(0, len(alphas), (size,), generator=generator),
+            "noise": torch.randn(latents.shape, generator=generator),
+            "direction": torch.randn(latents.shape, generator=generator) / latents[0].numel() ** 0.5,
+        }
+
+    def measure(drawn: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The variation of each sample and the base loss, from one forward pass of the (guided) network."""
+        timesteps = drawn["timesteps"]
+        alpha_bar = alphas[timesteps].view(-1, 1, 1, 1)
+        conditional: list[Tensor] = []
+
+        def predict(noisy: Tensor) -> Tensor:
+            if config.reg_guidance == 1:
+                conditional.append(unet(noisy, timesteps, drawn["context"]).sample)
+                return conditional[0]
+            both = torch.cat([drawn["empty"], drawn["context"]])
+            without, with_text = unet(noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), both).sample.chunk(2)
+            conditional.append(with_text)
+            guided: Tensor = without + config.reg_guidance * (with_text - without)
+            return guided
+
+        norms, _ = variation(predict, drawn["latents"], drawn["noise"], drawn["direction"], alpha_bar, prediction_type)
+        goal = _goal(drawn["latents"], drawn["noise"], alpha_bar, prediction_type)
+        return norms, (conditional[0] - goal).square().mean()
+
+    def step_fn(step: int) -> tuple[Tensor, dict[str, float]]:
+        drawn = batch("smooth-lora", step)
+        norms, base = measure(drawn)
+        if config.svr_target != "anchored":
+            target.update(norms, drawn["timesteps"])
+        penalty = target.penalty(norms, drawn["timesteps"])
+        numbers = {"base": base.item(), "reg": penalty.item(), "norm": norms.mean().item()}
+        return base + config.reg_weight * penalty, numbers
+
+    run = Run(
+        output,
+        {"unet": unet},
+        steps,
+        config.lr,
+        _plain(asdict(config)),
+        warmup=50,
+        ema_decay=0.99,
+        save_every=200,
+        resume=resume,
+        extra=target.state,
+    )
+    if config.svr_target == "anchored" and run.step == 0:
+        # PEFT starts a LoRA at exactly zero effect, so this measures the model without it.
+        for step in range(config.calibration_steps):
+            drawn = batch("calibration", step)
+            target.update(measure(drawn)[0], drawn["timesteps"])
+
+    path = output / "smooth_lora.safetensors"
+
+    def write(_: int) -> None:
+        with run.averaged():
+            write_lora(_lora_of(unet, config, str(path)), path)
+
+    run.fit(step_fn, {200: write, **(every or {})})
+    write(run.step)
+    return path
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
+
+
+def _goal(latents: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
+    if prediction_type == "epsilon":
+        return noise
+    if prediction_type == "v_prediction":
+        return alpha_bar.sqrt() * noise - (1 - alpha_bar).sqrt() * latents
+    return latents
+
+
+def _lora_of(unet: torch.nn.Module, config: SmoothLoraConfig, source: str) -> Lora:
+    state = get_peft_model_state_dict(unet, adapter_name="smooth")
+    layers = {
+        key.removesuffix(".lora_A.weight"): LoraLayer(
+            down=state[key].detach().clone(),
+            up=state[key.replace("lora_A", "lora_B")].detach().clone(),
+            alpha=config.lora_alpha,
+        )
+        for key in state
+        if key.endswith(".lora_A.weight")
+    }
+    return Lora(layers=layers, source=source, digest="")
+
+
+class _TextCache:
+    """Prompt to embedding [L, D], each prompt encoded once."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.known: dict[str, Tensor] = {}
+
+    def __call__(self, captions: list[str]) -> Tensor:
+        for caption in dict.fromkeys(captions):
+            if caption not in self.known:
+                tokens = self.model.tokenizer(caption, padding="max_length", truncation=True, return_tensors="pt")
+                with torch.no_grad():
+                    self.known[caption] = self.model.text_encoder(tokens.input_ids).last_hidden_state[0]
+        return torch.stack([self.known[caption] for caption in captions])

@@ -1,0 +1,130 @@
+r"""Step-wise Variation Regularization, the loss that makes a latent space smooth.
+
+Smooth Diffusion (Guo et al., CVPR 2024, arXiv 2312.04410), Eq. 9. A noised latent is
+:math:`x_t = \sqrt{\bar\alpha_t}\, x_0 + \sigma_t\, \varepsilon` with :math:`\sigma_t = \sqrt{1 - \bar\alpha_t}`; the
+network's estimate of the clean latent is :math:`\hat x_0`, and
+:math:`J_\varepsilon = \partial\hat x_0/\partial\varepsilon`. With a random direction :math:`y \sim N(0, I)/\sqrt{CHW}` of unit expected length, one sample's variation is
+
+.. math::
+    n = \lVert \sigma_t J_\varepsilon^\top y \rVert_2
+      = \lVert \nabla_\varepsilon\, \sigma_t \langle\hat x_0, y\rangle \rVert_2
+
+and the penalty asks it to be the same everywhere: :math:`E[(n - a)^2]`, `a` a running mean of `n`.
+
+Targets (`TARGETS`):
+
+`scalar`
+    The paper's: one exponential moving mean with rate 0.01 from 0. It is updated first and carries no gradient, which
+    is the reading of Eq. 9; the authors' code lets 1 % of the batch's mean through.
+`per-timestep`
+    One moving mean a bin of log-SNR, and the penalty relative to it, :math:`E[(n/a_b - 1)^2]`. The factor
+    :math:`\sigma_t^2/\sqrt{\bar\alpha_t}` inside `n` runs over four orders of magnitude, so that a single `a` asks all
+    timesteps to be what none of them can be, and large t dominates. Within a bin `n` has one scale, and dividing by it
+    gives each bin the same say.
+`anchored`
+    As `per-timestep`, but the means are measured on the model without its LoRA and then kept. A moving mean follows
+    the network down: shrinking every `n` is the cheapest way to lower the penalty, and the images lose diversity. A
+    mean that stays makes shrinking as dear as growing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from smooth_rt.errors import InputError
+
+TARGETS = ("scalar", "per-timestep", "anchored")
+BINS = 20
+EMA_RATE = 0.01
+
+Predict = Callable[[Tensor], Tensor]
+
+
+def clean_estimate(noisy: Tensor, output: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:
+    r"""The network's :math:`\hat x_0` from its output at `noisy`; `alpha_bar` broadcasts over the samples.
+
+    Raises:
+        InputError: another prediction type than "epsilon", "v_prediction" or "sample".
+    """
+    if prediction_type == "epsilon":
+        return (noisy - (1 - alpha_bar).sqrt() * output) / alpha_bar.sqrt()
+    if prediction_type == "v_prediction":
+        return alpha_bar.sqrt() * noisy - (1 - alpha_bar).sqrt() * output
+    if prediction_type == "sample":
+        return output
+    raise InputError(f"prediction_type={prediction_type!r}: use epsilon, v_prediction or sample")
+
+
+def variation(
+    predict: Predict,
+    latents: Tensor,
+    noise: Tensor,
+    direction: Tensor,
+    alpha_bar: Tensor,
+    prediction_type: str = "epsilon",
+) -> tuple[Tensor, Tensor]:
+    r"""Each sample's :math:`n = \lVert\sigma_t J_\varepsilon^\top y\rVert_2`, differentiable, and the network's output.
+
+    Args:
+        predict: noisy latents [B, C, H, W] to the network's output; its samples must not see each other.
+        latents: x0, [B, C, H, W].
+        noise: epsilon, the same shape; made a leaf here.
+        direction: y, the same shape, already divided by sqrt(C*H*W).
+        alpha_bar: [B, 1, 1, 1].
+
+    Returns:
+        n [B] and the output [B, C, H, W] (which the base loss can use as well).
+    """
+    leaf = noise.detach().requires_grad_(True)
+    sigma = (1 - alpha_bar).sqrt()
+    noisy = alpha_bar.sqrt() * latents + sigma * leaf
+    output = predict(noisy)
+    clean = clean_estimate(noisy, output.to(noisy.dtype), alpha_bar, prediction_type)
+    (gradient,) = torch.autograd.grad((sigma * clean * direction).sum(), leaf, create_graph=True)
+    return gradient.flatten(1).norm(dim=1), output
+
+
+class Target:
+    """What `n` is compared with; `state` is what a checkpoint must hold ([bins] means and [bins] counts).
+
+    Args:
+        kind: one of `TARGETS`.
+        alphas_cumprod: [T], of the training schedule.
+
+    Raises:
+        InputError: an unknown kind.
+    """
+
+    def __init__(self, kind: str, alphas_cumprod: Tensor, bins: int = BINS) -> None:
+        if kind not in TARGETS:
+            raise InputError(f"svr-target={kind!r}: unknown; choose from {', '.join(TARGETS)}")
+        self.kind = kind
+        bins = 1 if kind == "scalar" else bins
+        log_snr = torch.log(alphas_cumprod / (1 - alphas_cumprod))
+        share = (log_snr[0] - log_snr) / (log_snr[0] - log_snr[-1])
+        self.bin_of = (share * bins).long().clamp(max=bins - 1)
+        self.means = torch.zeros(bins, dtype=torch.float64)
+        self.counts = torch.zeros(bins, dtype=torch.float64)
+
+    @property
+    def state(self) -> dict[str, Tensor]:
+        return {"means": self.means, "counts": self.counts}
+
+    def update(self, norms: Tensor, timesteps: Tensor) -> None:
+        """Move the means towards the batch; `scalar` as in the paper, the others without a bias from the start at 0."""
+        bins, values = self.bin_of[timesteps], norms.detach().double()
+        for index in torch.unique(bins):
+            mean = values[bins == index].mean()
+            self.counts[index] += 1
+            rate = EMA_RATE if self.kind == "scalar" else max(EMA_RATE, 1 / float(self.counts[index]))
+            self.means[index] += rate * (mean - self.means[index])
+
+    def penalty(self, norms: Tensor, timesteps: Tensor) -> Tensor:
+        """The mean penalty over the batch; `update` comes first, in training."""
+        target = self.means[self.bin_of[timesteps]].to(norms.dtype)
+        if self.kind == "scalar":
+            return (norms - target).square().mean()
+        return (norms / target - 1).square().mean()
