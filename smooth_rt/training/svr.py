@@ -3,7 +3,8 @@ r"""Step-wise Variation Regularization, the loss that makes a latent space smoot
 Smooth Diffusion (Guo et al., CVPR 2024, arXiv 2312.04410), Eq. 9. A noised latent is
 :math:`x_t = \sqrt{\bar\alpha_t}\, x_0 + \sigma_t\, \varepsilon` with :math:`\sigma_t = \sqrt{1 - \bar\alpha_t}`; the
 network's estimate of the clean latent is :math:`\hat x_0`, and
-:math:`J_\varepsilon = \partial\hat x_0/\partial\varepsilon`. With a random direction :math:`y \sim N(0, I)/\sqrt{CHW}` of unit expected length, one sample's variation is
+:math:`J_\varepsilon = \partial\hat x_0/\partial\varepsilon`. With a random direction
+:math:`y \sim N(0, I)/\sqrt{CHW}` of unit expected length, one sample's variation is
 
 .. math::
     n = \lVert \sigma_t J_\varepsilon^\top y \rVert_2
