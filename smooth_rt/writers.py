@@ -1,0 +1,182 @@
+"""Writes results: PNG, contact sheet, MP4, animated WebP, text. All files of one call appear, or none.
+
+Everything is encoded in memory first; then every file goes to a temporary sibling; last, each is renamed into place.
+"""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import imageio.v3 as iio
+import numpy as np
+from PIL import Image
+
+from smooth_rt.errors import InputError, SmoothRTError
+
+__all__ = [
+    "check_output",
+    "contact_sheet",
+    "encode_json",
+    "encode_mp4",
+    "encode_png",
+    "encode_webp",
+    "there_and_back",
+    "write_files",
+]
+
+SHOWN_SIDE = 256  # small frames are enlarged to about this many pixels in films, which players do not scale well
+GAP = 2  # pixels between the images of a contact sheet
+
+
+def check_output(folder: str | Path) -> Path:
+    """Whether files can be written under `folder`, asked before a long computation. Creates nothing.
+
+    Raises:
+        InputError: a part of the path is a file, or the nearest folder that exists is not writable.
+    """
+    folder = Path(folder)
+    for part in (folder, *folder.parents):
+        if part.is_dir():
+            if not os.access(part, os.W_OK | os.X_OK):
+                raise InputError(f"{folder}: {part} is not writable; name another folder with --output")
+            return folder
+        if part.exists() or part.is_symlink():
+            raise InputError(f"{folder}: {part} is a file, not a folder; name another folder with --output")
+    return folder
+
+
+def write_files(folder: str | Path, files: Mapping[str, bytes]) -> list[Path]:
+    """Write `files` (name -> content) into `folder`, which is created if need be; returns their paths in order.
+
+    Files of the same names are replaced. On any failure nothing of this call is left, not even the folder.
+
+    Raises:
+        InputError: the folder cannot be one (see `check_output`).
+        SmoothRTError: the disk is full, read-only or refuses.
+    """
+    folder = check_output(folder)
+    made = [part for part in (folder, *folder.parents) if not part.exists()]
+    partials: dict[Path, Path] = {}
+    target = folder
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in files.items():
+            target = folder / name
+            if target.is_dir():
+                raise InputError(f"{target}: is a folder where a file should go; remove it or name another --output")
+            partials[target] = folder / f".{name}.partial-{os.getpid()}"
+            _write(partials[target], content)
+        for target, partial in partials.items():
+            partial.replace(target)
+    except BaseException as error:
+        _remove(partials.values(), made)
+        if isinstance(error, OSError):
+            raise SmoothRTError(f"{target}: cannot be written: {_reason(error)}") from error
+        raise
+    return list(partials)
+
+
+def _write(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        # A full disk may show only here: the write itself lands in the page cache.
+        os.fsync(file.fileno())
+
+
+def _remove(partials: Any, made: Sequence[Path]) -> None:
+    for partial in partials:
+        partial.unlink(missing_ok=True)
+    for part in made:
+        try:
+            part.rmdir()
+        except OSError:
+            return
+
+
+def _reason(error: OSError) -> str:
+    said = error.strerror or str(error)
+    if error.errno == errno.ENOSPC:
+        return f"{said}; free some space, or name another folder with --output"
+    return f"{said}; name another folder with --output"
+
+
+def encode_json(value: Any) -> bytes:
+    """`value` as indented UTF-8 JSON with a newline at its end."""
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """The image at its own size, lossless."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", optimize=True)
+    return buffer.getvalue()
+
+
+def contact_sheet(images: Sequence[Image.Image], columns: int | None = None) -> Image.Image:
+    """All images, in order, on one white page; `columns` defaults to about the square root of their number.
+
+    Raises:
+        InputError: no image.
+    """
+    if not images:
+        raise InputError("contact sheet: no images; give at least one")
+    columns = columns or max(1, round(len(images) ** 0.5))
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    width, height = (max(image.size[axis] for image in images) + GAP for axis in (0, 1))
+    sheet = Image.new("RGB", (columns * width + GAP, rows * height + GAP), "white")
+    for i, image in enumerate(images):
+        sheet.paste(image, (GAP + (i % columns) * width, GAP + (i // columns) * height))
+    return sheet
+
+
+def there_and_back(frames: Sequence[Image.Image]) -> list[Image.Image]:
+    """The frames forwards, then backwards without repeating either end: a film that loops without a jump."""
+    return [*frames, *frames[-2:0:-1]]
+
+
+def _enlarged(frames: Sequence[Image.Image], even: bool) -> list[Image.Image]:
+    """Frames of RGB, enlarged by one whole number where they are small; sides made even where a codec asks for it."""
+    if not frames:
+        raise InputError("film: no frames; give at least one")
+    width, height = frames[0].size
+    factor = max(1, round(SHOWN_SIDE / max(width, height)))
+    size = (width * factor, height * factor)
+    if even:
+        size = (size[0] + size[0] % 2, size[1] + size[1] % 2)
+    # resize to its own size is a copy, so odd or large frames pass through as they are.
+    return [frame.convert("RGB").resize(size, Image.Resampling.LANCZOS) for frame in frames]
+
+
+def encode_mp4(frames: Sequence[Image.Image], fps: int = 12) -> bytes:
+    """The frames as H.264 in MP4, one video frame each; small frames are enlarged by a whole number, odd sides by 1.
+
+    Raises:
+        InputError: no frames.
+    """
+    stack = np.stack([np.asarray(frame.convert("RGB")) for frame in _enlarged(frames, even=True)])
+    encoded: bytes = iio.imwrite(
+        "<bytes>", stack, extension=".mp4", plugin="pyav", codec="libx264", fps=fps, out_pixel_format="yuv420p"
+    )
+    return encoded
+
+
+def encode_webp(frames: Sequence[Image.Image], fps: int = 12) -> bytes:
+    """The frames as an animated WebP that repeats for ever; small frames are enlarged by a whole number.
+
+    Raises:
+        InputError: no frames.
+    """
+    first, *rest = _enlarged(frames, even=False)
+    buffer = io.BytesIO()
+    first.save(
+        buffer, "WEBP", save_all=True, append_images=rest, duration=round(1000 / fps), loop=0, quality=90, method=4
+    )
+    return buffer.getvalue()
