@@ -7,7 +7,8 @@ Stages, each resumable and each skipped when its result is there:
 3. `latents`: posterior mean and deviation of many pictures, encoded once;
 4. `unet`: UNet2DConditionModel and CLIPTextModel together, epsilon-prediction with min-SNR-5 weights
    (Hang et al. 2023, arXiv 2303.09556), 10 % empty prompts for classifier-free guidance;
-5. `assets`: the averaged weights as fp16 safetensors in one folder that `StableDiffusionPipeline` loads.
+5. `assets`: the averaged weights as fp16 safetensors in one folder that `StableDiffusionPipeline` loads, example images
+   and evaluation prompts.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from smooth_rt.errors import InputError
 from smooth_rt.training.data import EmojiScenes, fetch
 from smooth_rt.training.run import Run, keyed_generator
+from smooth_rt.training.showcase import evaluation_prompts, write_examples
 from smooth_rt.training.tokenizer import train_tokenizer
 
 STAGES = ("tokenizer", "vae", "latents", "unet", "assets")
@@ -92,7 +94,7 @@ def train_tiny(
         elif stage == "unet":
             _train_unet(output, model, scenes, config, unet_steps, resume)
         else:
-            _write_assets(output, model)
+            _write_assets(output, model, scenes)
     return output / "assets"
 
 
@@ -297,7 +299,7 @@ def _pipeline(
     return pipe
 
 
-def _write_assets(out: Path, model: Path) -> None:
+def _write_assets(out: Path, model: Path, scenes: EmojiScenes) -> None:
     for name, stage in (("vae", "vae"), ("unet", "unet"), ("text_encoder", "unet"), ("tokenizer", "tokenizer")):
         _need(model / name, stage)
     pipe = _pipeline(
@@ -308,6 +310,10 @@ def _write_assets(out: Path, model: Path) -> None:
     )
     partial = out / "assets.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    pipe.to(torch.float16).save_pretrained(partial, safe_serialization=True)
+    pipe.to(torch.float16).save_pretrained(partial / "model", safe_serialization=True)
+    for name in ("vocab.json", "merges.txt"):
+        shutil.copy(model / "tokenizer" / name, partial / "model" / "tokenizer" / name)
+    write_examples(scenes, partial / "examples")
+    (partial / "prompts.txt").write_text("\n".join(evaluation_prompts(scenes)) + "\n", encoding="utf-8")
     shutil.rmtree(out / "assets", ignore_errors=True)
     partial.rename(out / "assets")

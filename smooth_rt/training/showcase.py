@@ -1,0 +1,44 @@
+"""What ships beside the default model's weights: example images that training never saw, and evaluation prompts."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from smooth_rt.training.data import COLOURS, EmojiScenes, is_held_out
+
+# Held-out pairs of object and background (`data.is_held_out`).
+EXAMPLES = (
+    ("dog face", "blue"),
+    ("panda face", "blue"),
+    ("tiger face", "white"),
+    ("lion face", "yellow"),
+    ("owl", "blue"),
+    ("taxi", "purple"),
+    ("rocket", "green"),
+    ("red heart", "green"),
+)
+
+
+def write_examples(scenes: EmojiScenes, folder: Path) -> None:
+    """Draw `EXAMPLES` as PNG files with their captions in captions.json."""
+    folder.mkdir(parents=True, exist_ok=True)
+    records = []
+    for index, (name, colour) in enumerate(EXAMPLES):
+        obj, shade = scenes.captions.index(name), COLOURS.index(colour)
+        if not is_held_out(obj, shade):
+            raise ValueError(f"{name} on {colour} is trained on; choose a held-out pair")
+        file = f"{name.replace(' ', '-')}.png"
+        Image.fromarray(scenes.draw("example", index, obj, shade).image).save(folder / file)
+        records.append({"file": file, "caption": f"{name} on {colour} background"})
+    (folder / "captions.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+
+
+def evaluation_prompts(scenes: EmojiScenes, count: int = 100) -> list[str]:
+    """`count` different captions, objects and backgrounds drawn at random; each object at most once."""
+    rng = np.random.default_rng([scenes.seed, *b"evaluation"])
+    objects = rng.permutation(len(scenes))[:count]
+    return [f"{scenes.captions[obj]} on {COLOURS[int(rng.integers(len(COLOURS)))]} background" for obj in objects]
