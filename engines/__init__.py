@@ -1,0 +1,96 @@
+"""Run a built network: named tensors in, named tensors out.
+
+The names below load on first use, so that importing this package loads no torch and no backend.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engines.base import Engine
+    from engines.bundle import (
+        Bundle,
+        EngineRecord,
+        FileRecord,
+        LoraSource,
+        Manifest,
+        Parity,
+        Source,
+        digest_file,
+        digest_json,
+        engine_key,
+        staging,
+    )
+    from engines.contract import NETWORKS, Axis, Dims, Network, NetworkName, TensorSpec, contract
+    from engines.eager import EagerEngine, torch_networks
+    from engines.errors import BundleError, EngineError, InputError, ModelError, ParityError, SmoothRTError
+    from engines.ort import OrtEngine
+    from engines.ov import OvEngine
+    from engines.select import BACKENDS, Choice, availability, backend_version, choose, open_engine
+
+__all__ = [
+    "BACKENDS",
+    "NETWORKS",
+    "Axis",
+    "Bundle",
+    "BundleError",
+    "Choice",
+    "Dims",
+    "EagerEngine",
+    "Engine",
+    "EngineError",
+    "EngineRecord",
+    "FileRecord",
+    "InputError",
+    "LoraSource",
+    "Manifest",
+    "ModelError",
+    "Network",
+    "NetworkName",
+    "OrtEngine",
+    "OvEngine",
+    "Parity",
+    "ParityError",
+    "SmoothRTError",
+    "Source",
+    "TensorSpec",
+    "availability",
+    "backend_version",
+    "choose",
+    "contract",
+    "digest_file",
+    "digest_json",
+    "engine_key",
+    "open_engine",
+    "staging",
+    "torch_networks",
+]
+
+_ROOMS = {
+    "base": ("Engine",),
+    "bundle": (
+        "Bundle", "EngineRecord", "FileRecord", "LoraSource", "Manifest", "Parity", "Source", "digest_file",
+        "digest_json", "engine_key", "staging",
+    ),
+    "contract": ("NETWORKS", "Axis", "Dims", "Network", "NetworkName", "TensorSpec", "contract"),
+    "eager": ("EagerEngine", "torch_networks"),
+    "errors": ("BundleError", "EngineError", "InputError", "ModelError", "ParityError", "SmoothRTError"),
+    "ort": ("OrtEngine",),
+    "ov": ("OvEngine",),
+    "select": ("BACKENDS", "Choice", "availability", "backend_version", "choose", "open_engine"),
+}  # fmt: skip
+_HOME = {name: room for room, names in _ROOMS.items() for name in names}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'engines' has no attribute {name!r}")
+    value = getattr(import_module(f"engines.{_HOME[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

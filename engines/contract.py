@@ -15,7 +15,7 @@ from engines.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["NETWORKS", "Axis", "Dims", "Network", "TensorSpec", "contract"]
+__all__ = ["NETWORKS", "Axis", "Dims", "Network", "NetworkName", "TensorSpec", "contract"]
 
 NetworkName = Literal["text_encoder", "unet", "vae_encoder", "vae_decoder"]
 NETWORKS: tuple[NetworkName, ...] = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
@@ -64,11 +64,16 @@ class Axis:
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor: its name, torch dtype name and axes."""
+    """One tensor: its name, torch dtype name, axes and, where a value outside would be nonsense, its range.
+
+    `limits` are the least and the greatest value. Token ids have them because OpenVINO reads past an embedding table
+    without a word.
+    """
 
     name: str
     dtype: str
     axes: tuple[int | Axis, ...]
+    limits: tuple[int, int] | None = None
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape where each symbol has the given size."""
@@ -97,7 +102,8 @@ class Network:
         """The size of each symbol, read from `inputs`.
 
         Raises:
-            InputError: a tensor is missing, unknown, of another dtype or rank, or its sizes contradict the contract.
+            InputError: a tensor is missing, unknown, of another dtype or rank, holds a value outside its range, or its
+                sizes contradict the contract.
         """
         names = [spec.name for spec in self.inputs]
         for name in inputs:
@@ -112,6 +118,13 @@ class Network:
             if dtype != spec.dtype:
                 raise InputError(f"{self.name}: {spec.name} is {dtype}, not {spec.dtype}; convert it first")
             self._bind_shape(spec, tuple(tensor.shape), sizes)
+            if spec.limits is not None and tensor.numel():
+                least, greatest = int(tensor.min()), int(tensor.max())
+                if least < spec.limits[0] or greatest > spec.limits[1]:
+                    raise InputError(
+                        f"{self.name}: {spec.name} holds {least if least < spec.limits[0] else greatest}, outside "
+                        f"{spec.limits[0]}..{spec.limits[1]}; use the model's own tokenizer"
+                    )
         return sizes
 
     def _bind_shape(self, spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
@@ -141,7 +154,7 @@ def contract(name: NetworkName, dims: Dims) -> Network:
     f32, i64 = "float32", "int64"
     tensors: dict[NetworkName, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = {
         "text_encoder": (
-            (TensorSpec("input_ids", i64, (batch, dims.tokens)),),
+            (TensorSpec("input_ids", i64, (batch, dims.tokens), (0, dims.vocabulary - 1)),),
             (TensorSpec("last_hidden_state", f32, text),),
         ),
         "unet": (

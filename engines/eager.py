@@ -1,0 +1,101 @@
+"""The PyTorch form of each network, and the engine that runs it: the fallback, and what every backend is held to."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from engines.base import Engine
+from engines.contract import Network, NetworkName
+from engines.errors import EngineError
+
+__all__ = ["EagerEngine", "TextEncoder", "Unet", "VaeDecoder", "VaeEncoder", "torch_networks"]
+
+
+class TextEncoder(nn.Module):
+    """`input_ids` int64 [B, L] -> `last_hidden_state` [B, L, D], after the final layer norm."""
+
+    def __init__(self, text_encoder: nn.Module) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+
+    def forward(self, input_ids: Tensor) -> tuple[Tensor]:
+        return (self.text_encoder(input_ids, return_dict=True).last_hidden_state,)
+
+
+class Unet(nn.Module):
+    """`sample` [B, C, h, w], `timestep` int64 [B], `encoder_hidden_states` [B, L, D] -> `noise_pred` [B, C, h, w]."""
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        self.unet = unet
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor]:
+        return (self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0],)
+
+
+class VaeEncoder(nn.Module):
+    """`sample` [B, 3, H, W] in -1..1 -> mean and clamped log-variance of the posterior, each [B, C, H/f, W/f]."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae: Any = vae
+
+    def forward(self, sample: Tensor) -> tuple[Tensor, Tensor]:
+        posterior = self.vae.encode(sample, return_dict=False)[0]
+        return posterior.mean, posterior.logvar
+
+
+class VaeDecoder(nn.Module):
+    """`latent_sample` [B, C, h, w], already divided by the scaling factor -> `sample` [B, 3, f*h, f*w], unclamped."""
+
+    def __init__(self, vae: nn.Module) -> None:
+        super().__init__()
+        self.vae: Any = vae
+
+    def forward(self, latent_sample: Tensor) -> tuple[Tensor]:
+        return (self.vae.decode(latent_sample, return_dict=False)[0],)
+
+
+def torch_networks(text_encoder: nn.Module, unet: nn.Module, vae: nn.Module) -> dict[NetworkName, nn.Module]:
+    """The networks of `engines.contract` as torch modules that share the given weights.
+
+    Each `forward` takes the contract's inputs in the contract's order and returns a tuple of its outputs in order. It
+    is the one definition that eager runs, export traces and parity compares with.
+    """
+    return {
+        "text_encoder": TextEncoder(text_encoder).eval(),
+        "unet": Unet(unet).eval(),
+        "vae_encoder": VaeEncoder(vae).eval(),
+        "vae_decoder": VaeDecoder(vae).eval(),
+    }
+
+
+class EagerEngine(Engine):
+    """Runs a module of `torch_networks` without gradients, in the dtype and memory format that its weights have.
+
+    Args:
+        network: the contract.
+        module: `forward` takes the inputs in order and returns a tuple of the outputs in order.
+    """
+
+    backend: ClassVar[str] = "eager"
+
+    def __init__(self, network: Network, module: nn.Module) -> None:
+        super().__init__(network)
+        self._module: nn.Module | None = module
+
+    def infer_impl(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self._module is None:
+            raise EngineError(f"{self.network.name}: the eager engine is closed; open it again")
+        # Not inference_mode: its tensors could take no part in a caller's own autograd or in-place work.
+        with torch.no_grad():
+            outputs = self._module(*(inputs[spec.name] for spec in self.network.inputs))
+        return {spec.name: output.contiguous() for spec, output in zip(self.network.outputs, outputs, strict=True)}
+
+    def close(self) -> None:
+        """Let go of the module; its owner may still hold it."""
+        self._module = None
+        super().close()

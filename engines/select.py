@@ -1,0 +1,184 @@
+"""Which backends there are, which can run here, and which one "auto" takes."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+import platform
+from collections.abc import Collection
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from engines.errors import EngineError
+
+if TYPE_CHECKING:
+    from engines.base import Engine
+    from engines.contract import Network
+
+__all__ = [
+    "BACKENDS",
+    "HINTS",
+    "Choice",
+    "architecture",
+    "availability",
+    "backend_version",
+    "check_backend",
+    "choose",
+    "open_engine",
+]
+
+LOG = logging.getLogger("smooth_rt")
+
+BACKENDS: tuple[str, ...] = ("eager", "onnxruntime", "openvino")
+# Fastest first on a CPU: measured, OpenVINO f32 is level with or ahead of ONNX Runtime, both well ahead of eager.
+AUTO_ORDER: tuple[str, ...] = ("openvino", "onnxruntime", "eager")
+LATER = {
+    "tensorrt": "this version does not build TensorRT engines yet",
+    "tensorrt-rtx": "this version does not build TensorRT for RTX engines yet",
+}
+# The precision hint each backend is given. OpenVINO would compute in bf16 by itself where the processor can.
+HINTS: dict[str, str | None] = {"eager": None, "onnxruntime": None, "openvino": "f32"}
+
+_MODULES = {"eager": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
+_DISTRIBUTIONS = {
+    "eager": ("torch",),
+    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    "openvino": ("openvino",),
+}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """The backend that will run, and why it was taken."""
+
+    backend: str
+    reason: str
+
+
+def check_backend(name: str) -> None:
+    """Raise EngineError if `name` is not a backend that this version can build or run."""
+    if name in LATER:
+        raise EngineError(f"engine {name!r}: {LATER[name]}; choose from {', '.join(BACKENDS)}")
+    if name not in BACKENDS:
+        raise EngineError(f"engine {name!r}: unknown; choose from auto, {', '.join(BACKENDS)}")
+
+
+def architecture() -> str:
+    """What the engines of this machine run on, such as "cpu-x86_64"."""
+    machine = platform.machine().lower()
+    return "cpu-" + {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+
+
+def _installed(name: str) -> dict[str, str]:
+    """Version by distribution, for those of the backend's distributions that are installed."""
+    found = {}
+    for distribution in _DISTRIBUTIONS[name]:
+        try:
+            found[distribution] = metadata.version(distribution)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def backend_version(name: str) -> str:
+    """The installed version of a backend's library.
+
+    Raises:
+        EngineError: the backend is unknown or not installed.
+    """
+    check_backend(name)
+    found = _installed(name)
+    if not found:
+        raise EngineError(f"engine {name!r}: not installed; run `pip install {_DISTRIBUTIONS[name][0]}`")
+    return next(iter(found.values()))
+
+
+def availability(name: str) -> str | None:
+    """None if the backend can run here, else one line: why it cannot, and the command that mends it.
+
+    Raises:
+        EngineError: the backend is unknown, or known and not supported by this version.
+    """
+    check_backend(name)
+    found = _installed(name)
+    if not found:
+        return f"{name} is not installed; run `pip install {_DISTRIBUTIONS[name][0]}`"
+    if len(found) > 1:
+        both = " ".join(found)
+        return (
+            f"{' and '.join(found)} are installed together and overwrite each other's files; "
+            f"run `pip uninstall -y {both} && pip install {name}` (or install the -gpu one instead)"
+        )
+    try:
+        importlib.import_module(_MODULES[name])
+    except (ImportError, OSError) as error:
+        said = str(error).strip().splitlines()
+        what = said[0] if said else repr(error)
+        return (
+            f"{name} is installed and does not load ({what}); run `pip install --force-reinstall {next(iter(found))}`"
+        )
+    return None
+
+
+def choose(engine: str, built: Collection[str]) -> Choice:
+    """The backend to run on, logged once at INFO on the logger "smooth_rt".
+
+    Args:
+        engine: "auto" or a backend. "auto" takes the first of openvino, onnxruntime, eager that is built and can run.
+        built: the backends there are graphs for. Eager needs none.
+
+    Raises:
+        EngineError: a named engine is unknown, cannot run here or was not built; the message says how to mend it.
+    """
+    if engine == "auto":
+        choice = _first_that_runs(built)
+    else:
+        reason = availability(engine)
+        if reason is not None:
+            raise EngineError(f"engine {engine!r}: {reason}")
+        if engine != "eager" and engine not in built:
+            raise EngineError(
+                f"engine {engine!r}: not in the bundle, which holds {', '.join(built) or 'none'}; "
+                f"run `smooth-rt build-engine --backend {engine}`"
+            )
+        choice = Choice(engine, "asked for")
+    LOG.info("engine: %s (%s)", choice.backend, choice.reason)
+    return choice
+
+
+def _first_that_runs(built: Collection[str]) -> Choice:
+    passed_over: list[str] = []
+    for name in AUTO_ORDER:
+        reason = "not built" if name != "eager" and name not in built else availability(name)
+        if reason is None:
+            because = "fastest on a CPU of those that are built and can run"
+            if passed_over:
+                because += "; passed over: " + ", ".join(passed_over)
+            return Choice(name, because)
+        passed_over.append(f"{name} ({reason})")
+    raise EngineError(f"engine 'auto': nothing can run: {', '.join(passed_over)}")
+
+
+def open_engine(backend: str, network: Network, path: Path, hint: str | None = None) -> Engine:
+    """Open the graph at `path` (.onnx for onnxruntime, .xml for openvino) on `backend`.
+
+    Args:
+        hint: OpenVINO's precision hint; None stands for "f32".
+
+    Raises:
+        EngineError: the backend is unknown, cannot run here or cannot read the graph.
+    """
+    reason = availability(backend)
+    if reason is not None:
+        raise EngineError(f"engine {backend!r}: {reason}")
+    if backend == "onnxruntime":
+        from engines.ort import OrtEngine
+
+        return OrtEngine(network, path)
+    if backend == "openvino":
+        from engines.ov import OvEngine
+
+        return OvEngine(network, path, hint or "f32")
+    raise EngineError(f"engine {backend!r}: runs torch modules, not graphs; open the model instead of a bundle")

@@ -1,0 +1,161 @@
+"""Publish a folder whole or not at all: it is made beside its place and renamed into it."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from engines.errors import BundleError
+
+__all__ = ["BUNDLE_ENTRIES", "staging"]
+
+# All that lies at the top of a bundle. A folder with anything else in it is somebody's own and is never replaced.
+BUNDLE_ENTRIES = frozenset({"manifest.json", "config", "onnx", "openvino"})
+
+_OURS: set[Path] = set()  # partial folders that this process is working in
+_PUBLISH_TRIES = 3
+
+
+@contextmanager
+def staging(target: Path, needed: int | None = None) -> Iterator[Path]:
+    """A fresh folder beside `target` that takes its place when the block ends without an exception.
+
+    The folder is `.<name>.partial-<pid>`. A bundle that stands at `target` stays until the moment of the swap. On any
+    exception, KeyboardInterrupt included, the fresh folder is removed and the old bundle is left as it was. What
+    processes that died left beside `target` is cleaned up first.
+
+    Args:
+        target: where the bundle goes.
+        needed: bytes that the bundle will take, checked against the free space beforehand.
+
+    Raises:
+        BundleError: the path cannot be written, something else than a bundle stands there, or the disk is full.
+    """
+    target = Path(os.path.realpath(target))
+    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    made: list[Path] = []
+    begun = done = False
+    try:
+        _check_replaceable(target)
+        made = _make_parents(target.parent)
+        _sweep(target)
+        free = shutil.disk_usage(target.parent).free
+        if needed is not None and free < needed:
+            raise BundleError(
+                f"{target}: needs {_size(needed)} of disk and {_size(free)} are free; free some or name another folder"
+            )
+        partial.mkdir()
+        begun = True
+        _OURS.add(partial)
+        yield partial
+        _publish(partial, target)
+        done = True
+    except OSError as error:
+        raise _refusal(target, error, needed) from error
+    finally:
+        if begun:
+            shutil.rmtree(partial, ignore_errors=True)
+            _OURS.discard(partial)
+        if not done:
+            for folder in made:
+                _remove_empty(folder)
+
+
+def _check_replaceable(target: Path) -> None:
+    if not target.name:
+        raise BundleError(f"{target}: not a place for a bundle; name a new folder")
+    for above in target.parents:
+        if above.exists() and not above.is_dir():
+            raise BundleError(f"{target}: lies under {above}, which is a file; name another folder")
+    if not os.path.lexists(target):
+        return
+    if not target.is_dir():
+        raise BundleError(f"{target}: is a file; name a folder for the bundle")
+    foreign = sorted(entry.name for entry in target.iterdir() if entry.name not in BUNDLE_ENTRIES)
+    if foreign:
+        raise BundleError(
+            f"{target}: is not a bundle (it holds {foreign[0]}) and will not be replaced; name a new or an empty folder"
+        )
+
+
+def _make_parents(parent: Path) -> list[Path]:
+    """Create `parent`; the folders that were missing, deepest first."""
+    missing = [folder for folder in (parent, *parent.parents) if not folder.exists()]
+    parent.mkdir(parents=True, exist_ok=True)
+    return missing
+
+
+def _remove_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:
+        return  # somebody has put something there meanwhile
+
+
+def _sweep(target: Path) -> None:
+    """Remove what dead processes left; bring back a bundle whose swap was cut off half-way."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.(partial|old)-(\d+)")
+    for sibling in target.parent.iterdir():
+        found = pattern.fullmatch(sibling.name)
+        if not found or sibling in _OURS or _alive(int(found[2])):
+            continue
+        if found[1] == "old" and not target.exists():
+            sibling.rename(target)
+        else:
+            shutil.rmtree(sibling, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # not among ours, so an earlier process had the same number
+    if os.name == "nt":
+        return True  # os.kill would end it
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        return True
+    return True
+
+
+def _publish(partial: Path, target: Path) -> None:
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    for attempt in range(_PUBLISH_TRIES):
+        swapped = False
+        try:
+            if target.exists():
+                target.rename(old)
+                swapped = True
+            partial.rename(target)
+            break
+        except BaseException as error:
+            if swapped and not target.exists():
+                old.rename(target)
+            # Another process published the same bundle between our two renames: take its place.
+            taken = isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
+            if not taken or attempt == _PUBLISH_TRIES - 1 or not partial.exists():
+                raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _size(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
+
+
+def _refusal(target: Path, error: OSError, needed: int | None) -> BundleError:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        try:
+            free = f"{_size(shutil.disk_usage(target.parent).free)} free"
+        except OSError:
+            free = "free space unknown"
+        wanted = "more space" if needed is None else f"{_size(needed)} in all"
+        return BundleError(f"{target}: the disk is full ({free}); the bundle needs {wanted}: free some and build again")
+    what = error.strerror or str(error) or repr(error)
+    where = f" at {error.filename}" if error.filename and str(error.filename) != str(target) else ""
+    return BundleError(f"{target}: cannot be written ({what}{where}); name another folder")
