@@ -1,0 +1,53 @@
+"""The torch modules of a pipeline: a model with its Smooth-LoRA fused, by name or as a bundle remembers them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from smooth_rt.errors import BundleError
+from smooth_rt.lora import Lora, fuse, read_lora
+from smooth_rt.model import Model, load_model
+
+if TYPE_CHECKING:
+    from engines.bundle import Bundle
+
+__all__ = ["open_model", "reopen_model"]
+
+
+def open_model(model: str | Path, lora: str | Path | None, lora_strength: float) -> Model:
+    """Load a model and fuse a LoRA into it, unless that is None.
+
+    Raises:
+        ModelError: the model or the LoRA cannot be read or does not fit.
+    """
+    loaded = load_model(model)
+    if lora is not None:
+        fuse(loaded.unet, read_lora(lora), lora_strength)
+    return loaded
+
+
+def reopen_model(bundle: Bundle) -> Model:
+    """The model that a bundle was made from, with its LoRA, proved to be the same by digest.
+
+    Raises:
+        BundleError: the model or the LoRA has changed since.
+        ModelError: it is gone.
+    """
+    source = bundle.source
+    loaded = load_model(source.model, revision=source.revision)
+    changed = [name for name, digest in source.digests.items() if loaded.digests.get(name) != digest]
+    if changed:
+        raise BundleError(
+            f"{bundle.path}: {source.model} is not what the bundle was made from ({', '.join(changed)} changed); "
+            "run smooth-rt build-engine again, or use another engine"
+        )
+    if source.lora is not None:
+        lora: Lora = read_lora(source.lora.source)
+        if lora.digest != source.lora.digest:
+            raise BundleError(
+                f"{bundle.path}: the LoRA {source.lora.source} is not what the bundle was made from; "
+                "run smooth-rt build-engine again, or use another engine"
+            )
+        fuse(loaded.unet, lora, source.lora.strength)
+    return loaded

@@ -1,0 +1,308 @@
+"""SmoothPipeline: text and images in, images out, over the engines of one model. It reads like a diffusers pipeline.
+
+The pipeline owns the networks, how work is split into calls of them, and the loop through time. The tasks
+(`smooth_rt.tasks`) are its methods and hand the loop what differs.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeAlias
+
+import torch
+from torch import Generator, Tensor
+
+from engines.base import Engine
+from engines.bundle import Bundle
+from engines.contract import NETWORKS, Dims, NetworkName, contract
+from engines.eager import EagerEngine, torch_networks
+from engines.select import BACKENDS, Choice, choose
+from smooth_rt.errors import EngineError, InputError
+from smooth_rt.images import ImageLike, Images, OutputType, read, to_images
+from smooth_rt.model import Model, PipelineConfig, read_config
+from smooth_rt.opening import open_model, reopen_model
+from smooth_rt.schedule import Schedule, Step, ddim_step
+from smooth_rt.tasks import checks
+from smooth_rt.tasks.edit import edit
+from smooth_rt.tasks.generate import generate
+from smooth_rt.tasks.interpolate import interpolate
+from smooth_rt.tasks.inversion import invert
+
+__all__ = ["CELLS_PER_CALL", "Predict", "SmoothPipeline", "StepCallback"]
+
+LOG = logging.getLogger("smooth_rt")
+
+# (latents [N, C, h, w], index of the step, timestep) -> the model's output [N, C, h, w]
+Predict: TypeAlias = Callable[[Tensor, int, int], Tensor]
+# (pipe, index of the step, timestep, {"latents": ...}) -> None, or a dict with the latents to go on from
+StepCallback: TypeAlias = Callable[["SmoothPipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
+
+# batch_size="auto": the latent cells (h * w a row; tokens for the text encoder) and the rows that one call may hold. The
+# cells bound memory: at 64x64, four rows of the UNet (two guided images) and one image of the VAE go into a call. The
+# rows stay below the 64 at which exported graphs end. One image always goes.
+CELLS_PER_CALL: dict[NetworkName, int] = {
+    "text_encoder": 16_384,
+    "unet": 16_384,
+    "vae_encoder": 4_096,
+    "vae_decoder": 4_096,
+}
+ROWS_PER_CALL = 62
+
+
+class SmoothPipeline:
+    """A text-to-image model on engines. Made by `from_pretrained` or `from_engines`; a context manager.
+
+    Args:
+        engines: one for each network; `close` closes them.
+        config: tokenizer, scheduler configuration and the VAE's scaling factor.
+        dims: the model's sizes.
+        source: the model as its user named it.
+        choice: the backend that runs, and why.
+        batch_size: images in one call of a network (both halves of guidance go along), or "auto": CELLS_PER_CALL.
+
+    Attributes: `engine` is the backend that really runs ("eager", "onnxruntime", "openvino"), `reason` why that one,
+    `bundle` what its engines are from (None for eager); `dims`, `source` and `batch_size` are as given.
+    """
+
+    def __init__(
+        self,
+        engines: Mapping[NetworkName, Engine],
+        config: PipelineConfig,
+        dims: Dims,
+        *,
+        source: str = "",
+        choice: Choice | None = None,
+        batch_size: int | str = "auto",
+    ) -> None:
+        self._engines = dict(engines)
+        self.tokenizer: Any = config.tokenizer
+        # As diffusers' StableDiffusionPipeline corrects it: x0 of a latent is not clipped, the offset is 1.
+        self.scheduler_config = {**config.scheduler_config, "clip_sample": False, "steps_offset": 1}
+        self.scaling_factor = config.scaling_factor
+        self.dims = dims
+        self.source = source
+        self.engine, self.reason = (choice.backend, choice.reason) if choice else (engines["unet"].backend, "given")
+        self.bundle: Bundle | None = None
+        self.batch_size = batch_size
+
+    # Each task takes the pipeline first, so it is a method as it stands.
+    __call__ = generate
+    interpolate = interpolate
+    invert = invert
+    edit = edit
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        model: str | Path = "default",
+        lora: str | Path | None = None,
+        lora_strength: float = 1.0,
+        engine: str = "auto",
+        batch_size: int | str = "auto",
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> Self:
+        """Load a model, fuse a Smooth-LoRA, and open it on an engine, which is built into the cache when needed.
+
+        Args:
+            model: "default" (shipped), a diffusers folder, a hub id or a single-file .safetensors checkpoint.
+            lora: None, "default" (shipped, for the default model), a file, a folder or a hub id.
+            lora_strength: the factor that the LoRA is fused at; 1 is as trained.
+            engine: "auto" (the fastest that can run; logged), "eager", "onnxruntime" or "openvino".
+            batch_size: see the class.
+            progress: called as `progress(stage, done, total)` while engines are built.
+
+        Raises:
+            ModelError: the model or the LoRA cannot be read or does not fit.
+            EngineError: the named engine cannot run here.
+            ParityError: a built engine differs from the torch module.
+        """
+        choice = choose(engine, BACKENDS)
+        if choice.backend != "eager":
+            from smooth_rt.build import build_engines
+
+            bundle = build_engines(model, lora, lora_strength, [choice.backend], None, progress)
+            return cls._open(bundle, choice, batch_size)
+        return cls._eager(open_model(model, lora, lora_strength), choice, batch_size)
+
+    @classmethod
+    def from_engines(cls, bundle: str | Path | Bundle, engine: str = "auto", batch_size: int | str = "auto") -> Self:
+        """Open a bundle that `smooth-rt build-engine` wrote.
+
+        Args:
+            bundle: its folder, which is verified first, or an open `Bundle`.
+            engine: "auto", a backend of the bundle, or "eager": the torch weights that the bundle was made from.
+            batch_size: see the class.
+
+        Raises:
+            BundleError: the bundle is missing, damaged or stale, or its torch weights are gone or have changed.
+            EngineError: the named engine is not in the bundle or cannot run here.
+        """
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
+        choice = choose(engine, opened.backends)
+        if choice.backend != "eager":
+            return cls._open(opened, choice, batch_size)
+        return cls._eager(reopen_model(opened), choice, batch_size)
+
+    @classmethod
+    def _open(cls, bundle: Bundle, choice: Choice, batch_size: int | str) -> Self:
+        config = read_config(bundle.config)
+        engines = {name: bundle.engine(name, choice.backend) for name in NETWORKS}
+        pipe = cls(engines, config, bundle.dims, source=bundle.source.model, choice=choice, batch_size=batch_size)
+        pipe.bundle = bundle
+        return pipe
+
+    @classmethod
+    def _eager(cls, model: Model, choice: Choice, batch_size: int | str) -> Self:
+        networks = torch_networks(model.text_encoder, model.unet, model.vae)
+        engines = {name: EagerEngine(contract(name, model.dims), networks[name]) for name in NETWORKS}
+        return cls(engines, model.config(), model.dims, source=model.source, choice=choice, batch_size=batch_size)
+
+    @property
+    def batch_size(self) -> int | str:
+        """Images in one call of a network, or "auto"."""
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int | str) -> None:
+        if isinstance(value, bool) or not (value == "auto" or (isinstance(value, int) and value >= 1)):
+            raise InputError(f"batch_size={value!r}: give a whole number of at least 1, or 'auto'")
+        self._batch_size = value
+
+    def schedule(self, num_inference_steps: int) -> Schedule:
+        """The model's DDIM schedule in so many steps."""
+        return Schedule.from_config(self.scheduler_config, num_inference_steps)
+
+    def encode_prompt(self, prompts: str | Sequence[str]) -> Tensor:
+        """Text embeddings [N, L, D] of N prompts. What does not fit into L tokens is cut off, with a logged warning."""
+        prompts = checks.as_prompts(prompts)
+        distinct = list(dict.fromkeys(prompts))
+        tokens = self.tokenizer(
+            distinct, padding="max_length", max_length=self.dims.tokens, truncation=True, return_tensors="pt"
+        )
+        for ids, prompt in zip(self.tokenizer(distinct, verbose=False).input_ids, distinct, strict=True):
+            if len(ids) > self.dims.tokens:
+                cut = self.tokenizer.decode(ids[self.dims.tokens - 1 : -1])
+                LOG.warning("prompt %r: longer than %d tokens; left out: %r", prompt, self.dims.tokens, cut)
+        parts = self._calls("text_encoder", len(distinct), self.dims.tokens)
+        embeds = torch.cat([self._run("text_encoder", input_ids=tokens.input_ids[part]) for part in parts])
+        return embeds[[distinct.index(prompt) for prompt in prompts]]
+
+    def encode_image(
+        self, images: ImageLike | Sequence[ImageLike], height: int | None = None, width: int | None = None
+    ) -> Tensor:
+        """Latents [N, C, H/f, W/f] of images scaled and centre-cropped to `height` x `width`: the posterior's mean."""
+        height, width = checks.image_size(height, width, self.dims)
+        pixels = read(images, height, width) * 2 - 1
+        parts = self._calls("vae_encoder", len(pixels), height * width // self.dims.vae_factor**2)
+        return torch.cat([self._run("vae_encoder", sample=pixels[part]) for part in parts]) * self.scaling_factor
+
+    def decode(self, latents: Tensor, output_type: OutputType = "pil") -> Images:
+        """Images of latents [N, C, h, w]; "latent" hands these back."""
+        if output_type == "latent":
+            return latents
+        scaled = latents / self.scaling_factor
+        parts = self._calls("vae_decoder", len(scaled), scaled[0, 0].numel())
+        pixels = torch.cat([self._run("vae_decoder", latent_sample=scaled[part]) for part in parts])
+        return to_images((pixels / 2 + 0.5).clamp(0, 1), output_type)
+
+    def draw_noise(
+        self, count: int, height: int | None, width: int | None, generator: Generator | Sequence[Generator] | None
+    ) -> Tensor:
+        """N(0, I) of `count` images [count, C, H/f, W/f], each drawn alone, on the CPU."""
+        height, width = checks.image_size(height, width, self.dims)
+        shape = (1, self.dims.latent_channels, height // self.dims.vae_factor, width // self.dims.vae_factor)
+        return torch.cat([torch.randn(shape, generator=g) for g in checks.per_image(generator, count)])
+
+    def predict(
+        self,
+        latents: Tensor,
+        timestep: int,
+        prompt_embeds: Tensor,
+        negative_prompt_embeds: Tensor | None = None,
+        guidance_scale: float = 1.0,
+    ) -> Tensor:
+        """The UNet's output [N, C, h, w], guided: `uncond + guidance_scale * (cond - uncond)`.
+
+        Both halves go into one call. The unconditional one is left out where it cannot matter: at a scale of 1, or
+        where its embeddings are those of the prompt.
+
+        Args:
+            latents: [N, C, h, w].
+            timestep: 0..num_train_timesteps - 1.
+            prompt_embeds: [N, L, D].
+            negative_prompt_embeds: [N, L, D]; None: no guidance.
+        """
+        negative = negative_prompt_embeds
+        if guidance_scale == 1 or (negative is not None and torch.equal(negative, prompt_embeds)):
+            negative = None
+        outputs = []
+        for part in self._calls("unet", len(latents), latents[0, 0].numel(), 1 if negative is None else 2):
+            sample, text = latents[part], prompt_embeds[part]
+            if negative is not None:
+                sample, text = torch.cat([sample, sample]), torch.cat([negative[part], text])
+            when = torch.full((len(sample),), timestep, dtype=torch.int64)
+            output = self._run("unet", sample=sample, timestep=when, encoder_hidden_states=text)
+            if negative is not None:
+                uncond, cond = output.chunk(2)
+                output = uncond + guidance_scale * (cond - uncond)
+            outputs.append(output)
+        return torch.cat(outputs)
+
+    def denoise(
+        self,
+        latents: Tensor,
+        steps: Sequence[Step],
+        predict: Predict,
+        callback_on_step_end: StepCallback | None = None,
+    ) -> Tensor:
+        """The loop through time: DDIM along `steps`, whichever way they lead.
+
+        Args:
+            latents: [N, C, h, w] at the noise level of the first step.
+            steps: `Schedule.steps`, a part of them, or `Schedule.inverse_steps`.
+            predict: `predict(latents, i, timestep)` gives the model's output for step i.
+            callback_on_step_end: see `StepCallback`.
+
+        Returns:
+            The latents at the level of the last step.
+
+        Raises:
+            EngineError: the latents stopped being finite; the step is named.
+        """
+        prediction_type = self.scheduler_config.get("prediction_type", "epsilon")
+        for i, step in enumerate(steps):
+            output = predict(latents, i, step.timestep)
+            latents = ddim_step(latents, output, step.alpha_from, step.alpha_to, prediction_type)
+            if not bool(torch.isfinite(latents).all()):
+                raise EngineError(
+                    f"step {i + 1} of {len(steps)} (timestep {step.timestep}): the latents are not finite on "
+                    f"{self.engine}; lower guidance_scale, or try engine eager"
+                )
+            if callback_on_step_end is not None:
+                answer = callback_on_step_end(self, i, step.timestep, {"latents": latents})
+                latents = (answer or {}).get("latents", latents)
+        return latents
+
+    def _calls(self, network: NetworkName, count: int, cells: int, rows: int = 1) -> Iterator[slice]:
+        """Which of `count` images each call takes, where an image is so many rows of so many cells."""
+        auto = max(1, min(CELLS_PER_CALL[network] // cells, ROWS_PER_CALL) // rows)
+        size = self._batch_size if isinstance(self._batch_size, int) else auto
+        return (slice(first, first + size) for first in range(0, count, size))
+
+    def _run(self, network: NetworkName, **inputs: Tensor) -> Tensor:
+        """The network's first output."""
+        engine = self._engines[network]
+        return engine.infer(**inputs)[engine.network.outputs[0].name]
+
+    def close(self) -> None:
+        """Free the engines. Closing twice is fine."""
+        for engine in self._engines.values():
+            engine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,160 @@
+"""Time: the timesteps and noise levels of a sampler, and the DDIM step. Pure functions on tensors.
+
+A latent at noise level `alpha` (alpha-bar, the cumulative product, 0..1) is
+
+    x = sqrt(alpha) * x0 + sqrt(1 - alpha) * eps
+
+and DDIM (Song et al. 2021, arXiv 2010.02502) moves it from one level to another along the predicted x0 and eps. The
+same formula removes noise (alpha grows) and adds it back (alpha falls: DDIM inversion).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple, cast, get_args
+
+from torch import Tensor
+
+from smooth_rt.errors import InputError, ModelError
+
+__all__ = ["PredictionType", "Schedule", "Step", "add_noise", "ddim_step"]
+
+PredictionType = Literal["epsilon", "v_prediction", "sample"]
+
+
+class Step(NamedTuple):
+    """One step: the timestep given to the UNet, and alpha-bar before and after the step (0..1)."""
+
+    timestep: int
+    alpha_from: float
+    alpha_to: float
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """The steps of one sampling run, from noise to image.
+
+    Args:
+        steps: in the order of sampling: timesteps fall, alpha-bar grows.
+        prediction_type: what the UNet predicts: "epsilon", "v_prediction" or "sample".
+    """
+
+    steps: tuple[Step, ...]
+    prediction_type: PredictionType
+
+    @classmethod
+    def from_config(cls, config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
+        """The schedule that diffusers' DDIMScheduler makes of `config` (any diffusers scheduler's configuration).
+
+        Betas, timestep spacing, steps offset, the last alpha-bar and the rescaling to zero terminal SNR are all
+        computed by diffusers itself.
+
+        Raises:
+            InputError: `num_inference_steps` is not a whole number in 1..num_train_timesteps.
+            ModelError: the configuration clips or thresholds x0 (made for pixels, not for latents), or diffusers
+                cannot read it.
+        """
+        from diffusers import DDIMScheduler
+
+        try:
+            scheduler = DDIMScheduler.from_config(dict(config))
+        except (NotImplementedError, TypeError, ValueError) as error:
+            raise ModelError(f"scheduler_config: {error}; give one that diffusers' DDIMScheduler reads") from error
+        read = scheduler.config
+        for name in ("clip_sample", "thresholding"):
+            if read[name]:
+                raise ModelError(f"scheduler_config: {name} is for models of pixels; set it to false for latents")
+        if read["prediction_type"] not in get_args(PredictionType):
+            raise ModelError(
+                f"scheduler_config: unknown prediction_type {read['prediction_type']!r}; "
+                f"it is one of {', '.join(get_args(PredictionType))}"
+            )
+        train = int(read["num_train_timesteps"])
+        count = num_inference_steps
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= train:
+            raise InputError(f"num_inference_steps={count!r}: give a whole number from 1 to {train}")
+        scheduler.set_timesteps(count)
+        timesteps = [int(t) for t in scheduler.timesteps]
+        if timesteps[0] >= train:
+            raise InputError(
+                f"num_inference_steps={count}: with steps_offset {read['steps_offset']} the first timestep would be "
+                f"{timesteps[0]}, beyond {train - 1}; give fewer steps"
+            )
+        # As in DDIMScheduler.step: the level below is one stride down, or the final one.
+        stride = train // count
+        alphas = scheduler.alphas_cumprod
+        final = float(scheduler.final_alpha_cumprod)
+        steps = tuple(Step(t, float(alphas[t]), float(alphas[t - stride]) if t >= stride else final) for t in timesteps)
+        return cls(steps, cast(PredictionType, read["prediction_type"]))
+
+    @property
+    def timesteps(self) -> tuple[int, ...]:
+        """The UNet's timesteps, falling."""
+        return tuple(step.timestep for step in self.steps)
+
+    @property
+    def inverse_steps(self) -> tuple[Step, ...]:
+        """The same steps walked from image to noise: each keeps its timestep and swaps its levels.
+
+        The noise on the way from level i - 1 to level i is thus predicted at (x_{i-1}, t_i), as in the `ddim_loop` of
+        null-text inversion (arXiv 2211.09794).
+        """
+        return tuple(Step(s.timestep, s.alpha_to, s.alpha_from) for s in reversed(self.steps))
+
+
+def ddim_step(
+    sample: Tensor, model_output: Tensor, alpha_from: float, alpha_to: float, prediction_type: PredictionType
+) -> Tensor:
+    """Move `sample` from noise level `alpha_from` to `alpha_to`: DDIM, Song et al. 2021, eq. 12 with eta = 0.
+
+        x_to = sqrt(alpha_to) * x0 + sqrt(1 - alpha_to) * eps
+
+    with x0 and eps read from the model's output m, where a = alpha_from and x = sample:
+
+        epsilon:       eps = m,                             x0 = (x - sqrt(1 - a) * m) / sqrt(a)
+        v_prediction:  eps = sqrt(a) * m + sqrt(1 - a) * x, x0 = sqrt(a) * x - sqrt(1 - a) * m
+        sample:        eps = (x - sqrt(a) * m) / sqrt(1 - a), x0 = m
+
+    One function for both directions: alpha_to > alpha_from removes noise, alpha_to < alpha_from adds it back.
+
+    Args:
+        sample: the latent x, any shape.
+        model_output: m, of the same shape.
+        alpha_from: alpha-bar of `sample`, 0..1.
+        alpha_to: alpha-bar of the result, 0..1.
+        prediction_type: what m is.
+
+    Raises:
+        InputError: the output does not determine x0 and eps: "epsilon" at alpha_from = 0 (pure noise), or "sample" at
+            alpha_from = 1 (no noise).
+    """
+    signal, noise = math.sqrt(alpha_from), math.sqrt(1 - alpha_from)
+    if prediction_type == "v_prediction":
+        x0 = signal * sample - noise * model_output
+        eps = signal * model_output + noise * sample
+    elif prediction_type == "epsilon":
+        if alpha_from == 0:
+            raise InputError("scheduler_config: epsilon prediction cannot start at zero SNR; use v_prediction there")
+        eps = model_output
+        x0 = (sample - noise * eps) / signal
+    else:
+        if alpha_from == 1:
+            raise InputError(
+                "scheduler_config: sample prediction cannot be inverted from alpha-bar 1; set set_alpha_to_one to false"
+            )
+        x0 = model_output
+        eps = (sample - signal * x0) / noise
+    return math.sqrt(alpha_to) * x0 + math.sqrt(1 - alpha_to) * eps
+
+
+def add_noise(sample: Tensor, noise: Tensor, alpha: float) -> Tensor:
+    """`sqrt(alpha) * sample + sqrt(1 - alpha) * noise`: a clean latent brought to level `alpha` (DDPM, eq. 4).
+
+    Args:
+        sample: the clean latent x0, any shape.
+        noise: N(0, I), of the same shape.
+        alpha: alpha-bar of the result, 0..1.
+    """
+    return math.sqrt(alpha) * sample + math.sqrt(1 - alpha) * noise

@@ -1,0 +1,130 @@
+"""Checks of what a caller hands a task. Each says in one line what is wrong and what would be right."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Generator, Tensor
+
+from engines.contract import Dims
+from smooth_rt.errors import InputError
+
+__all__ = [
+    "as_prompts",
+    "choice",
+    "embeds",
+    "fraction",
+    "guidance",
+    "image_size",
+    "latents",
+    "number_of",
+    "one_each",
+    "per_image",
+]
+
+
+def as_prompts(prompts: str | Sequence[str], name: str = "prompt") -> list[str]:
+    """One prompt or many as a list that is not empty."""
+    found = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Sequence) else None
+    if found is None or not all(isinstance(prompt, str) for prompt in found):
+        raise InputError(f"{name}: give a str or a list of str")
+    if not found:
+        raise InputError(f"{name}: the list is empty; give at least one prompt (the empty string is one)")
+    return found
+
+
+def one_each(prompts: str | Sequence[str], count: int, name: str, of: str) -> list[str]:
+    """As many prompts as there are `of` (images, prompts); a single one serves them all."""
+    found = as_prompts(prompts, name)
+    if len(found) == 1:
+        found = found * count
+    if len(found) != count:
+        raise InputError(f"{name}: {len(found)} for {count} {of}; give one for all or one each")
+    return found
+
+
+def guidance(scale: float) -> float:
+    """A finite guidance scale."""
+    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
+        raise InputError(f"guidance_scale={scale!r}: give a finite number, such as 7.5 (1 is no guidance)")
+    return float(scale)
+
+
+def fraction(value: float, name: str) -> float:
+    """A number in 0..1."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
+        raise InputError(f"{name}={value!r}: give a number from 0 to 1")
+    return float(value)
+
+
+def number_of(value: int, name: str, least: int) -> int:
+    """A whole number, at least `least`."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise InputError(f"{name}={value!r}: give a whole number of at least {least}")
+    return value
+
+
+def choice(value: str, name: str, known: Sequence[str]) -> str:
+    """One of `known`; underscores may stand for dashes."""
+    found = value.replace("_", "-") if isinstance(value, str) else value
+    if found not in known:
+        raise InputError(f"{name}={value!r} is unknown; it is one of {', '.join(known)}")
+    return found
+
+
+def image_size(height: int | None, width: int | None, dims: Dims) -> tuple[int, int]:
+    """Height and width in pixels; None is the size that the model was trained at."""
+    sizes = []
+    for name, value in (("height", height), ("width", width)):
+        if value is None:
+            sizes.append(dims.sample_size * dims.vae_factor)
+            continue
+        multiple = dims.image_multiple
+        whole = isinstance(value, int) and not isinstance(value, bool)
+        if not whole or value < 1 or value % multiple:
+            nearest = max(1, round(value / multiple)) * multiple if whole else multiple
+            raise InputError(f"{name}={value!r}: give a multiple of {multiple}; the nearest is {nearest}")
+        sizes.append(value)
+    return sizes[0], sizes[1]
+
+
+def latents(value: Tensor, count: int, dims: Dims, height: int | None, width: int | None) -> Tensor:
+    """Latents [count, C, H/f, W/f], float32. Where height or width is None, the latents say it."""
+    if not isinstance(value, Tensor) or value.dtype != torch.float32:
+        raise InputError(f"latents: {getattr(value, 'dtype', type(value).__name__)}; give a float32 torch tensor")
+    rows, columns = (None if side is None else side // dims.vae_factor for side in (height, width))
+    wanted: tuple[Any, ...] = (count, dims.latent_channels, rows or "h", columns or "w")
+    fits = value.ndim == 4 and all(isinstance(w, str) or s == w for s, w in zip(value.shape, wanted, strict=True))
+    if not fits or any(side < 1 or side % dims.latent_multiple for side in value.shape[2:]):
+        sides = f", h and w multiples of {dims.latent_multiple}"
+        raise InputError(f"latents: shape {list(value.shape)}; give [{', '.join(map(str, wanted))}]{sides}")
+    if not bool(torch.isfinite(value).all()):
+        raise InputError("latents: NaN or infinite values; give finite ones")
+    return value.detach().cpu()
+
+
+def embeds(value: Tensor, count: int | None, dims: Dims, name: str) -> Tensor:
+    """Text embeddings [count, L, D], float32; any positive count where it is None."""
+    wanted = ("N" if count is None else count, dims.tokens, dims.text_width)
+    if not isinstance(value, Tensor) or value.dtype != torch.float32:
+        raise InputError(f"{name}: {getattr(value, 'dtype', type(value).__name__)}; give a float32 torch tensor")
+    if value.ndim != 3 or not len(value) or any(w != "N" and s != w for s, w in zip(value.shape, wanted, strict=True)):
+        raise InputError(f"{name}: shape {list(value.shape)}; give [{', '.join(map(str, wanted))}]")
+    return value.detach().cpu()
+
+
+def per_image(generator: Generator | Sequence[Generator] | None, count: int) -> list[Generator | None]:
+    """The generator of each image; a single one is drawn from image after image, None is torch's own."""
+    if generator is None or isinstance(generator, Generator):
+        found: list[Generator | None] = [generator] * count
+    else:
+        found = list(generator)
+    if len(found) != count:
+        raise InputError(f"generator: {len(found)} for {count} images; give one for all or one each")
+    for one in found:
+        if one is not None and (not isinstance(one, Generator) or one.device.type != "cpu"):
+            raise InputError("generator: give torch.Generator on the CPU, so that every engine starts from one noise")
+    return found

@@ -1,0 +1,120 @@
+"""Editing a real image by prompt.
+
+eq15     Smooth Diffusion (arXiv 2312.04410), Eq. 15: the image is inverted under its source prompt, then sampled
+         under the source prompt while i < (1 - r) * steps and under the target prompt after that. r is the edit
+         strength. The unconditional embedding is that of negative-prompt inversion (arXiv 2305.16807).
+sdedit   Meng et al. 2022, arXiv 2108.01073: noise is added up to a strength and removed under the target prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Generator, Tensor
+
+from smooth_rt.errors import InputError
+from smooth_rt.images import ImageLike, Images, OutputType, as_list
+from smooth_rt.schedule import add_noise
+from smooth_rt.tasks import checks
+from smooth_rt.tasks.generate import guided
+from smooth_rt.tasks.inversion import invert
+
+if TYPE_CHECKING:
+    from smooth_rt.pipeline import SmoothPipeline, StepCallback
+
+__all__ = ["EDIT_METHODS", "Edit", "edit"]
+
+EDIT_METHODS = ("eq15", "sdedit")
+
+
+@dataclass(frozen=True)
+class Edit:
+    """Args:
+    images: the N edited images in the `output_type` asked for.
+    latents: their final latents x_0 [N, C, H/f, W/f].
+    """
+
+    images: Images
+    latents: Tensor
+
+
+def edit(
+    pipe: SmoothPipeline,
+    images: ImageLike | Sequence[ImageLike],
+    prompts: str | Sequence[str],
+    source_prompts: str | Sequence[str] | None = None,
+    *,
+    edit_method: str = "eq15",
+    edit_strength: float = 0.8,
+    height: int | None = None,
+    width: int | None = None,
+    num_inference_steps: int = 50,
+    guidance_scale: float = 7.5,
+    negative_prompts: str | Sequence[str] | None = None,
+    generator: Generator | Sequence[Generator] | None = None,
+    output_type: OutputType = "pil",
+    callback_on_step_end: StepCallback | None = None,
+) -> Edit:
+    """Edit images towards prompts. All images go through each network together.
+
+    Args:
+        images: one or N images, as in `invert`.
+        prompts: what the images shall show; one for all or one each.
+        source_prompts: what they show now; "eq15" needs them, "sdedit" takes none.
+        edit_method: "eq15" or "sdedit".
+        edit_strength: 0..1: the share of the steps taken under the target prompt. 0 gives the reconstruction.
+        height: pixels, a multiple of `dims.image_multiple`; None: the model's size.
+        width: as `height`.
+        num_inference_steps: DDIM steps of the whole schedule; "eq15" walks it twice, "sdedit" takes a share of it.
+        guidance_scale: w in `uncond + w * (cond - uncond)`, finite.
+        negative_prompts: what "sdedit" moves away from; "eq15" takes none, for it uses the source.
+        generator: the noise of "sdedit", as in `generate`.
+        output_type: "pil", "np", "pt" or "latent".
+        callback_on_step_end: as in `generate`, for every step taken.
+
+    Raises:
+        InputError: an argument is out of its range, an image cannot be read, or the numbers differ.
+        EngineError: a network failed, or the latents stopped being finite (the step is named).
+    """
+    checks.choice(edit_method, "edit_method", EDIT_METHODS)
+    strength = checks.fraction(edit_strength, "edit_strength")
+    scale = checks.guidance(guidance_scale)
+    checks.choice(output_type, "output_type", ("pil", "np", "pt", "latent"))
+    schedule = pipe.schedule(num_inference_steps)
+    height, width = checks.image_size(height, width, pipe.dims)
+    found = as_list(images)
+    targets = checks.one_each(prompts, len(found), "prompts", "images")
+    if edit_method == "sdedit":
+        if source_prompts is not None:
+            raise InputError("source_prompts: sdedit does not use them; leave them out, or use eq15")
+        noise = pipe.draw_noise(len(found), height, width, generator)
+        uncond = pipe.encode_prompt(checks.one_each(negative_prompts or "", len(found), "negative_prompts", "images"))
+        # As in diffusers' image-to-image pipeline; the level is that from which the first step taken starts.
+        taken = schedule.steps[len(schedule.steps) - int(len(schedule.steps) * strength) :]
+        latents = pipe.encode_image(found, height, width)
+        if taken:
+            latents = add_noise(latents, noise, taken[0].alpha_from)
+        predict = guided(pipe, pipe.encode_prompt(targets), uncond, scale)
+        final = pipe.denoise(latents, taken, predict, callback_on_step_end)
+        return Edit(pipe.decode(final, output_type), final)
+
+    if source_prompts is None:
+        raise InputError("source_prompts: eq15 needs what each image shows now; give one for each image")
+    if negative_prompts is not None:
+        raise InputError("negative_prompts: eq15 guides away from the source prompt; leave them out, or use sdedit")
+    inverted = invert(
+        pipe, found, source_prompts, method="negative-prompt", height=height, width=width,
+        num_inference_steps=num_inference_steps, reconstruct=False, callback_on_step_end=callback_on_step_end,
+    )  # fmt: skip
+    before = guided(pipe, inverted.prompt_embeds, inverted.negative_prompt_embeds, scale)
+    after = guided(pipe, pipe.encode_prompt(targets), inverted.negative_prompt_embeds, scale)
+    # (1 - 0.7) * 50 is a hair above 15 in floating point, and would move the switch by a step.
+    switch = round((1 - strength) * num_inference_steps, 6)
+
+    def predict_eq15(latents: Tensor, index: int, timestep: int) -> Tensor:
+        return (before if index < switch else after)(latents, index, timestep)
+
+    final = pipe.denoise(inverted.latents, schedule.steps, predict_eq15, callback_on_step_end)
+    return Edit(pipe.decode(final, output_type), final)
