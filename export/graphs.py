@@ -1,0 +1,102 @@
+"""Each network's shapes for the exporter, and inputs for tracing and for verification, all read from its contract."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.export import Dim
+
+from engines.contract import Axis, Dims, Network
+from engines.manifest import Profile
+
+__all__ = ["Case", "cases", "dynamic_shapes", "example_inputs", "profile", "random_inputs"]
+
+# torch.export proves the graph for 1..63: 64 clashes with a guard. The graph itself has a free batch axis.
+TRACED_BATCH_MAX = 63
+TRAIN_TIMESTEPS = 1000  # the timesteps that every Stable Diffusion was trained at: 0..999
+
+
+@dataclass(frozen=True)
+class Case:
+    """One set of inputs for verification: the size of each symbol and how large latents are (standard deviation)."""
+
+    sizes: dict[str, int]
+    latent_scale: float
+
+
+def profile(network: Network) -> Profile:
+    """The bounds of each symbol: the least size is what the network divides by; there is no greatest."""
+    return {symbol: (network.multiples.get(symbol, 1), None) for symbol in network.symbols}
+
+
+def dynamic_shapes(network: Network) -> tuple[dict[int, Any], ...]:
+    """For each input in order, the symbolic dimension of each axis that a caller chooses.
+
+    A side that must be a multiple of m is the derived dimension m * Dim: diffusers then sees that every halving comes
+    out even and takes the branch that hands no sizes to its upsamplers.
+    """
+    roots = {symbol: Dim(symbol) for symbol in network.symbols if symbol != "batch"}
+    roots["batch"] = Dim("batch", min=1, max=TRACED_BATCH_MAX)
+
+    def dimension(axis: Axis) -> Any:
+        multiple = axis.factor * network.multiples.get(axis.symbol, 1)
+        return roots[axis.symbol] if multiple == 1 else multiple * roots[axis.symbol]
+
+    return tuple(
+        {index: dimension(axis) for index, axis in enumerate(spec.axes) if isinstance(axis, Axis)}
+        for spec in network.inputs
+    )
+
+
+def _unit(network: Network) -> int:
+    """What latent sides are multiples of."""
+    return max(network.multiples.values(), default=1)
+
+
+def example_inputs(network: Network, dims: Dims) -> tuple[Tensor, ...]:
+    """Inputs to trace with: a batch of 2 and unlike sides, so that no axis is taken for another or for a 1."""
+    unit = _unit(network)
+    sizes = {"batch": 2, "height": dims.sample_size + unit, "width": dims.sample_size + 2 * unit}
+    return tuple(random_inputs(network, dims, Case(sizes, 1.0), torch.Generator().manual_seed(0)).values())
+
+
+def cases(network: Network, dims: Dims) -> tuple[Case, ...]:
+    """What an engine is verified at: batches of 1, 2 and 3; the default size, a larger one and a smaller, unlike sides.
+
+    Latents of a VAE are `1 / scaling_factor` large (5.5 for SD1.x), those of the UNet about 1: both are covered.
+    """
+    side, unit = dims.sample_size, _unit(network)
+    smaller = max(unit, side // (2 * unit) * unit)
+    return (
+        Case({"batch": 1, "height": side, "width": side}, 1.0),
+        Case({"batch": 2, "height": side + unit, "width": side + 2 * unit}, 5.5),
+        Case({"batch": 3, "height": side, "width": smaller}, 3.0),
+    )
+
+
+def random_inputs(network: Network, dims: Dims, case: Case, generator: torch.Generator) -> dict[str, Tensor]:
+    """Inputs that look like a real run's, by name.
+
+    Token ids span the vocabulary; timesteps are spread over 0..999; images lie in -1..1; text embeddings have the unit
+    scale of the text encoder's last layer norm; the UNet's latents have unit scale as noised latents do, the VAE
+    decoder's have `case.latent_scale`.
+    """
+    inputs: dict[str, Tensor] = {}
+    for spec in network.inputs:
+        shape = spec.shape(case.sizes)
+        if spec.name == "input_ids":
+            inputs[spec.name] = torch.randint(0, dims.vocabulary, shape, generator=generator)
+        elif spec.name == "timestep":
+            # One draw from each equal part of 0..999, the first case's alone being anywhere.
+            part = TRAIN_TIMESTEPS / shape[0]
+            drawn = (torch.arange(shape[0]) + torch.rand(shape, generator=generator)) * part
+            inputs[spec.name] = drawn.long().clamp(max=TRAIN_TIMESTEPS - 1)
+        elif network.name == "vae_encoder":
+            inputs[spec.name] = 2 * torch.rand(shape, generator=generator) - 1
+        else:
+            scale = case.latent_scale if network.name == "vae_decoder" else 1.0
+            inputs[spec.name] = scale * torch.randn(shape, generator=generator)
+    return inputs

@@ -1,0 +1,85 @@
+"""Torch module -> ONNX graph with the contract's names and free batch, height and width."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from engines.contract import Dims, Network
+from engines.errors import EngineError
+from export.graphs import dynamic_shapes, example_inputs
+from export.quiet import quiet
+
+__all__ = ["OPSET", "to_onnx"]
+
+OPSET = 20
+
+
+def to_onnx(module: nn.Module, network: Network, dims: Dims, path: Path) -> None:
+    """Write `path` and its weights beside it as `<path>.data`.
+
+    The same module gives the same bytes on every machine: what the exporter notes about its own source lines is left
+    out.
+
+    Args:
+        module: a module of `engines.eager.torch_networks`, on the CPU.
+        network: its contract.
+        dims: the model's sizes.
+        path: the .onnx file; its folder is created.
+
+    Raises:
+        EngineError: the module cannot be exported, or the graph's names are not the contract's.
+        OSError: the files cannot be written.
+    """
+    inputs = [spec.name for spec in network.inputs]
+    outputs = [spec.name for spec in network.outputs]
+    try:
+        with quiet(), torch.no_grad():
+            program = torch.onnx.export(
+                module,
+                example_inputs(network, dims),
+                dynamo=True,
+                opset_version=OPSET,
+                input_names=inputs,
+                output_names=outputs,
+                dynamic_shapes=dynamic_shapes(network),
+                verbose=False,
+            )
+    except Exception as error:
+        raise EngineError(f"{network.name}: export to ONNX failed: {_cause(error)}") from error
+    if program is None:
+        raise EngineError(f"{network.name}: export to ONNX returned nothing; reinstall torch and onnxscript")
+    graph = program.model.graph
+    for kind, names, values in (("inputs", inputs, graph.inputs), ("outputs", outputs, graph.outputs)):
+        got = [value.name for value in values]
+        if got != names:
+            raise EngineError(f"{network.name}: the ONNX graph's {kind} are {got}, not {names}; does the module fit?")
+    _forget_origin(program.model)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with quiet():
+        program.save(str(path), external_data=True)
+
+
+def _cause(error: BaseException) -> str:
+    """The first line of what went wrong first: the exporter wraps it in pages of advice."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[0] if lines else repr(error)
+
+
+def _forget_origin(model: Any) -> None:
+    """Drop stack traces and module paths: they hold this machine's folders, and would change the graph's digest."""
+    model.metadata_props.clear()
+    for graph in (model.graph, *model.functions.values()):
+        graph.metadata_props.clear()
+        for value in (*graph.inputs, *graph.outputs, *getattr(graph, "initializers", {}).values()):
+            value.metadata_props.clear()
+        for node in graph.all_nodes():
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
