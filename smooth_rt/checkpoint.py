@@ -1,0 +1,229 @@
+"""Read a diffusers folder, a hub repository or a single-file checkpoint into its parts, strictly.
+
+The libraries fill missing weights with random numbers, fall back to pickles and answer a wrong path with a page of
+advice. Here each of these is one `ModelError`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from safetensors import SafetensorError, safe_open
+
+from smooth_rt.errors import ModelError
+
+if TYPE_CHECKING:
+    from transformers import CLIPTokenizer
+
+__all__ = [
+    "HUB_ID",
+    "NETWORK_PARTS",
+    "SUPPORTED",
+    "Parts",
+    "first_line",
+    "quiet",
+    "read_file",
+    "read_folder",
+    "read_hub",
+]
+
+HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
+SUPPORTED = "supported are Stable Diffusion 1.x and 2.x"
+NETWORK_PARTS = ("text_encoder", "unet", "vae")
+CLASSES = {"text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
+WEIGHTS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+# Conditions other than text and time, by the key of the UNet's config that asks for them.
+UNSUPPORTED_CONDITIONS = (
+    "addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A model as it was stored: `networks` by NETWORK_PARTS, in the precision of their file."""
+
+    tokenizer: CLIPTokenizer
+    networks: dict[str, Any]
+    scheduler_config: dict[str, Any]
+    revision: str | None = None
+
+
+def read_hub(source: str, revision: str | None = None) -> Parts:
+    """The parts of hub repository `source` at a branch, tag or commit; only the files that are needed are downloaded.
+
+    Raises:
+        ModelError: the hub cannot be reached and has not been before, or as `read_folder`.
+    """
+    from huggingface_hub import snapshot_download
+
+    # Named one by one: these repositories hold each weight in several formats and precisions.
+    patterns = ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/*"]
+    for name, stem in WEIGHTS.items():
+        files = ("config.json", f"{stem}.safetensors", f"{stem}-*.safetensors", f"{stem}.safetensors.index.json")
+        patterns += [f"{name}/{file}" for file in files]
+    try:
+        folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
+    except Exception as error:  # the hub's client lets its HTTP library's exceptions through
+        raise ModelError(
+            f"{source}: no such folder, and the hub did not give it ({first_line(error)}); pass a diffusers folder"
+        ) from error
+    return read_folder(folder, source, folder.name)
+
+
+def read_folder(folder: Path, source: str, revision: str | None = None) -> Parts:
+    """The parts of a diffusers folder; `source` is its name in messages.
+
+    Raises:
+        ModelError: a part is missing, damaged or not safetensors, or the architecture is another.
+    """
+    import diffusers
+    import transformers
+
+    scheduler_config = _read_json(folder, "scheduler/scheduler_config.json")
+    configs = {name: _read_json(folder, f"{name}/config.json") for name in NETWORK_PARTS}
+    _check_architecture(source, folder, configs)
+    if not any((folder / "tokenizer" / name).is_file() for name in ("tokenizer.json", "vocab.json")):
+        raise ModelError(f"{folder}: tokenizer/tokenizer.json (or vocab.json) is missing; download the folder again")
+    networks: dict[str, Any] = {}
+    with quiet():
+        for name in NETWORK_PARTS:
+            variant = _check_weights(folder, name)
+            library = transformers if name == "text_encoder" else diffusers
+            try:
+                networks[name], info = getattr(library, CLASSES[name]).from_pretrained(
+                    folder / name, use_safetensors=True, variant=variant, output_loading_info=True
+                )
+            except Exception as error:  # whatever the library makes of a broken folder
+                raise ModelError(
+                    f"{folder / name}: cannot be loaded ({first_line(error)}); download it again"
+                ) from error
+            # The libraries fill what is missing with random numbers and only warn.
+            if info["missing_keys"]:
+                missing = sorted(info["missing_keys"])[0]
+                raise ModelError(f"{folder / name}: the weight {missing} is missing; download the folder again")
+        try:
+            tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
+        except Exception as error:  # the tokenizer's library raises bare Exception
+            raise ModelError(f"{folder / 'tokenizer'}: unreadable ({first_line(error)}); download it again") from error
+    return Parts(tokenizer, networks, scheduler_config, revision)
+
+
+def read_file(path: Path, config: Path | None = None) -> Parts:
+    """The parts of a single-file checkpoint; `config` is a diffusers folder of its architecture (else the hub's).
+
+    Raises:
+        ModelError: the file is no complete safetensors checkpoint, or does not fit `config`.
+    """
+    if path.suffix != ".safetensors":
+        raise ModelError(f"{path}: only .safetensors checkpoints are loaded, pickles never; convert it first")
+    _open_safetensors(path)
+    if config is not None:
+        configs = {name: _read_json(config, f"{name}/config.json") for name in NETWORK_PARTS}
+        _check_architecture(str(config), config, configs)
+    with quiet():
+        from diffusers import StableDiffusionPipeline
+
+        given = {} if config is None else {"config": str(config), "local_files_only": True}
+        try:
+            pipe = StableDiffusionPipeline.from_single_file(str(path), **given)
+        except Exception as error:  # missing keys and an unreachable hub come as many kinds
+            advice = "pass config=FOLDER, a diffusers folder of its architecture" if config is None else "check both"
+            raise ModelError(
+                f"{path}: not loaded as a Stable Diffusion checkpoint ({first_line(error)}); {advice}"
+            ) from error
+    networks = {name: getattr(pipe, name) for name in NETWORK_PARTS}
+    if config is None:
+        _check_architecture(str(path), path, {"unet": dict(pipe.unet.config), "vae": dict(pipe.vae.config)})
+    for name, module in networks.items():
+        unset = next((key for key, tensor in module.state_dict().items() if tensor.is_meta), None)
+        if unset is not None:
+            raise ModelError(f"{path}: holds no weight for {name}'s {unset}; name a complete checkpoint")
+    return Parts(pipe.tokenizer, networks, dict(pipe.scheduler.config))
+
+
+def _check_architecture(source: str, folder: Path, configs: dict[str, dict[str, Any]]) -> None:
+    if (folder / "text_encoder_2").exists():
+        raise ModelError(f"{source}: has a second text encoder; {SUPPORTED}")
+    for name, config in configs.items():
+        found = config.get("_class_name") or (config.get("architectures") or [CLASSES[name]])[0]
+        if found != CLASSES[name]:
+            raise ModelError(f"{source}: its {name} is a {found}, not a {CLASSES[name]}; {SUPPORTED}")
+    for key in UNSUPPORTED_CONDITIONS:
+        if configs["unet"].get(key) is not None:
+            raise ModelError(
+                f"{source}: its UNet asks for more than text ({key}={configs['unet'][key]!r}); {SUPPORTED}"
+            )
+    if configs["vae"].get("shift_factor") is not None:
+        raise ModelError(f"{source}: its VAE shifts the latent (shift_factor); {SUPPORTED}")
+
+
+def _check_weights(folder: Path, name: str) -> str | None:
+    """The diffusers variant to load: None, or "fp16" where only that is there."""
+    stem = WEIGHTS[name]
+    for variant, marked in ((None, stem), ("fp16", f"{stem}.fp16")):
+        files = [folder / name / f"{marked}.safetensors", *sorted((folder / name).glob(f"{marked}-*.safetensors"))]
+        found = [file for file in files if file.is_file()]
+        for file in found:
+            _open_safetensors(file)
+        if found:
+            return variant
+    if any((folder / name).glob("*.bin")):
+        convert = "StableDiffusionPipeline.from_pretrained(A, use_safetensors=False).save_pretrained(B)"
+        raise ModelError(
+            f"{folder / name}: holds .bin pickles, which are never loaded; convert it with diffusers: {convert}"
+        )
+    raise ModelError(f"{folder}: {name}/{stem}.safetensors is missing; download the folder again")
+
+
+def _open_safetensors(path: Path) -> None:
+    try:
+        with safe_open(path, "pt"):
+            pass
+    except (OSError, SafetensorError) as error:
+        raise ModelError(f"{path}: truncated or damaged ({first_line(error)}); download it again") from error
+
+
+def _read_json(folder: Path, name: str) -> dict[str, Any]:
+    path = folder / name
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        holds = ", ".join([*NETWORK_PARTS, "tokenizer", "scheduler"])
+        raise ModelError(f"{folder}: {name} is missing; a diffusers folder holds {holds}") from error
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: not readable JSON ({first_line(error)}); download it again") from error
+    if not isinstance(value, dict):
+        raise ModelError(f"{path}: holds a {type(value).__name__}, not an object; download it again")
+    return value
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, as the end of one of ours."""
+    said = str(error).strip().splitlines()
+    return said[0].rstrip(". ") if said else type(error).__name__
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Without the libraries' progress bars and advice; what matters of it is checked here and raised."""
+    from diffusers.utils import logging as diffusers_logging
+    from transformers.utils import logging as transformers_logging
+
+    libraries = (diffusers_logging, transformers_logging)
+    before = [(library.get_verbosity(), library.is_progress_bar_enabled()) for library in libraries]
+    for library in libraries:
+        library.set_verbosity(library.CRITICAL)
+        library.disable_progress_bar()
+    try:
+        yield
+    finally:
+        for library, (verbosity, bar) in zip(libraries, before, strict=True):
+            library.set_verbosity(verbosity)
+            if bar:
+                library.enable_progress_bar()

@@ -1,0 +1,262 @@
+"""A text-to-image model as torch modules: the shipped one, a diffusers folder, a hub id or a single-file checkpoint.
+
+Supported are Stable Diffusion 1.x and 2.x and what is built like them: CLIPTokenizer, CLIPTextModel, a
+UNet2DConditionModel that is conditioned on text alone, AutoencoderKL. Weights are read from safetensors only.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from safetensors import SafetensorError
+from torch import nn
+
+from engines.bundle import digest_json, staging
+from engines.contract import Dims
+from smooth_rt.checkpoint import (
+    HUB_ID,
+    NETWORK_PARTS,
+    SUPPORTED,
+    Parts,
+    first_line,
+    quiet,
+    read_file,
+    read_folder,
+    read_hub,
+)
+from smooth_rt.errors import BundleError, InputError, ModelError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+__all__ = ["Model", "PipelineConfig", "default_lora", "default_model", "load_model", "read_config"]
+
+# Keys of a transformers config that change no number.
+NEUTRAL_KEYS = ("architectures", "dtype", "torch_dtype", "transformers_version")
+
+
+@dataclass(frozen=True)
+class PipelineConfig:
+    """What a pipeline needs beside its networks: prompts to ids, the noise schedule, the latent's scale."""
+
+    tokenizer: CLIPTokenizer
+    scheduler_config: dict[str, Any]
+    scaling_factor: float
+
+
+@dataclass
+class Model:
+    """Torch modules in fp32, in eval mode, without gradients.
+
+    Args:
+        source: the model as the caller named it.
+        revision: the hub's commit, where the weights came from there.
+        scheduler_config: of any diffusers scheduler; the pipeline makes its DDIM schedule from it.
+        digests: sha256 of text_encoder, unet, vae (weights and config), tokenizer and scheduler. They are those of the
+            weights as loaded: `smooth_rt.lora.fuse` changes the UNet and leaves them, since a bundle's key holds the
+            LoRA's digest beside them.
+    """
+
+    source: str
+    revision: str | None
+    tokenizer: CLIPTokenizer
+    text_encoder: CLIPTextModel
+    unet: UNet2DConditionModel
+    vae: AutoencoderKL
+    scheduler_config: dict[str, Any]
+    dims: Dims
+    digests: dict[str, str]
+
+    def config(self) -> PipelineConfig:
+        """What `write_config` writes, without the detour through files."""
+        return PipelineConfig(self.tokenizer, self.scheduler_config, float(self.vae.config.scaling_factor))
+
+    def write_config(self, folder: Path) -> None:
+        """Write what a bundle needs to run without the model; `read_config` reads it back."""
+        folder.mkdir(parents=True, exist_ok=True)
+        _save_tokenizer(self.tokenizer, folder / "tokenizer")
+        _write_json(folder / "scheduler_config.json", self.scheduler_config)
+        _write_json(folder / "model.json", {"scaling_factor": float(self.vae.config.scaling_factor)})
+
+    def save(self, folder: Path) -> None:
+        """Write a complete diffusers folder (fp32 safetensors), whole or not at all.
+
+        Raises:
+            InputError: `folder` exists and is not empty, or the disk refuses. BundleError: `folder` lies under a file.
+        """
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise InputError(f"{folder}: holds something already; name a new or an empty folder")
+        import diffusers
+
+        scheduler_class = str(self.scheduler_config.get("_class_name", "DDIMScheduler"))
+        index: dict[str, Any] = {
+            "_class_name": "StableDiffusionPipeline",
+            "_diffusers_version": diffusers.__version__,
+            "feature_extractor": [None, None],
+            "image_encoder": [None, None],
+            "requires_safety_checker": False,
+            "safety_checker": [None, None],
+            "scheduler": ["diffusers", scheduler_class],
+            "text_encoder": ["transformers", "CLIPTextModel"],
+            "tokenizer": ["transformers", "CLIPTokenizer"],
+            "unet": ["diffusers", "UNet2DConditionModel"],
+            "vae": ["diffusers", "AutoencoderKL"],
+        }
+        with staging(folder) as partial, quiet():
+            try:
+                for name in NETWORK_PARTS:
+                    getattr(self, name).save_pretrained(partial / name, safe_serialization=True)
+                _save_tokenizer(self.tokenizer, partial / "tokenizer")
+                (partial / "scheduler").mkdir()
+                scheduler_config = {**self.scheduler_config, "_class_name": scheduler_class}
+                _write_json(partial / "scheduler" / "scheduler_config.json", scheduler_config)
+                _write_json(partial / "model_index.json", index)
+            except (OSError, SafetensorError) as error:
+                raise InputError(
+                    f"{folder}: cannot be written ({first_line(error)}); free space or name another folder"
+                ) from error
+
+
+def default_model() -> Path:
+    """The folder of the model that ships with the project."""
+    return Path(__file__).parent / "assets" / "model"
+
+
+def default_lora() -> Path:
+    """The file of the Smooth-LoRA that ships with the project and fits `default_model`."""
+    return Path(__file__).parent / "assets" / "smooth_lora.safetensors"
+
+
+def load_model(
+    model: str | Path = "default", *, revision: str | None = None, config: str | Path | None = None
+) -> Model:
+    """Load a model's torch modules on the CPU.
+
+    Args:
+        model: "default" (shipped with the project), a diffusers folder, a hub id such as
+            "stable-diffusion-v1-5/stable-diffusion-v1-5", or a single-file checkpoint (.safetensors).
+        revision: branch, tag or commit of a hub id.
+        config: for a single-file checkpoint, a diffusers folder of the same architecture; its weights are not read.
+            Without it the configs are asked of the hub.
+
+    Raises:
+        ModelError: nothing is there, a part is missing, damaged or not safetensors, or the architecture is another.
+    """
+    source = str(model)
+    if source == "default":
+        folder = default_model()
+        if not folder.is_dir():
+            raise ModelError(f"default model: {folder} is missing; install smooth-rt again or name a model")
+        return _assemble(source, read_folder(folder, source))
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return _assemble(source, read_folder(path, source))
+    if path.is_file():
+        return _assemble(source, read_file(path, None if config is None else Path(config).expanduser()))
+    if not HUB_ID.fullmatch(source) or path.suffix in (".safetensors", ".ckpt"):
+        raise ModelError(f"{source}: no such folder or file; name a diffusers folder, a checkpoint or a hub id")
+    return _assemble(source, read_hub(source, revision))
+
+
+def read_config(folder: Path) -> PipelineConfig:
+    """Read what `Model.write_config` wrote.
+
+    Raises:
+        BundleError: a file is missing or damaged.
+    """
+    from transformers import CLIPTokenizer
+
+    try:
+        scheduler_config = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))
+        scaling_factor = float(json.loads((folder / "model.json").read_text(encoding="utf-8"))["scaling_factor"])
+        if not (folder / "tokenizer" / "tokenizer.json").is_file():
+            raise FileNotFoundError("tokenizer/tokenizer.json is missing")
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    except Exception as error:  # the tokenizer's library raises bare Exception
+        raise BundleError(f"{folder}: unreadable ({first_line(error)}); run smooth-rt build-engine again") from error
+    return PipelineConfig(tokenizer, scheduler_config, scaling_factor)
+
+
+def _assemble(source: str, parts: Parts) -> Model:
+    tokenizer, scheduler = parts.tokenizer, parts.scheduler_config
+    digests = {}
+    for name, module in parts.networks.items():
+        module.float().eval().requires_grad_(False)
+        digests[name] = _digest_module(module)
+    # The tokenizer remembers how it was last called; that is no property of the model.
+    state = {**json.loads(tokenizer.backend_tokenizer.to_str()), "padding": None, "truncation": None}
+    specials = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
+    digests["tokenizer"] = digest_json([state, specials, tokenizer.model_max_length])
+    digests["scheduler"] = digest_json({k: v for k, v in scheduler.items() if not k.startswith("_")})
+    dims = _dims(source, tokenizer, parts.networks)
+    return Model(
+        source=source,
+        revision=parts.revision,
+        tokenizer=tokenizer,
+        **parts.networks,
+        scheduler_config=scheduler,
+        dims=dims,
+        digests=digests,
+    )
+
+
+def _dims(source: str, tokenizer: CLIPTokenizer, networks: dict[str, Any]) -> Dims:
+    text, unet, vae = (networks[name].config for name in NETWORK_PARTS)
+    if tokenizer.model_max_length > text.max_position_embeddings:
+        raise ModelError(
+            f"{source}: the tokenizer's model_max_length is {tokenizer.model_max_length:g} and the text encoder takes "
+            f"{text.max_position_embeddings}; set it in tokenizer/tokenizer_config.json"
+        )
+    if len(tokenizer) > text.vocab_size:
+        raise ModelError(
+            f"{source}: {len(tokenizer)} tokens, and the text encoder knows {text.vocab_size}; use its own"
+        )
+    for part, size, other, wanted in (
+        ("text encoder's hidden_size", text.hidden_size, "the UNet's cross_attention_dim", unet.cross_attention_dim),
+        ("UNet's in_channels", unet.in_channels, "the VAE's latent_channels", vae.latent_channels),
+        ("UNet's out_channels", unet.out_channels, "the VAE's latent_channels", vae.latent_channels),
+    ):
+        if size != wanted:
+            raise ModelError(f"{source}: the {part} is {size} and {other} {wanted}; {SUPPORTED}")
+    vae_factor = 2 ** (len(vae.block_out_channels) - 1)
+    side = unet.sample_size or vae.sample_size // vae_factor
+    return Dims(
+        tokens=tokenizer.model_max_length,
+        text_width=text.hidden_size,
+        vocabulary=text.vocab_size,
+        latent_channels=vae.latent_channels,
+        image_channels=vae.in_channels,
+        vae_factor=vae_factor,
+        latent_multiple=2 ** (len(unet.block_out_channels) - 1),
+        sample_size=side if isinstance(side, int) else max(side),
+    )
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def _save_tokenizer(tokenizer: CLIPTokenizer, folder: Path) -> None:
+    tokenizer.save_pretrained(folder)
+    tokenizer.backend_tokenizer.model.save(str(folder))  # vocab.json and merges.txt, for readers of the older layout
+
+
+def _plain_config(module: Any) -> dict[str, Any]:
+    config = module.config
+    return config.to_dict() if hasattr(config, "to_dict") else dict(config)
+
+
+def _digest_module(module: nn.Module) -> str:
+    """sha256 over the config and the weights in the order of their names; class and file layout do not matter."""
+    config = {k: v for k, v in _plain_config(module).items() if not k.startswith("_") and k not in NEUTRAL_KEYS}
+    digest = hashlib.sha256(digest_json(config).encode())
+    for name, tensor in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
