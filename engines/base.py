@@ -13,7 +13,13 @@ from engines.errors import EngineError, InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Engine"]
+__all__ = ["Engine", "one_line"]
+
+
+def one_line(error: BaseException, which: int = 0) -> str:
+    """The first line of what an exception says, or line number `which`; its repr if it says nothing."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[which] if lines else repr(error)
 
 
 class Engine(abc.ABC):
@@ -57,8 +63,7 @@ class Engine(abc.ABC):
         except (InputError, EngineError):
             raise
         except Exception as error:
-            said = str(error).strip().splitlines()
-            raise EngineError(f"{self.network.name}: {self.backend} failed: {said[0] if said else error!r}") from error
+            raise EngineError(f"{self.network.name}: {self.backend} failed: {one_line(error)}") from error
         for spec in self.network.outputs:
             output = outputs.get(spec.name)
             got = None if output is None else f"{str(output.dtype).removeprefix('torch.')} {tuple(output.shape)}"

@@ -1,0 +1,114 @@
+"""Which backend runs, why, and what is said when the one asked for cannot."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engines import select
+from engines.contract import Network
+from engines.errors import EngineError
+from engines.select import availability, backend_version, choose, open_engine
+
+
+@pytest.fixture
+def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """Versions by distribution that importlib.metadata reports; a test changes them."""
+    versions = {"torch": "2.0", "onnxruntime": "1.0", "openvino": "3.0"}
+
+    def version(distribution: str) -> str:
+        if distribution not in versions:
+            raise metadata.PackageNotFoundError(distribution)
+        return versions[distribution]
+
+    monkeypatch.setattr(metadata, "version", version)
+    return versions
+
+
+def test_what_is_installed_here_can_run() -> None:
+    assert [availability(name) for name in select.BACKENDS] == [None, None, None]
+    assert backend_version("onnxruntime") == metadata.version("onnxruntime")
+
+
+@pytest.mark.parametrize("name", ["cuda", "", "ONNXRuntime", "auto"])
+def test_an_unknown_backend_is_named_with_the_known_ones(name: str) -> None:
+    with pytest.raises(EngineError, match=f"engine {name!r}: unknown; choose from auto, eager, onnxruntime, openvino"):
+        availability(name)
+
+
+@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
+def test_a_backend_of_a_later_version(name: str) -> None:
+    with pytest.raises(EngineError, match=f"{name!r}: this version does not build .* choose from eager"):
+        choose(name, ["onnxruntime"])
+
+
+def test_both_onnxruntime_packages_at_once(installed: dict[str, str]) -> None:
+    installed["onnxruntime-gpu"] = "1.0"
+    reason = availability("onnxruntime")
+    assert reason is not None
+    assert "onnxruntime and onnxruntime-gpu are installed together" in reason
+    assert "pip uninstall -y onnxruntime onnxruntime-gpu && pip install onnxruntime" in reason
+    with pytest.raises(EngineError, match="installed together"):
+        choose("onnxruntime", ["onnxruntime"])
+
+
+def test_the_gpu_package_alone_is_onnxruntime_too(installed: dict[str, str]) -> None:
+    del installed["onnxruntime"]
+    installed["onnxruntime-gpu"] = "1.5"
+    assert availability("onnxruntime") is None
+    assert backend_version("onnxruntime") == "1.5"
+
+
+def test_a_backend_that_is_not_installed(installed: dict[str, str]) -> None:
+    del installed["openvino"]
+    assert availability("openvino") == "openvino is not installed; run `pip install openvino`"
+    with pytest.raises(EngineError, match="pip install openvino"):
+        backend_version("openvino")
+    assert choose("auto", ["openvino", "onnxruntime"]).backend == "onnxruntime"
+
+
+def test_a_backend_that_does_not_load(monkeypatch: pytest.MonkeyPatch, installed: dict[str, str]) -> None:
+    real = importlib.import_module
+
+    def broken(name: str, package: str | None = None) -> Any:
+        if name == "openvino":
+            raise ImportError("libopenvino.so: cannot open shared object\nmore")
+        return real(name, package)
+
+    monkeypatch.setattr(importlib, "import_module", broken)
+    assert availability("openvino") == (
+        "openvino is installed and does not load (libopenvino.so: cannot open shared object); "
+        "run `pip install --force-reinstall openvino`"
+    )
+
+
+@pytest.mark.parametrize(
+    ("built", "taken"),
+    [(["onnxruntime", "openvino"], "openvino"), (["onnxruntime"], "onnxruntime"), ([], "eager")],
+)
+def test_auto_takes_the_fastest_that_is_built_and_says_why_once(
+    caplog: pytest.LogCaptureFixture, built: list[str], taken: str
+) -> None:
+    with caplog.at_level(logging.INFO, "smooth_rt"):
+        choice = choose("auto", built)
+    assert choice.backend == taken
+    assert [record.getMessage() for record in caplog.records] == [f"engine: {taken} ({choice.reason})"]
+    for name in {"onnxruntime", "openvino"} - set(built):
+        assert f"{name} (not built)" in choice.reason or taken == "openvino"
+
+
+def test_a_named_engine_is_never_replaced() -> None:
+    with pytest.raises(EngineError, match=r"'openvino': not in the bundle, which holds onnxruntime; run `smooth-rt"):
+        choose("openvino", ["onnxruntime"])
+    assert choose("eager", []).backend == "eager"
+    assert choose("onnxruntime", ["openvino", "onnxruntime"]).backend == "onnxruntime"
+
+
+def test_eager_has_no_graph_to_open(network: Network, tmp_path: Path) -> None:
+    with pytest.raises(EngineError, match="runs torch modules, not graphs"):
+        open_engine("eager", network, tmp_path / "graph.onnx")
