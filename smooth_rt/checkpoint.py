@@ -132,7 +132,11 @@ def read_file(path: Path, config: Path | None = None) -> Parts:
         given = {} if config is None else {"config": str(config), "local_files_only": True}
         try:
             pipe = StableDiffusionPipeline.from_single_file(str(path), **given)
-        except Exception as error:  # missing keys and an unreachable hub come as many kinds
+        except NotImplementedError as error:  # torch's word for moving a weight that was never filled
+            raise ModelError(
+                f"{path}: a weight of the UNet or the VAE is missing; name a complete checkpoint"
+            ) from error
+        except Exception as error:  # whatever the libraries make of it
             advice = "pass config=FOLDER, a diffusers folder of its architecture" if config is None else "check both"
             raise ModelError(
                 f"{path}: not loaded as a Stable Diffusion checkpoint ({first_line(error)}); {advice}"
@@ -204,7 +208,7 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, as the end of one of ours."""
+    """The first line of what a library said, to stand inside one of ours."""
     said = str(error).strip().splitlines()
     return said[0].rstrip(". ") if said else type(error).__name__
 

@@ -1,0 +1,227 @@
+"""Read a LoRA of the UNet from safetensors: the authors' format, diffusers' and PEFT's.
+
+    authors    {path}.processor.to_q_lora.down.weight   (`to_out_lora` means `to_out.0`)
+    diffusers  unet.{path}.to_q.lora_A.weight, unet.{path}.to_q.lora.down.weight
+    PEFT       base_model.model.{path}.to_q.lora_A[.adapter].weight
+
+`down` (A) is [r, in], `up` (B) is [out, r]; for a convolution [r, in, kh, kw] and [out, r, 1, 1]. A weight changes by
+`alpha / r * up @ down`. Alpha is read from `.alpha` keys, from diffusers' metadata in the file or from PEFT's
+adapter_config.json beside it; where none of them speaks, alpha is r.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from smooth_rt.checkpoint import HUB_ID, first_line
+from smooth_rt.errors import ModelError
+from smooth_rt.model import default_lora
+
+__all__ = ["METADATA_KEY", "Lora", "LoraLayer", "read_lora"]
+
+METADATA_KEY = "lora_adapter_metadata"  # where diffusers' save_lora_weights puts PEFT's configuration
+WEIGHT_FILES = ("smooth_lora.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+PREFIX = re.compile(r"(?:(?:base_model\.model|unet)\.)*")
+AUTHORS = re.compile(r"(?P<path>.+?)(?:\.processor)?\.(?P<projection>to_(?:q|k|v|out))_lora\.(?P<part>.+)")
+PAIR = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
+OLD_PAIR = re.compile(r"(?P<path>.+)\.lora\.(?P<part>down\.weight|up\.weight|alpha)")
+ALPHA = re.compile(r"(?P<path>.+)\.alpha")
+PARTS = {"A": "down", "B": "up", "down.weight": "down", "up.weight": "up", "alpha": "alpha"}
+
+
+@dataclass(frozen=True)
+class LoraLayer:
+    """One projection's change: `down` [r, in, ...] and `up` [out, r, ...]. `key` is `down`'s name in the file."""
+
+    down: Tensor
+    up: Tensor
+    alpha: float | None = None
+    key: str = field(default="", compare=False)
+
+    @property
+    def rank(self) -> int:
+        return int(self.down.shape[0])
+
+    @property
+    def scale(self) -> float:
+        """alpha / r, or 1 where the file gives no alpha."""
+        return 1.0 if self.alpha is None else self.alpha / self.rank
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA by the UNet's module path, such as "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q".
+
+    `digest` is a sha256 over paths, tensors and scales: the same for the same change in any of the formats.
+    """
+
+    layers: dict[str, LoraLayer]
+    source: str
+    digest: str
+
+
+def read_lora(source: str | Path = "default") -> Lora:
+    """Read a LoRA and check that it is whole; whether it fits a UNet is seen by `fuse`.
+
+    Args:
+        source: "default" (shipped with the project), a .safetensors file, a folder or a hub id that holds
+            smooth_lora.safetensors, pytorch_lora_weights.safetensors or adapter_model.safetensors.
+
+    Raises:
+        ModelError: nothing is there, it is a pickle or damaged, or it holds a key that is not understood, half of a
+            pair, a pair of two ranks or a value that is not finite. The line names the key.
+    """
+    path = _locate(str(source))
+    try:
+        with safe_open(path, "pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise ModelError(
+            f"{path}: truncated or no safetensors file ({first_line(error)}); download it again"
+        ) from error
+    return parse(tensors, str(source), str(path), _adapter_config(path, metadata))
+
+
+def parse(tensors: dict[str, Tensor], source: str, shown: str, config: dict[str, Any] | None = None) -> Lora:
+    """A LoRA from a state dict; `shown` is its name in messages, `config` PEFT's configuration where there is one."""
+    found: dict[str, dict[str, tuple[str, Tensor]]] = {}
+    for key, tensor in tensors.items():
+        path, part = _split(key, shown)
+        parts = found.setdefault(path, {})
+        if part in parts:
+            raise ModelError(f"{shown}: {parts[part][0]} and {key} are the same part; keep one adapter in the file")
+        if not torch.isfinite(tensor).all():
+            raise ModelError(f"{shown}: {key} holds values that are not finite; the training went wrong")
+        parts[part] = (key, tensor)
+    if not found:
+        raise ModelError(f"{shown}: holds no tensors; name a LoRA")
+    layers = {path: _layer(path, parts, shown, config) for path, parts in sorted(found.items())}
+    return Lora(layers, source, _digest(layers))
+
+
+def _locate(source: str) -> Path:
+    if source == "default":
+        if not default_lora().is_file():
+            raise ModelError(f"default LoRA: {default_lora()} is missing; install smooth-rt again or name a LoRA")
+        return default_lora()
+    path = Path(source).expanduser()
+    if path.suffix in PICKLES:
+        raise ModelError(f"{path}: pickles are never loaded; convert it to .safetensors")
+    if path.is_file():
+        return path
+    if path.is_dir():
+        files = [path / name for name in WEIGHT_FILES if (path / name).is_file()]
+        if files:
+            return files[0]
+        pickled = next((file for file in sorted(path.iterdir()) if file.suffix in PICKLES), None)
+        if pickled is not None:
+            raise ModelError(f"{pickled}: pickles are never loaded; convert it to .safetensors")
+        raise ModelError(f"{path}: holds none of {', '.join(WEIGHT_FILES)}; name the file")
+    if not HUB_ID.fullmatch(source) or path.suffix == ".safetensors":
+        raise ModelError(f"{source}: no such file or folder; name a .safetensors file, a folder or a hub id")
+    return _download(source)
+
+
+def _download(source: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    try:
+        folder = Path(snapshot_download(source, allow_patterns=[*WEIGHT_FILES, "adapter_config.json"]))
+    except Exception as error:  # the hub's client lets its HTTP library's exceptions through
+        raise ModelError(
+            f"{source}: no such file or folder, and the hub did not give it ({first_line(error)}); pass a file"
+        ) from error
+    return _locate(str(folder))
+
+
+def _split(key: str, shown: str) -> tuple[str, str]:
+    """A key's module path in the UNet and its part: down, up or alpha."""
+    bare = PREFIX.sub("", key, count=1)
+    if bare.startswith(("text_encoder.", "text_encoder_2.", "lora_te")):
+        raise ModelError(f"{shown}: {key} changes the text encoder; only LoRAs of the UNet are supported")
+    if (match := AUTHORS.fullmatch(bare)) and match["part"] in PARTS:
+        projection = "to_out.0" if match["projection"] == "to_out" else match["projection"]
+        return f"{match['path']}.{projection}", PARTS[match["part"]]
+    if match := PAIR.fullmatch(bare):
+        return match["path"], PARTS[match["side"]]
+    if match := OLD_PAIR.fullmatch(bare):
+        return match["path"], PARTS[match["part"]]
+    if match := ALPHA.fullmatch(bare):
+        return match["path"], "alpha"
+    raise ModelError(f"{shown}: {key} is not a LoRA key of the authors', diffusers' or PEFT's format; convert the file")
+
+
+def _layer(path: str, parts: dict[str, tuple[str, Tensor]], shown: str, config: dict[str, Any] | None) -> LoraLayer:
+    for part, other in (("down", "up"), ("up", "down")):
+        if part not in parts:
+            key = parts[other][0] if other in parts else parts["alpha"][0]
+            raise ModelError(f"{shown}: {key} has no {part} beside it; the pair is not whole")
+    (key, down), (up_key, up) = parts["down"], parts["up"]
+    for name, tensor in (parts["down"], parts["up"]):
+        if not tensor.is_floating_point() or tensor.ndim not in (2, 4) or 0 in tensor.shape:
+            raise ModelError(f"{shown}: {name} is {tensor.dtype} {list(tensor.shape)}, not a matrix or a convolution")
+    if down.shape[0] != up.shape[1]:
+        raise ModelError(f"{shown}: {key} has rank {down.shape[0]} and {up_key} {up.shape[1]}; the pair does not match")
+    alpha: float | None
+    if "alpha" in parts:
+        alpha_key, value = parts["alpha"]
+        if value.numel() != 1:
+            raise ModelError(f"{shown}: {alpha_key} has shape {list(value.shape)}; alpha is one number")
+        alpha = float(value)
+    else:
+        alpha = _configured_alpha(path, int(down.shape[0]), config)
+    return LoraLayer(down, up, alpha, key)
+
+
+def _adapter_config(path: Path, metadata: dict[str, str]) -> dict[str, Any] | None:
+    """PEFT's configuration, from the file's metadata or from the file that PEFT writes beside its weights."""
+    beside = path.parent / "adapter_config.json"
+    try:
+        if METADATA_KEY in metadata:
+            stored = json.loads(metadata[METADATA_KEY])
+            config = {PREFIX.sub("", key, count=1): value for key, value in stored.items()}
+        elif path.name == "adapter_model.safetensors" and beside.is_file():
+            config = json.loads(beside.read_text(encoding="utf-8"))
+        else:
+            return None
+        alphas = [config.get("lora_alpha"), *(config.get("alpha_pattern") or {}).values()]
+        if not all(alpha is None or math.isfinite(alpha) for alpha in alphas):
+            raise ValueError("an alpha is not finite")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
+        raise ModelError(f"{path}: its PEFT configuration is unreadable ({first_line(error)}); repair it") from error
+    if config.get("use_dora"):
+        raise ModelError(f"{path}: is a DoRA; only plain LoRAs are supported")
+    return config
+
+
+def _configured_alpha(path: str, rank: int, config: dict[str, Any] | None) -> float | None:
+    if config is None or config.get("lora_alpha") is None:
+        return None
+    from peft.utils.other import get_pattern_key
+
+    patterns = config.get("alpha_pattern") or {}
+    alpha = float(patterns.get(get_pattern_key(list(patterns), path), config["lora_alpha"]))
+    # rsLoRA scales by alpha / sqrt(r).
+    return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+
+
+def _digest(layers: dict[str, LoraLayer]) -> str:
+    digest = hashlib.sha256()
+    for path, layer in sorted(layers.items()):
+        digest.update(f"{path} {layer.scale!r}\n".encode())
+        for tensor in (layer.down, layer.up):
+            digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
+            digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
