@@ -10,7 +10,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from engines.base import Engine
+from engines.base import Engine, one_line
 from engines.contract import Network
 from engines.errors import EngineError
 
@@ -45,10 +45,7 @@ class OrtEngine(Engine):
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
         except Exception as error:
-            said = str(error).strip().splitlines()
-            raise EngineError(
-                f"{path}: onnxruntime cannot open it ({said[0] if said else error!r}); rebuild"
-            ) from error
+            raise EngineError(f"{path}: onnxruntime cannot open it ({one_line(error)}); rebuild") from error
         self.check_names(
             [value.name for value in self._session.get_inputs()], [value.name for value in self._session.get_outputs()]
         )

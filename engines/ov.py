@@ -9,7 +9,7 @@ import openvino
 import torch
 from torch import Tensor
 
-from engines.base import Engine
+from engines.base import Engine, one_line
 from engines.contract import Network
 from engines.errors import EngineError
 
@@ -38,8 +38,8 @@ class OvEngine(Engine):
         try:
             compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": hint})
         except Exception as error:
-            said = [line for line in str(error).strip().splitlines() if line]
-            raise EngineError(f"{path}: openvino cannot open it ({said[-1] if said else error!r}); rebuild") from error
+            # OpenVINO puts the place in its own sources first and the cause last.
+            raise EngineError(f"{path}: openvino cannot open it ({one_line(error, -1)}); rebuild") from error
         self.check_names(
             [_contract_name(port, [spec.name for spec in network.inputs]) for port in compiled.inputs],
             [_contract_name(port, [spec.name for spec in network.outputs]) for port in compiled.outputs],
