@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from engines.base import one_line
 from engines.errors import EngineError
 
 if TYPE_CHECKING:
@@ -114,11 +115,8 @@ def availability(name: str) -> str | None:
     try:
         importlib.import_module(_MODULES[name])
     except (ImportError, OSError) as error:
-        said = str(error).strip().splitlines()
-        what = said[0] if said else repr(error)
-        return (
-            f"{name} is installed and does not load ({what}); run `pip install --force-reinstall {next(iter(found))}`"
-        )
+        again = f"pip install --force-reinstall {next(iter(found))}"
+        return f"{name} is installed and does not load ({one_line(error)}); run `{again}`"
     return None
 
 

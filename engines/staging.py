@@ -68,14 +68,14 @@ def staging(target: Path, needed: int | None = None) -> Iterator[Path]:
 
 def _check_replaceable(target: Path) -> None:
     if not target.name:
-        raise BundleError(f"{target}: not a place for a bundle; name a new folder")
+        raise BundleError(f"{target}: not a place to write to; name a new folder")
     for above in target.parents:
         if above.exists() and not above.is_dir():
             raise BundleError(f"{target}: lies under {above}, which is a file; name another folder")
     if not os.path.lexists(target):
         return
     if not target.is_dir():
-        raise BundleError(f"{target}: is a file; name a folder for the bundle")
+        raise BundleError(f"{target}: is a file; name a folder")
     foreign = sorted(entry.name for entry in target.iterdir() if entry.name not in BUNDLE_ENTRIES)
     if foreign:
         raise BundleError(
@@ -155,7 +155,7 @@ def _refusal(target: Path, error: OSError, needed: int | None) -> BundleError:
         except OSError:
             free = "free space unknown"
         wanted = "more space" if needed is None else f"{_size(needed)} in all"
-        return BundleError(f"{target}: the disk is full ({free}); the bundle needs {wanted}: free some and build again")
+        return BundleError(f"{target}: the disk is full ({free}); this needs {wanted}: free some and try again")
     what = error.strerror or str(error) or repr(error)
     where = f" at {error.filename}" if error.filename and str(error.filename) != str(target) else ""
     return BundleError(f"{target}: cannot be written ({what}{where}); name another folder")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from engines.base import one_line
 from engines.contract import Dims, Network
 from engines.errors import EngineError
 from export.graphs import dynamic_shapes, example_inputs
@@ -67,8 +68,7 @@ def _cause(error: BaseException) -> str:
     """The first line of what went wrong first: the exporter wraps it in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[0] if lines else repr(error)
+    return one_line(error)
 
 
 def _forget_origin(model: Any) -> None:

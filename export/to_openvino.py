@@ -9,6 +9,7 @@ from pathlib import Path
 
 import openvino
 
+from engines.base import one_line
 from engines.errors import EngineError
 from export.quiet import quiet
 
@@ -26,7 +27,7 @@ def to_openvino(onnx: Path, path: Path) -> None:
         with quiet():
             model = openvino.convert_model(str(onnx))
     except Exception as error:
-        raise EngineError(f"{onnx.stem}: openvino cannot convert it ({_last_line(error)}); leave it out") from error
+        raise EngineError(f"{onnx.stem}: openvino cannot convert it ({one_line(error, -1)}); leave it out") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         openvino.save_model(model, str(path), compress_to_fp16=False)
@@ -37,8 +38,3 @@ def to_openvino(onnx: Path, path: Path) -> None:
         full = shutil.disk_usage(path.parent).free < size
         code = errno.ENOSPC if full else errno.EIO
         raise OSError(code, os.strerror(code), str(path)) from error
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else repr(error)

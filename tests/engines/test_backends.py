@@ -129,7 +129,7 @@ def test_a_failing_backend_says_so_in_one_line(dims: Dims) -> None:
         raise RuntimeError("no memory\nin a long story")
 
     engine = Tampering(contract("vae_encoder", dims), fail)
-    with pytest.raises(EngineError, match="vae_encoder: tampering failed: no memory$"):
+    with pytest.raises(EngineError, match=r"vae_encoder: tampering failed: no memory$"):
         engine.infer(sample=image(dims))
 
 
@@ -152,7 +152,7 @@ def test_a_graph_that_cannot_be_read(kind: Any, network: Network, content: bytes
 
 
 def test_a_provider_that_is_not_there(network: Network, write_graph: Any, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match="has no NoSuchProvider; it has .*CPUExecutionProvider"):
+    with pytest.raises(EngineError, match=r"has no NoSuchProvider; it has .*CPUExecutionProvider"):
         OrtEngine(network, write_graph(tmp_path / "graph.onnx"), ["NoSuchProvider"])
 
 
