@@ -44,8 +44,8 @@ def tables(report: Report) -> list[TextTable]:
         ),
         TextTable(
             "Networks",
-            f"{size}, fp32, {runs}; a UNet step is guided: two rows an image; {floor}; parity: the largest difference "
-            "of any output from the torch module on fresh inputs over that output's largest value",
+            f"{size}, fp32, {runs}; a UNet step is guided: two rows an image; {floor}; parity: the largest relative "
+            "L2 error of any output against the torch module on fresh inputs",
             ("network", "engine", "images", "rows", *_timing_headings("ms"), "GFLOP", "floor ms", "x floor", "parity"),
             tuple(_network_row(result) for result in report.networks),
         ),

@@ -6,20 +6,18 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from engines.manifest import Parity
+
 __all__ = [
-    "FORMAT",
     "Environment",
     "GenerateResult",
     "MatrixRate",
     "MorphResult",
     "NetworkResult",
-    "OutputError",
     "Report",
     "Settings",
     "Timing",
 ]
-
-FORMAT = 1
 
 
 class _Record(BaseModel):
@@ -37,15 +35,6 @@ class Timing(_Record):
     repeats: int = Field(ge=1)
 
 
-class OutputError(_Record):
-    """How far one output of an engine lies from the torch module's on the same fresh inputs."""
-
-    output: str
-    max_abs: float = Field(ge=0)
-    relative: float = Field(ge=0)
-    tolerance: float = Field(ge=0)
-
-
 class MatrixRate(_Record):
     """The best rate of an fp32 matrix product of `side` x `side` matrices in one library."""
 
@@ -55,13 +44,16 @@ class MatrixRate(_Record):
 
 
 class NetworkResult(_Record):
-    """One network on one engine: `rows` is the batch the network sees, twice the images for a guided UNet step."""
+    """One network on one engine: `rows` is the batch the network sees, twice the images for a guided UNet step.
+
+    `parity`: every output against the torch module on fresh inputs of several sizes (`export.verify`).
+    """
 
     network: str
     engine: str
     images: int
     rows: int
-    parity: tuple[OutputError, ...]
+    parity: tuple[Parity, ...]
     timing: Timing
     flop: int
     floor_s: float
@@ -138,7 +130,7 @@ class Settings(_Record):
 class Report(_Record):
     """One run of `python -m bench`."""
 
-    format: Literal[1] = FORMAT
+    format: Literal[1] = 1
     started: str
     seconds: float
     environment: Environment

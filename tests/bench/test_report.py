@@ -17,12 +17,14 @@ from bench.results import (
     MatrixRate,
     MorphResult,
     NetworkResult,
-    OutputError,
     Report,
     Settings,
 )
 from bench.timing import summarise
+from engines.manifest import Parity
 from smooth_rt.errors import InputError
+
+PARITY = Parity(output="noise_pred", relative=1e-6, max_abs=2e-6, tolerance=1e-4, cases=3, worst={"batch": 1})
 
 
 @pytest.fixture
@@ -61,7 +63,7 @@ def report() -> Report:
                 engine="openvino",
                 images=2,
                 rows=4,
-                parity=(OutputError(output="noise_pred", max_abs=2e-6, relative=1e-6, tolerance=1e-3),),
+                parity=(PARITY,),
                 timing=timing,
                 flop=40_000_000_000,
                 floor_s=0.1,

@@ -1,0 +1,69 @@
+"""`python -m bench`, the same as `smooth-rt bench`: parses, measures, prints, writes."""
+
+from __future__ import annotations
+
+import sys
+import time
+from datetime import UTC, datetime
+
+from rich.console import Console
+from rich.markup import escape
+
+from bench.options import Options, parse
+from smooth_rt.errors import SmoothRTError
+
+__all__ = ["main"]
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one benchmark and return the exit code: 0 done, 2 something the user can act on (one line on stderr), 130
+    interrupted.
+
+    Args:
+        argv: the arguments without the program; None: those of this process.
+    """
+    arguments = sys.argv[1:] if argv is None else list(argv)
+    try:
+        options = parse(arguments)
+        if options is not None:
+            _run(options)
+    except KeyboardInterrupt:
+        return 130
+    except SmoothRTError as error:
+        if "--debug" in arguments:
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _run(options: Options) -> None:
+    # Imported here, so that --help and a bad option answer at once.
+    from bench.environment import busy, environment
+    from bench.measure import measure
+    from bench.report import print_report, write_report
+    from smooth_rt.writers import check_output
+
+    check_output(options.output)
+    here = environment()
+    warning = busy(here)
+    console = Console(stderr=True)
+    if warning is not None:
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
+    started, start = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
+    with console.status("starting") as status:
+        report = measure(options, here, started, start, lambda words: status.update(escape(words)))
+    paths = write_report(report, options.output)
+    if options.json:
+        print(report.model_dump_json(indent=2))
+        return
+    print_report(report, Console())
+    for path in paths:
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    code = main()
+    if code == 130:
+        print("interrupted; nothing half-written is left; run the same command again", file=sys.stderr)
+    sys.exit(code)

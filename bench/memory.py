@@ -1,0 +1,98 @@
+"""Peak memory of the whole morph, by engine: each in a fresh process, so that engines do not share a peak.
+
+`python -m bench.memory` is that process: it reads a `Morph` as JSON on stdin and writes the peaks as JSON on stdout.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict
+
+from bench.environment import peak_memory
+from smooth_rt.errors import EngineError
+
+__all__ = ["Morph", "peaks_of_morph"]
+
+# The peak is that of one call of one network, so it does not grow with the steps.
+STEPS = 2
+
+
+class Morph(BaseModel):
+    """A morph on one engine. `bundle` is None for eager, which takes model and LoRA; other engines take it alone."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    engine: str
+    bundle: Path | None
+    model: str
+    lora: str | None
+    lora_strength: float
+    batch_sizes: tuple[int, ...]
+    prompt: str
+    frames: int
+    height: int
+    width: int
+    guidance_scale: float
+    seed: int
+
+
+def peaks_of_morph(morph: Morph) -> dict[int, int]:
+    """Peak resident bytes by batch size, from a process of its own. Batch sizes run in rising order, since a peak
+    never falls again.
+
+    Raises:
+        EngineError: the process failed; its last line is passed on.
+    """
+    home = str(Path(__file__).resolve().parent.parent)
+    paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
+    ran = subprocess.run(
+        [sys.executable, "-m", "bench.memory"],
+        input=morph.model_dump_json(),
+        capture_output=True,
+        text=True,
+        check=False,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    )
+    if ran.returncode:
+        said = ran.stderr.strip().splitlines()
+        raise EngineError(
+            f"{morph.engine}: the process that measures memory failed ({said[-1] if said else ran.returncode}); "
+            "try a smaller --batch-sizes"
+        )
+    peaks = json.loads(ran.stdout.strip().splitlines()[-1])
+    return {int(size): int(peak) for size, peak in peaks.items()}
+
+
+def _run(morph: Morph) -> dict[int, int]:
+    import torch
+
+    from smooth_rt.pipeline import SmoothPipeline
+
+    if morph.bundle is None:
+        pipe = SmoothPipeline.from_pretrained(morph.model, morph.lora, morph.lora_strength, engine=morph.engine)
+    else:
+        pipe = SmoothPipeline.from_engines(morph.bundle, engine=morph.engine)
+    peaks = {}
+    with pipe:
+        for size in sorted(morph.batch_sizes):
+            pipe.batch_size = size
+            pipe.interpolate(
+                morph.prompt,
+                frames=morph.frames,
+                generator=[torch.Generator().manual_seed(morph.seed + i) for i in range(2)],
+                height=morph.height,
+                width=morph.width,
+                num_inference_steps=STEPS,
+                guidance_scale=morph.guidance_scale,
+            )
+            peaks[size] = peak_memory()
+    return peaks
+
+
+if __name__ == "__main__":
+    print(json.dumps(_run(Morph.model_validate_json(sys.stdin.read()))))

@@ -1,0 +1,137 @@
+"""The command line of the benchmark. Its options bear the names of `smooth-rt`'s own."""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import NoReturn
+
+from smooth_rt.errors import InputError
+
+__all__ = ["Options", "parse"]
+
+PROMPT = "red apple on blue background"
+
+
+@dataclass(frozen=True)
+class Options:
+    """What was asked for; None stands for what the model or the machine decides."""
+
+    model: str
+    lora: str | None
+    lora_strength: float
+    engines: tuple[str, ...] | None
+    batch_sizes: tuple[int, ...]
+    height: int | None
+    width: int | None
+    steps: int
+    guidance_scale: float
+    frames: int
+    repeats: int
+    warmup: int
+    seed: int
+    prompt: str
+    matrix_side: int
+    output: Path
+    json: bool
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"bench: {message}; see --help")
+
+
+def parse(arguments: Sequence[str]) -> Options | None:
+    """Read the command line; None where it asked for help, which has been printed.
+
+    Raises:
+        InputError: an option is unknown or its value out of range.
+    """
+    parser = _parser()
+    parser.set_defaults(**(_QUICK if "--quick" in arguments else _FULL))
+    try:
+        found = vars(parser.parse_args(list(arguments)))
+    except SystemExit:  # --help
+        return None
+    found["lora"] = _lora(found["model"], found["lora"])
+    options = Options(**{field.name: found[field.name] for field in fields(Options)})
+    _check(options)
+    return options
+
+
+# What --quick changes, and what stands without it.
+_FULL = {"batch_sizes": (1, 4, 16), "steps": 50, "frames": 24, "repeats": 10, "warmup": 2, "matrix_side": 2048}
+_QUICK = {"batch_sizes": (1, 2), "steps": 2, "frames": 3, "repeats": 3, "warmup": 1, "matrix_side": 1024}
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="smooth-rt bench",
+        description="Parity, times, memory and the distance to the floor of every engine, beside diffusers.",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--model", default="default", help="as everywhere (default: the shipped one)")
+    parser.add_argument("--lora", help="a Smooth-LoRA to fuse; 'none': none (default: as everywhere)")
+    parser.add_argument("--lora-strength", type=float, default=1.0, help="default: 1.0")
+    parser.add_argument(
+        "--engines", "--engine", type=_names, metavar="E[,E…]",
+        help="of auto, eager, onnxruntime, openvino (default: all that can run here)",
+    )  # fmt: skip
+    parser.add_argument("--batch-sizes", "--batch-size", type=_sizes, metavar="N[,N…]", help="images; default: 1,4,16")
+    parser.add_argument("--num-inference-steps", dest="steps", type=int, help="DDIM steps; default: 50")
+    parser.add_argument("--guidance-scale", type=float, default=7.5, help="default: 7.5")
+    parser.add_argument("--frames", type=int, help="of the morph; default: 24")
+    parser.add_argument("--repeats", type=int, help="timed runs of each case; default: 10")
+    parser.add_argument("--warmup", type=int, help="runs before them that are not timed; default: 2")
+    parser.add_argument("--height", type=int, help="pixels; default: the model's")
+    parser.add_argument("--width", type=int, help="pixels; default: the model's")
+    parser.add_argument("--prompt", default=PROMPT, help=f"default: {PROMPT!r}")
+    parser.add_argument("--seed", type=int, default=0, help="default: 0")
+    parser.add_argument("--output", type=Path, default=Path("bench-results"), help="default: ./bench-results")
+    parser.add_argument("--quick", action="store_true", help="few steps and repeats: does it run, not how fast")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON in the place of tables")
+    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+    return parser
+
+
+def _names(text: str) -> tuple[str, ...]:
+    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+    if not names:
+        raise argparse.ArgumentTypeError("empty; name at least one engine")
+    return names
+
+
+def _sizes(text: str) -> tuple[int, ...]:
+    try:
+        sizes = sorted({int(size) for size in text.split(",")})
+    except ValueError:
+        sizes = [0]
+    if sizes[0] < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers of at least 1, such as 1,4,16")
+    return tuple(sizes)
+
+
+def _lora(model: str, lora: str | None) -> str | None:
+    """The rule of every command: left out, it is the shipped LoRA with the shipped model; "none" is none."""
+    if lora is None:
+        return "default" if model == "default" else None
+    return None if lora.lower() == "none" else lora
+
+
+def _check(options: Options) -> None:
+    least = {"steps": 1, "frames": 2, "repeats": 1, "warmup": 0, "seed": 0}
+    for name, low in least.items():
+        value = getattr(options, name)
+        if value < low:
+            option = "num-inference-steps" if name == "steps" else name
+            raise InputError(f"--{option} {value}: give a whole number of at least {low}")
+    if not math.isfinite(options.lora_strength):
+        raise InputError(f"--lora-strength {options.lora_strength}: give a finite number, such as 1.0")
+    # Below 1 diffusers leaves guidance out, and nothing would be left to compare.
+    if not (math.isfinite(options.guidance_scale) and options.guidance_scale >= 1):
+        raise InputError(f"--guidance-scale {options.guidance_scale}: give a finite number of at least 1, such as 7.5")
+    if not options.prompt.strip():
+        raise InputError("--prompt: empty; give words, since guidance away from the empty prompt would do nothing")

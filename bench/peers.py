@@ -1,0 +1,63 @@
+"""The peer of the same run: diffusers' own StableDiffusionPipeline, eager, on the same weights."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from smooth_rt.model import Model
+
+__all__ = ["diffusers_images", "diffusers_pipeline", "worst_psnr"]
+
+
+def diffusers_pipeline(model: Model) -> Any:
+    """diffusers' pipeline with DDIM on `model`'s modules; a LoRA that is fused into them is fused here too, which is
+    the faster of diffusers' two ways."""
+    from diffusers import DDIMScheduler, StableDiffusionPipeline
+
+    pipe = StableDiffusionPipeline(
+        vae=model.vae,
+        text_encoder=model.text_encoder,
+        tokenizer=model.tokenizer,
+        unet=model.unet,
+        scheduler=DDIMScheduler.from_config({**model.scheduler_config, "clip_sample": False, "steps_offset": 1}),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def diffusers_images(pipe: Any, prompt: str, latents: Tensor, steps: int, guidance_scale: float) -> np.ndarray:
+    """Images [N, H, W, 3] in 0..1 of one prompt from N latents [N, C, h, w]."""
+    factor = pipe.vae_scale_factor
+    with torch.inference_mode():
+        images = pipe(
+            prompt=prompt,
+            height=latents.shape[2] * factor,
+            width=latents.shape[3] * factor,
+            num_images_per_prompt=len(latents),
+            latents=latents,
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            output_type="np",
+        ).images
+    return np.asarray(images)
+
+
+def worst_psnr(images: np.ndarray, reference: np.ndarray) -> float | None:
+    """The lowest peak signal-to-noise ratio of an image pair, in dB; None where every pair is identical.
+
+        PSNR = 10 * log10(1 / MSE)
+
+    Args:
+        images: [N, H, W, 3] in 0..1.
+        reference: of the same shape.
+    """
+    squares = (images.astype(np.float64) - reference.astype(np.float64)) ** 2
+    worst = float(squares.reshape(len(squares), -1).mean(axis=1).max())
+    return None if worst == 0 else float(-10 * np.log10(worst))

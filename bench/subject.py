@@ -1,0 +1,107 @@
+"""What is measured: one model, with its LoRA fused, as torch modules and on every engine asked for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from engines.base import Engine
+from engines.bundle import Bundle
+from engines.contract import NETWORKS, NetworkName, contract
+from engines.eager import EagerEngine, torch_networks
+from engines.select import BACKENDS, Choice, availability, check_backend, choose
+from smooth_rt.build import build_engines
+from smooth_rt.errors import EngineError
+from smooth_rt.lora import fuse, fused_with, read_lora
+from smooth_rt.model import Model, load_model
+from smooth_rt.pipeline import SmoothPipeline
+
+__all__ = ["Subject", "open_subject", "resolve_engines"]
+
+
+@dataclass(frozen=True)
+class Subject:
+    """Args:
+    model: fp32 torch modules with the LoRA fused.
+    modules: the torch form of each network: what parity compares with, what FLOPs are counted on, what eager runs.
+    bundle: the graphs of the other backends; None where eager alone is measured.
+    choices: the backends that run, in order, and why each.
+    """
+
+    model: Model
+    modules: dict[NetworkName, nn.Module]
+    bundle: Bundle | None
+    choices: tuple[Choice, ...]
+
+    @property
+    def backends(self) -> tuple[str, ...]:
+        """The backends that run."""
+        return tuple(choice.backend for choice in self.choices)
+
+    def engine(self, network: NetworkName, backend: str) -> Engine:
+        """`network` on `backend`; the caller closes it."""
+        if backend == "eager":
+            return EagerEngine(contract(network, self.model.dims), self.modules[network])
+        if self.bundle is None:
+            raise EngineError(f"engine {backend!r}: nothing was built for it; name it with --engines")
+        return self.bundle.engine(network, backend)
+
+    def pipeline(self, choice: Choice) -> SmoothPipeline:
+        """The pipeline on one backend; eager shares the modules of `model`. The caller closes it."""
+        if choice.backend != "eager" and self.bundle is not None:
+            return SmoothPipeline.from_engines(self.bundle, engine=choice.backend)
+        engines = {name: self.engine(name, choice.backend) for name in NETWORKS}
+        return SmoothPipeline(
+            engines, self.model.config(), self.model.dims, source=self.model.source, choice=choice, batch_size="auto"
+        )
+
+
+def resolve_engines(asked: Sequence[str] | None) -> tuple[dict[str, Choice], list[str]]:
+    """The backend behind each engine asked for, by the name asked, and warnings.
+
+    Args:
+        asked: backends or "auto"; None: every backend that can run here.
+
+    Raises:
+        EngineError: an engine is unknown, or named and cannot run here.
+    """
+    if asked is not None:
+        return {name: choose(name, BACKENDS) for name in dict.fromkeys(asked)}, []
+    choices: dict[str, Choice] = {}
+    warnings = []
+    for name in BACKENDS:
+        reason = availability(name)
+        if reason is None:
+            choices[name] = Choice(name, "can run here")
+        else:
+            warnings.append(f"engine {name!r} is left out: {reason}")
+    return choices, warnings
+
+
+def open_subject(
+    model: str,
+    lora: str | None,
+    lora_strength: float,
+    choices: Sequence[Choice],
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Subject:
+    """Load the model, fuse the LoRA, and build or reuse the graphs of all backends among `choices`.
+
+    Raises:
+        ModelError: the model or the LoRA cannot be read or does not fit.
+        ParityError: a graph built now differs from its torch module.
+    """
+    distinct = {choice.backend: choice for choice in choices}
+    for backend in distinct:
+        check_backend(backend)
+    loaded = load_model(model)
+    adapter = None if lora is None else read_lora(lora)
+    built = [backend for backend in distinct if backend != "eager"]
+    bundle = build_engines(loaded, adapter, lora_strength, built, None, progress) if built else None
+    # Building fuses; a bundle that was there already leaves the model as it was loaded.
+    if adapter is not None and fused_with(loaded.unet) is None:
+        fuse(loaded.unet, adapter, lora_strength)
+    modules = torch_networks(loaded.text_encoder, loaded.unet, loaded.vae)
+    return Subject(loaded, modules, bundle, tuple(distinct.values()))
