@@ -1,0 +1,137 @@
+"""Files appear whole or not at all, and films play."""
+
+from __future__ import annotations
+
+import errno
+import os
+from pathlib import Path
+
+import imageio.v3 as iio
+import numpy as np
+import pytest
+from PIL import Image
+
+from smooth_rt import writers
+from smooth_rt.errors import InputError, SmoothRTError
+
+
+def frames(count: int, size: tuple[int, int] = (64, 64)) -> list[Image.Image]:
+    rng = np.random.default_rng(0)
+    return [Image.fromarray(rng.integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)) for _ in range(count)]
+
+
+def full_disk(monkeypatch: pytest.MonkeyPatch, code: int = errno.ENOSPC, after: int = 0) -> None:
+    """The write that follows `after` good ones fails when it is flushed to the disk, as on a full one."""
+    left = [after]
+
+    def fsync(_: int) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(code, os.strerror(code))
+
+    monkeypatch.setattr(os, "fsync", fsync)
+
+
+def test_files_are_written_in_order(tmp_path: Path) -> None:
+    paths = writers.write_files(tmp_path / "new" / "folder", {"b.txt": b"1", "a.txt": b"2"})
+    assert [(path.name, path.read_bytes()) for path in paths] == [("b.txt", b"1"), ("a.txt", b"2")]
+    assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize("after", [0, 1])
+def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+    full_disk(monkeypatch, after=after)
+    with pytest.raises(SmoothRTError, match=r"[ab]\.txt: cannot be written: No space left .* free some") as caught:
+        writers.write_files(tmp_path / "new" / "folder", {"a.txt": b"1", "b.txt": b"2"})
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_failure_keeps_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_bytes(b"old")
+    full_disk(monkeypatch, errno.EROFS, after=1)
+    with pytest.raises(SmoothRTError, match="Read-only file system"):
+        writers.write_files(tmp_path, {"a.txt": b"new", "b.txt": b"new"})
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.txt", b"old")]
+
+
+def test_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "fsync", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        writers.write_files(tmp_path / "new", {"a.txt": b"1"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_output_under_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    for path in (tmp_path / "file", tmp_path / "file" / "deep" / "er"):
+        with pytest.raises(InputError, match="file is a file, not a folder"):
+            writers.check_output(path)
+
+
+def test_output_is_not_created_by_the_check(tmp_path: Path) -> None:
+    assert writers.check_output(tmp_path / "a" / "b") == tmp_path / "a" / "b"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_unwritable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # chmod stops nobody who is root.
+    monkeypatch.setattr(os, "access", lambda *_: False)
+    with pytest.raises(InputError, match="not writable"):
+        writers.check_output(tmp_path / "new")
+
+
+def test_folder_in_the_place_of_a_file(tmp_path: Path) -> None:
+    (tmp_path / "b.txt").mkdir()
+    with pytest.raises(InputError, match=r"b\.txt: is a folder"):
+        writers.write_files(tmp_path, {"a.txt": b"1", "b.txt": b"2"})
+    assert [path.name for path in tmp_path.iterdir()] == ["b.txt"]
+
+
+@pytest.mark.parametrize(("size", "shown"), [((64, 64), (256, 256)), ((33, 21), (264, 168)), ((301, 200), (302, 200))])
+def test_mp4_plays(size: tuple[int, int], shown: tuple[int, int]) -> None:
+    film = iio.imread(writers.encode_mp4(frames(7, size)), extension=".mp4", plugin="pyav")
+    assert film.shape == (7, shown[1], shown[0], 3)
+
+
+def test_mp4_shows_the_frames_in_order() -> None:
+    greys = [Image.new("RGB", (64, 64), (value,) * 3) for value in (0, 60, 120, 180, 240)]
+    film = iio.imread(writers.encode_mp4(greys), extension=".mp4", plugin="pyav")
+    assert film.mean(axis=(1, 2, 3)) == pytest.approx([0, 60, 120, 180, 240], abs=4)
+
+
+def test_webp_plays(tmp_path: Path) -> None:
+    film = writers.there_and_back(frames(5))
+    assert len(film) == 8
+    path, *_ = writers.write_files(tmp_path, {"film.webp": writers.encode_webp(film, fps=10)})
+    with Image.open(path) as image:
+        assert (image.n_frames, image.size, image.info["loop"]) == (8, (256, 256), 0)
+        image.seek(3)
+        image.load()
+        assert image.info["duration"] == 100
+
+
+def test_png_is_lossless() -> None:
+    image = frames(1)[0]
+    assert np.array_equal(iio.imread(writers.encode_png(image)), np.asarray(image))
+
+
+def test_contact_sheet_holds_every_image() -> None:
+    images = frames(5, (8, 6))
+    sheet = writers.contact_sheet(images, columns=3)
+    assert sheet.size == (3 * 10 + 2, 2 * 8 + 2)
+    assert np.array_equal(np.asarray(sheet)[10:16, 12:20], np.asarray(images[4]))
+
+
+@pytest.mark.parametrize("encode", [writers.encode_mp4, writers.encode_webp, writers.contact_sheet])
+def test_nothing_to_show(encode: object) -> None:
+    assert callable(encode)
+    with pytest.raises(InputError, match="at least one"):
+        encode([])
+
+
+def test_json_ends_with_a_newline() -> None:
+    assert writers.encode_json({"ä": [1]}) == '{\n  "ä": [\n    1\n  ]\n}\n'.encode()
