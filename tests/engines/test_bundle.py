@@ -1,0 +1,251 @@
+"""What a bundle refuses to open or run, each in one line that names the file and the command that mends it."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from engines import select
+from engines.bundle import Bundle, engine_key
+from engines.contract import NETWORKS, Dims
+from engines.errors import BundleError, EngineError
+from engines.manifest import LoraSource, Source, digest_json
+
+Edit = Callable[[Callable[[dict[str, Any]], None]], None]
+
+
+def refusal(folder: Path, said: str, verify: bool = True) -> str:
+    """The message with which opening fails; it holds `said`, is one line, and names the command that mends it."""
+    with pytest.raises(BundleError, match=re.escape(said)) as caught:
+        Bundle.open(folder, verify=verify)
+    message = str(caught.value)
+    assert "\n" not in message
+    assert "`smooth-rt build-engine" in message
+    assert str(folder) in message
+    return message
+
+
+def test_a_whole_bundle_opens_and_runs(bundle_folder: Path, module: Any, dims: Dims) -> None:
+    bundle = Bundle.open(bundle_folder)
+    assert bundle.dims == dims
+    assert bundle.backends == ("onnxruntime",)
+    assert bundle.stale("onnxruntime") is None
+    sample = torch.randn(2, dims.image_channels, 8, 4)
+    with bundle.engine("vae_encoder", "onnxruntime") as engine:
+        torch.testing.assert_close(engine.infer(sample=sample)["latent_mean"], module(sample)[0].detach())
+
+
+def test_every_byte_of_every_file_counts(bundle_folder: Path) -> None:
+    files = [p for p in sorted(bundle_folder.rglob("*")) if p.is_file() and p.name != "manifest.json"]
+    assert len(files) == 9
+    for file in files:
+        whole = file.read_bytes()
+        middle = len(whole) // 2
+        file.write_bytes(whole[:middle] + bytes([whole[middle] ^ 1]) + whole[middle + 1 :])
+        message = refusal(bundle_folder, f"{file}: its sha256 is not the manifest's")
+        assert "--model some/model --lora some/lora --lora-strength 0.5 --backend onnxruntime" in message
+        Bundle.open(bundle_folder, verify=False)
+        file.write_bytes(whole)
+    Bundle.open(bundle_folder)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_file_of_another_length_or_none(bundle_folder: Path, verify: bool) -> None:
+    file = bundle_folder / "onnx" / "unet.onnx.data"
+    with file.open("ab") as stream:
+        stream.write(b"x")
+    refusal(bundle_folder, f"{file}: 257 bytes instead of 256", verify)
+    file.unlink()
+    refusal(bundle_folder, f"{file}: missing", verify)
+    file.mkdir()
+    refusal(bundle_folder, f"{file}: missing", verify)
+
+
+def test_no_bundle_at_all(tmp_path: Path) -> None:
+    refusal(tmp_path / "nowhere", "no such bundle folder")
+    refusal(tmp_path, "manifest.json: missing")
+    (tmp_path / "manifest.json").mkdir()
+    refusal(tmp_path, "manifest.json: cannot be read")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"", "not JSON"),
+        (b"\xff\xfe garbage", "not JSON"),
+        (b"[" * 100_000, "not JSON"),
+        (b"[1, 2]", "not a bundle's manifest"),
+        (b'{"name": "a web extension"}', "not a bundle's manifest"),
+        (b'{"format": true}', "not a bundle's manifest"),
+        (b'{"format": 999}', "bundle format 999, this version reads format 1"),
+        (b'{"format": 1}', "Field required"),
+    ],
+)
+def test_a_manifest_that_is_none(bundle_folder: Path, content: bytes, said: str) -> None:
+    (bundle_folder / "manifest.json").write_bytes(content)
+    refusal(bundle_folder, said)
+
+
+@pytest.mark.parametrize("missing", ["dims", "source", "precision", "engines", "files", "made_with"])
+def test_a_manifest_without_one_of_its_parts(bundle_folder: Path, missing: str) -> None:
+    path = bundle_folder / "manifest.json"
+    content = json.loads(path.read_text())
+    del content[missing]
+    path.write_text(json.dumps(content))
+    refusal(bundle_folder, f"{missing}: Field required")
+
+
+@pytest.mark.parametrize(
+    "name", ["../secret", "/etc/hostname", "onnx/../../secret", "C:\\x", "a\\..\\b", "", ".", "a//b"]
+)
+def test_file_names_that_lead_out(bundle_folder: Path, edit_manifest: Edit, name: str) -> None:
+    (bundle_folder.parent / "secret").write_bytes(b"secret")
+    edit_manifest(lambda content: content["files"][0].update(path=name))
+    refusal(bundle_folder, "is not a plain path inside the bundle")
+
+
+@pytest.mark.parametrize("name", ["../secret", "/etc/hostname"])
+def test_a_graph_that_leads_out(bundle_folder: Path, edit_manifest: Edit, name: str) -> None:
+    edit_manifest(lambda content: content["engines"][0].update(file=name))
+    refusal(bundle_folder, "is not a plain path inside the bundle")
+
+
+def test_a_link_that_leads_out(bundle_folder: Path) -> None:
+    file = bundle_folder / "config" / "model.json"
+    elsewhere = bundle_folder.parent / "model.json"
+    shutil.move(file, elsewhere)
+    file.symlink_to(elsewhere)
+    refusal(bundle_folder, f"{file}: leads out of the bundle")
+
+
+def test_a_graph_that_is_not_among_the_files(bundle_folder: Path, edit_manifest: Edit) -> None:
+    edit_manifest(lambda content: content["engines"][1].update(file="onnx/other.onnx"))
+    refusal(bundle_folder, "onnx/other.onnx is not among the files with the same digest")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"hint": "bf16"}, {"precision": "fp16"}, {"backend_version": "0"}, {"architecture": "cpu-z80"}, {"key": "0"}],
+)
+def test_a_record_whose_key_does_not_follow(bundle_folder: Path, change: dict[str, str]) -> None:
+    path = bundle_folder / "manifest.json"
+    content = json.loads(path.read_text())
+    content["engines"][2].update(change)
+    path.write_text(json.dumps(content))
+    refusal(bundle_folder, "the key does not follow from the record")
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity"])
+def test_numbers_that_are_none(bundle_folder: Path, value: str) -> None:
+    path = bundle_folder / "manifest.json"
+    path.write_text(path.read_text().replace('"strength":0.5', f'"strength":{value}'))
+    refusal(bundle_folder, "strength")
+
+
+def test_another_version_of_the_backend(bundle_folder: Path, edit_manifest: Edit) -> None:
+    def older(content: dict[str, Any]) -> None:
+        for record in content["engines"]:
+            record["backend_version"] = "1.0.0"
+
+    edit_manifest(older)
+    bundle = Bundle.open(bundle_folder)
+    installed = select.backend_version("onnxruntime")
+    with pytest.raises(
+        BundleError, match=rf"built by onnxruntime 1\.0\.0, installed is {installed}; rebuild"
+    ) as caught:
+        bundle.engine("unet", "onnxruntime")
+    assert "`smooth-rt build-engine --model some/model" in str(caught.value)
+
+
+def test_another_architecture(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")
+    with pytest.raises(BundleError, match=r"built and checked on .*, this is cpu-riscv64; rebuild"):
+        Bundle.open(bundle_folder).engine("unet", "onnxruntime")
+
+
+def test_a_backend_that_is_not_in_the_bundle(bundle_folder: Path) -> None:
+    bundle = Bundle.open(bundle_folder)
+    with pytest.raises(BundleError, match=r"unet is not built for openvino .* --backend onnxruntime,openvino"):
+        bundle.engine("unet", "openvino")
+    with pytest.raises(EngineError, match="'gpu': unknown"):
+        bundle.engine("unet", "gpu")
+
+
+def test_a_backend_without_all_networks_does_not_count(bundle_folder: Path, edit_manifest: Edit) -> None:
+    edit_manifest(lambda content: content["engines"].pop())
+    assert Bundle.open(bundle_folder).backends == ()
+
+
+def test_misfit_says_what_differs(bundle_folder: Path) -> None:
+    bundle = Bundle.open(bundle_folder)
+    own = bundle.source
+    assert own.lora is not None
+    assert bundle.misfit(own, ["onnxruntime"]) is None
+    renamed = own.model_copy(update={"model": "elsewhere", "revision": None})
+    assert bundle.misfit(renamed, ["onnxruntime"]) is None
+    for change, said in [
+        ({"digests": {**own.digests, "unet": "f" * 64}}, "unet is another one"),
+        ({"digests": {**own.digests, "scheduler": "f" * 64}}, "scheduler is another one"),
+        ({"lora": None}, "the LoRA or its strength"),
+        ({"lora": own.lora.model_copy(update={"strength": 0.25})}, "the LoRA or its strength"),
+    ]:
+        assert said in str(bundle.misfit(own.model_copy(update=change), ["onnxruntime"]))
+    assert "not built for openvino" in str(bundle.misfit(own, ["onnxruntime", "openvino"]))
+    assert "built in fp32, not fp16" in str(bundle.misfit(own, ["onnxruntime"], "fp16"))
+
+
+BASE: dict[str, Any] = {
+    "graph": "g",
+    "weights": {"a.data": "w"},
+    "source": Source(model="m", digests={"unet": "u"}, lora=LoraSource(source="l", digest="d", strength=1.0)),
+    "precision": "fp32",
+    "hint": "f32",
+    "profile": {"batch": (1, None)},
+    "backend": "openvino",
+    "backend_version": "1",
+    "architecture": "cpu-x86_64",
+}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"graph": "h"},
+        {"weights": {"a.data": "x"}},
+        {"source": Source(model="m", digests={"unet": "v"}, lora=BASE["source"].lora)},
+        {"source": Source(model="m", digests={"unet": "u"})},
+        {"source": Source(model="m", digests={"unet": "u"}, lora=LoraSource(source="l", digest="e", strength=1.0))},
+        {"source": Source(model="m", digests={"unet": "u"}, lora=LoraSource(source="l", digest="d", strength=0.9))},
+        {"precision": "fp16"},
+        {"hint": "bf16"},
+        {"hint": None},
+        {"profile": {"batch": (1, 8)}},
+        {"backend": "onnxruntime"},
+        {"backend_version": "2"},
+        {"architecture": "cpu-aarch64"},
+    ],
+)
+def test_all_that_can_change_the_numbers_changes_the_key(change: dict[str, Any]) -> None:
+    assert engine_key(**{**BASE, **change}) != engine_key(**BASE)
+
+
+def test_names_and_places_do_not_change_the_key() -> None:
+    moved = Source(model="n", revision="r", digests={"unet": "u"}, lora=BASE["source"].lora)
+    assert engine_key(**{**BASE, "source": moved, "weights": {"b.data": "w"}}) == engine_key(**BASE)
+
+
+def test_digest_json_ignores_order_and_refuses_nan() -> None:
+    assert digest_json({"a": 1, "b": [2]}) == digest_json({"b": [2], "a": 1})
+    with pytest.raises(ValueError, match="JSON compliant"):
+        digest_json({"a": float("nan")})
+
+
+def test_the_bundles_networks_are_the_contracts(bundle_folder: Path) -> None:
+    assert [record.network for record in Bundle.open(bundle_folder).manifest.engines] == list(NETWORKS)

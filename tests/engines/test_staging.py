@@ -1,0 +1,208 @@
+"""A folder appears whole or not at all, whatever happens while it is made."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from engines.errors import BundleError, SmoothRTError
+from engines.staging import staging
+
+DEAD = 2**22 + 1  # above the greatest process number of Linux
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): p.read_text() for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "home" / "bundle"
+
+
+@pytest.fixture
+def old(target: Path) -> Path:
+    target.mkdir(parents=True)
+    (target / "manifest.json").write_text("old")
+    return target
+
+
+def publish(target: Path, text: str, error: BaseException | None = None) -> None:
+    """Publish a folder with one file, unless `error` strikes first."""
+    with staging(target) as folder:
+        (folder / "manifest.json").write_text(text)
+        if error is not None:
+            raise error
+
+
+def siblings(target: Path) -> list[str]:
+    return sorted(p.name for p in target.parent.iterdir()) if target.parent.exists() else []
+
+
+def test_published_at_the_end(target: Path) -> None:
+    with staging(target) as folder:
+        (folder / "manifest.json").write_text("new")
+        assert folder.name == f".bundle.partial-{os.getpid()}"
+        assert not target.exists()
+    assert content(target) == {"manifest.json": "new"}
+    assert siblings(target) == ["bundle"]
+
+
+def test_an_old_bundle_is_replaced_whole(old: Path) -> None:
+    (old / "onnx").mkdir()
+    (old / "onnx" / "unet.onnx").write_text("old")
+    with staging(old) as folder:
+        (folder / "manifest.json").write_text("new")
+        assert content(old)["manifest.json"] == "old"
+    assert content(old) == {"manifest.json": "new"}
+    assert siblings(old) == ["bundle"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), ValueError("x"), SystemExit(1), BundleError("y")])
+def test_whatever_happens_the_old_bundle_stays(old: Path, error: BaseException) -> None:
+    with pytest.raises(type(error)):
+        publish(old, "half", error)
+    assert content(old) == {"manifest.json": "old"}
+    assert siblings(old) == ["bundle"]
+
+
+def test_a_failure_leaves_no_folder_that_was_not_there(target: Path, tmp_path: Path) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        publish(target / "deep" / "er", "half", KeyboardInterrupt())
+    assert list(tmp_path.iterdir()) == []
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+@pytest.fixture
+def nearly_full(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**30, 2**30 - 2**20, 2**20))
+
+
+@pytest.mark.usefixtures("nearly_full")
+def test_a_full_disk_names_path_and_space(old: Path) -> None:
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "unet.onnx")
+    with pytest.raises(BundleError, match=r"bundle: the disk is full \(1\.0 MiB free\); .* more space") as caught:
+        publish(old, "half", full)
+    assert "\n" not in str(caught.value)
+    assert content(old) == {"manifest.json": "old"}
+    assert siblings(old) == ["bundle"]
+
+
+@pytest.mark.usefixtures("nearly_full")
+def test_too_little_space_is_said_beforehand(target: Path, tmp_path: Path) -> None:
+    said = r"needs 3\.0 GiB of disk and 1\.0 MiB are free"
+    with pytest.raises(BundleError, match=said), staging(target, needed=3 * 2**30):
+        pytest.fail("the build began")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_path_under_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    for target in (tmp_path / "file" / "bundle", tmp_path / "file" / "a" / "b"):
+        with pytest.raises(BundleError, match=r"lies under .*file, which is a file"), staging(target):
+            pytest.fail("the build began")
+    with pytest.raises(BundleError, match="is a file; name a folder"), staging(tmp_path / "file"):
+        pytest.fail("the build began")
+    assert content(tmp_path) == {"file": "mine"}
+
+
+def test_somebodys_own_folder_is_never_replaced(target: Path) -> None:
+    target.mkdir(parents=True)
+    (target / "thesis.tex").write_text("years of work")
+    with pytest.raises(BundleError, match=r"holds thesis\.tex.* will not be replaced"), staging(target):
+        pytest.fail("the build began")
+    assert content(target) == {"thesis.tex": "years of work"}
+
+
+def test_an_empty_folder_is_taken(target: Path) -> None:
+    target.mkdir(parents=True)
+    with staging(target) as folder:
+        (folder / "manifest.json").write_text("new")
+    assert content(target) == {"manifest.json": "new"}
+
+
+def test_a_link_stays_a_link(old: Path, tmp_path: Path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(old)
+    with staging(link) as folder:
+        (folder / "manifest.json").write_text("new")
+    assert link.is_symlink()
+    assert content(old) == {"manifest.json": "new"}
+
+
+def test_what_the_dead_left_is_swept(old: Path) -> None:
+    left = [f".bundle.partial-{DEAD}", f".bundle.old-{DEAD}", f".bundle.partial-{os.getpid()}"]
+    others = [f".bundle2.partial-{DEAD}", f".bundle.partial-{os.getppid()}", ".bundle.partial-x"]
+    for name in (*left, *others):
+        (old.parent / name).mkdir()
+        (old.parent / name / "manifest.json").write_text(name)
+    with staging(old) as folder:
+        (folder / "manifest.json").write_text("new")
+    assert siblings(old) == sorted([*others, "bundle"])
+    assert content(old) == {"manifest.json": "new"}
+
+
+def test_a_swap_cut_off_half_way_is_undone(target: Path) -> None:
+    stranded = target.parent / f".bundle.old-{DEAD}"
+    stranded.mkdir(parents=True)
+    (stranded / "manifest.json").write_text("old")
+    with pytest.raises(KeyboardInterrupt):
+        publish(target, "half", KeyboardInterrupt())
+    assert content(target) == {"manifest.json": "old"}
+    assert siblings(target) == ["bundle"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError(errno.EIO, "bad disk")])
+def test_a_swap_that_fails_brings_the_old_bundle_back(
+    monkeypatch: pytest.MonkeyPatch, old: Path, error: BaseException
+) -> None:
+    rename: Callable[[Path, Any], Path] = Path.rename
+
+    def fail(path: Path, to: Any) -> Path:
+        if ".partial-" in path.name:
+            raise error
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises((KeyboardInterrupt, SmoothRTError)):
+        publish(old, "new")
+    assert content(old) == {"manifest.json": "old"}
+    assert siblings(old) == ["bundle"]
+
+
+def test_another_process_that_publishes_first_is_followed(monkeypatch: pytest.MonkeyPatch, target: Path) -> None:
+    rename: Callable[[Path, Any], Path] = Path.rename
+    rivals = ["first"]
+
+    def rival(path: Path, to: Any) -> Path:
+        if ".partial-" in path.name and rivals:
+            target.mkdir()
+            (target / "manifest.json").write_text(rivals.pop())
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", rival)
+    with staging(target) as folder:
+        (folder / "manifest.json").write_text("second")
+    assert rivals == []
+    assert content(target) == {"manifest.json": "second"}
+    assert siblings(target) == ["bundle"]
+
+
+def test_two_at_once_in_one_process_do_not_harm_each_other(target: Path) -> None:
+    with staging(target) as folder:
+        (folder / "manifest.json").write_text("first")
+        with pytest.raises(BundleError, match="cannot be written"), staging(target):
+            pytest.fail("the second began")
+        assert content(folder) == {"manifest.json": "first"}
+    assert content(target) == {"manifest.json": "first"}
