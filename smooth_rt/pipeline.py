@@ -39,9 +39,9 @@ Predict: TypeAlias = Callable[[Tensor, int, int], Tensor]
 # (pipe, index of the step, timestep, {"latents": ...}) -> None, or a dict with the latents to go on from
 StepCallback: TypeAlias = Callable[["SmoothPipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
-# batch_size="auto": the latent cells (h * w a row; tokens for the text encoder) and the rows that one call may hold. The
-# cells bound memory: at 64x64, four rows of the UNet (two guided images) and one image of the VAE go into a call. The
-# rows stay below the 64 at which exported graphs end. One image always goes.
+# batch_size="auto": the latent cells (h * w a row; tokens for the text encoder) and the rows that one call may hold.
+# Cells bound memory: at 64x64, four rows of the UNet (two guided images) and one image of the VAE go into a call. Rows
+# stay below 64, where exported graphs end. One image always goes.
 CELLS_PER_CALL: dict[NetworkName, int] = {
     "text_encoder": 16_384,
     "unet": 16_384,
@@ -226,13 +226,7 @@ class SmoothPipeline:
         """The UNet's output [N, C, h, w], guided: `uncond + guidance_scale * (cond - uncond)`.
 
         Both halves go into one call. The unconditional one is left out where it cannot matter: at a scale of 1, or
-        where its embeddings are those of the prompt.
-
-        Args:
-            latents: [N, C, h, w].
-            timestep: 0..num_train_timesteps - 1.
-            prompt_embeds: [N, L, D].
-            negative_prompt_embeds: [N, L, D]; None: no guidance.
+        where its embeddings are those of the prompt. Embeddings are [N, L, D].
         """
         negative = negative_prompt_embeds
         if guidance_scale == 1 or (negative is not None and torch.equal(negative, prompt_embeds)):
@@ -260,13 +254,10 @@ class SmoothPipeline:
         """The loop through time: DDIM along `steps`, whichever way they lead.
 
         Args:
-            latents: [N, C, h, w] at the noise level of the first step.
+            latents: [N, C, h, w] at the noise level of the first step; those of the last step are returned.
             steps: `Schedule.steps`, a part of them, or `Schedule.inverse_steps`.
             predict: `predict(latents, i, timestep)` gives the model's output for step i.
             callback_on_step_end: see `StepCallback`.
-
-        Returns:
-            The latents at the level of the last step.
 
         Raises:
             EngineError: the latents stopped being finite; the step is named.

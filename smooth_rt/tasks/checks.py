@@ -36,9 +36,9 @@ def as_prompts(prompts: str | Sequence[str], name: str = "prompt") -> list[str]:
     return found
 
 
-def one_each(prompts: str | Sequence[str], count: int, name: str, of: str) -> list[str]:
-    """As many prompts as there are `of` (images, prompts); a single one serves them all."""
-    found = as_prompts(prompts, name)
+def one_each(prompts: str | Sequence[str] | None, count: int, name: str, of: str) -> list[str]:
+    """As many prompts as there are `of` (images, prompts); a single one serves them all, None is the empty one."""
+    found = as_prompts("" if prompts is None else prompts, name)
     if len(found) == 1:
         found = found * count
     if len(found) != count:
@@ -121,7 +121,7 @@ def per_image(generator: Generator | Sequence[Generator] | None, count: int) -> 
     if generator is None or isinstance(generator, Generator):
         found: list[Generator | None] = [generator] * count
     else:
-        found = list(generator)
+        found = list(generator) if isinstance(generator, Sequence) else [generator]
     if len(found) != count:
         raise InputError(f"generator: {len(found)} for {count} images; give one for all or one each")
     for one in found:

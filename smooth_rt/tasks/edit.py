@@ -90,7 +90,7 @@ def edit(
         if source_prompts is not None:
             raise InputError("source_prompts: sdedit does not use them; leave them out, or use eq15")
         noise = pipe.draw_noise(len(found), height, width, generator)
-        uncond = pipe.encode_prompt(checks.one_each(negative_prompts or "", len(found), "negative_prompts", "images"))
+        uncond = pipe.encode_prompt(checks.one_each(negative_prompts, len(found), "negative_prompts", "images"))
         # As in diffusers' image-to-image pipeline; the level is that from which the first step taken starts.
         taken = schedule.steps[len(schedule.steps) - int(len(schedule.steps) * strength) :]
         latents = pipe.encode_image(found, height, width)

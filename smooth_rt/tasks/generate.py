@@ -116,7 +116,7 @@ def embed_pair(
     if negative_prompt_embeds is not None:
         uncond = checks.embeds(negative_prompt_embeds, len(cond), pipe.dims, "negative_prompt_embeds")
     else:
-        texts = checks.one_each(negative_prompt or "", len(cond), "negative_prompt", "prompts")
+        texts = checks.one_each(negative_prompt, len(cond), "negative_prompt", "prompts")
         uncond = cond if guidance_scale == 1 else pipe.encode_prompt(texts)
     return cond, uncond
 

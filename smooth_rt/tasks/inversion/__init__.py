@@ -115,7 +115,7 @@ def invert(
     found = as_list(images)
     if chosen.with_text and prompts is None:
         raise InputError(f"prompts: method {method!r} needs one for each image; give it, or use ddim-without-text")
-    texts = checks.one_each(prompts or "", len(found), "prompts", "images") if chosen.with_text else [""] * len(found)
+    texts = checks.one_each(prompts, len(found), "prompts", "images") if chosen.with_text else [""] * len(found)
     image_latents = pipe.encode_image(found, height, width)
     prompt_embeds = pipe.encode_prompt(texts)
     negative = chosen.negative_embeds(pipe, prompt_embeds)
