@@ -1,0 +1,131 @@
+"""How near a reconstruction is to its picture: MSE, PSNR and SSIM by scikit-image, LPIPS where it is installed.
+
+Each takes two pictures [H, W, C] of the same shape, uint8 or floats in 0..1; the data range is 1.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from numpy.typing import ArrayLike
+
+from smooth_rt.errors import InputError, SmoothRTError
+from smooth_rt.metrics.pixels import Pixels, as_pixels
+
+__all__ = ["Reconstruction", "lpips", "mse", "psnr", "reconstruction", "ssim"]
+
+SSIM_WINDOW = 7  # scikit-image's default, a uniform window
+LPIPS_TRUNK = "alexnet-owt-7be5be79.pth"  # torchvision's AlexNet, under which LPIPS puts its own weights
+
+
+@dataclass(frozen=True)
+class Reconstruction:
+    """The distances of one pair. `lpips` is None where LPIPS is not installed and `lpips_missing` then says why."""
+
+    mse: float
+    psnr: float
+    ssim: float
+    lpips: float | None
+    lpips_missing: str | None
+
+
+def mse(image: ArrayLike, reconstructed: ArrayLike) -> float:
+    """Mean squared error, 0..1.
+
+    Raises:
+        InputError: the pictures are not [H, W, C] of the same shape, or their values not in range.
+    """
+    from skimage.metrics import mean_squared_error
+
+    return float(mean_squared_error(*_pair(image, reconstructed)))
+
+
+def psnr(image: ArrayLike, reconstructed: ArrayLike) -> float:
+    """Peak signal-to-noise ratio in dB: `10 log10(1 / mse)`; inf for equal pictures.
+
+    Raises:
+        InputError: as `mse`.
+    """
+    from skimage.metrics import peak_signal_noise_ratio
+
+    first, second = _pair(image, reconstructed)
+    return math.inf if (first == second).all() else float(peak_signal_noise_ratio(first, second, data_range=1.0))
+
+
+def ssim(image: ArrayLike, reconstructed: ArrayLike) -> float:
+    """Structural similarity, -1..1, mean over channels, in windows of 7x7 with equal weights.
+
+    Raises:
+        InputError: as `mse`, or a side is shorter than the window.
+    """
+    from skimage.metrics import structural_similarity
+
+    first, second = _pair(image, reconstructed)
+    if min(first.shape[:2]) < SSIM_WINDOW:
+        size = f"{first.shape[0]}x{first.shape[1]}"
+        raise InputError(f"ssim: pictures of {size}; give sides of at least {SSIM_WINDOW} pixels")
+    return float(structural_similarity(first, second, data_range=1.0, channel_axis=-1, win_size=SSIM_WINDOW))
+
+
+def lpips(image: ArrayLike, reconstructed: ArrayLike) -> float:
+    """Learned perceptual distance with AlexNet, by the package `lpips`; nothing is downloaded by it here.
+
+    Raises:
+        InputError: as `mse`, or the pictures have not 3 channels.
+        SmoothRTError: the package or its weights are not installed; the line says how to get them.
+    """
+    import torch
+
+    pair = _pair(image, reconstructed)
+    if pair[0].shape[2] != 3:
+        raise InputError(f"lpips: pictures of {pair[0].shape[2]} channels; give RGB")
+    network = _lpips_network()
+    first, second = (torch.from_numpy(p).float().permute(2, 0, 1)[None] * 2 - 1 for p in pair)
+    with torch.no_grad():
+        return float(network(first, second))
+
+
+def reconstruction(image: ArrayLike, reconstructed: ArrayLike) -> Reconstruction:
+    """All distances of one pair, LPIPS where it is installed.
+
+    Raises:
+        InputError: as `mse` and `ssim`.
+    """
+    perceptual, missing = None, None
+    values = mse(image, reconstructed), psnr(image, reconstructed), ssim(image, reconstructed)
+    try:
+        perceptual = lpips(image, reconstructed)
+    except InputError:
+        raise
+    except SmoothRTError as error:
+        missing = str(error)
+    return Reconstruction(*values, perceptual, missing)
+
+
+def _pair(image: ArrayLike, reconstructed: ArrayLike) -> tuple[Pixels, Pixels]:
+    first, second = as_pixels(image, 3, "picture"), as_pixels(reconstructed, 3, "reconstruction")
+    if first.shape != second.shape:
+        raise InputError(f"reconstruction: {list(second.shape)}, the picture {list(first.shape)}; give equal shapes")
+    return first, second
+
+
+@cache
+def _lpips_network() -> Any:
+    import importlib
+
+    import torch
+
+    try:
+        package = importlib.import_module("lpips")
+    except ImportError as error:
+        raise SmoothRTError(
+            "lpips: not installed, so this distance is left out; pip install lpips torchvision"
+        ) from error
+    weights = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_TRUNK
+    if not weights.is_file():
+        raise SmoothRTError(f"lpips: {weights} is missing; put torchvision's AlexNet weights there")
+    return package.LPIPS(net="alex", verbose=False).eval()
