@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from smooth_rt.errors import InputError, SmoothRTError
-from smooth_rt.metrics import diversity, istd, lpips, mse, psnr, reconstruction, ssim
+from smooth_rt.metrics import diversity, istd, lpips, mse, neighbour_distances, psnr, reconstruction, ssim
 from smooth_rt.metrics.reconstruction import _lpips_network
 
 
@@ -56,6 +56,15 @@ def test_istd_of_prompts_of_different_sizes() -> None:
     assert found.distances == ((1.0,), (2.0, 2.0))
 
 
+def test_frames_as_pictures() -> None:
+    pictures = [Image.new("RGB", (4, 2), (value, value, value)) for value in (0, 10, 30)]
+    step = 10 * math.sqrt(4 * 2 * 3)
+    assert neighbour_distances(pictures) == pytest.approx((step, 2 * step))
+    assert istd([pictures]).istd == pytest.approx(step / 2)
+    with pytest.raises(InputError, match="different sizes"):
+        neighbour_distances([*pictures, Image.new("RGB", (5, 2))])
+
+
 def test_a_model_that_ignores_its_noise() -> None:
     still = istd(grey(0.3, 0.3, 0.3)[None])
     assert (still.istd, still.mean_step) == (0.0, 0.0)
@@ -89,13 +98,18 @@ def test_what_is_no_sequence_of_pictures(metric: object, images: object, said: s
     assert "\n" not in str(error.value)
 
 
+def test_ddof_needs_frames() -> None:
+    with pytest.raises(InputError, match="at least 3"):
+        istd([grey(0.0, 1.0)], ddof=1)
+
+
 def test_mse_and_psnr_by_hand() -> None:
     first, second = np.zeros((8, 8, 3)), np.full((8, 8, 3), 0.1)
     second[:4] = 0.3
     assert mse(first, second) == pytest.approx((0.01 + 0.09) / 2)
     assert psnr(first, second) == pytest.approx(10 * math.log10(1 / 0.05))
     assert psnr(second, second) == math.inf
-    assert mse(Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8))) == pytest.approx(1 / 3)  # type: ignore[arg-type]
+    assert mse(Image.new("RGB", (8, 8), (255, 0, 0)), Image.new("RGB", (8, 8))) == pytest.approx(1 / 3)
 
 
 def test_ssim_by_hand() -> None:

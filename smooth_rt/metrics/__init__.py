@@ -1,6 +1,17 @@
 """Measures of smoothness (istd) and of likeness between a picture and its reconstruction."""
 
-from smooth_rt.metrics.istd import Istd, diversity, istd
+from smooth_rt.metrics.istd import Istd, diversity, istd, neighbour_distances
 from smooth_rt.metrics.reconstruction import Reconstruction, lpips, mse, psnr, reconstruction, ssim
 
-__all__ = ["Istd", "Reconstruction", "diversity", "istd", "lpips", "mse", "psnr", "reconstruction", "ssim"]
+__all__ = [
+    "Istd",
+    "Reconstruction",
+    "diversity",
+    "istd",
+    "lpips",
+    "mse",
+    "neighbour_distances",
+    "psnr",
+    "reconstruction",
+    "ssim",
+]

@@ -20,12 +20,12 @@ from dataclasses import dataclass
 from itertools import combinations
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from smooth_rt.errors import InputError
-from smooth_rt.metrics.pixels import as_pixels
+from smooth_rt.metrics.pixels import FramesLike, as_pixels
 
-__all__ = ["Istd", "diversity", "istd"]
+__all__ = ["Istd", "diversity", "istd", "neighbour_distances"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +47,25 @@ class Istd:
     distances: tuple[tuple[float, ...], ...]
 
 
-def istd(images: ArrayLike | Sequence[ArrayLike], *, pixel_range: float = 255.0, ddof: int = 0) -> Istd:
+def neighbour_distances(frames: FramesLike, *, pixel_range: float = 255.0, what: str = "frames") -> tuple[float, ...]:
+    """L2 distances in pixel space between neighbouring frames, F - 1 of them.
+
+    Args:
+        frames: [F, H, W, C] or F pictures, in order; uint8 or floats in 0..1.
+        pixel_range: pixels are measured in 0..pixel_range.
+        what: their name in messages.
+
+    Raises:
+        InputError: fewer than two frames, or pixels that are not pictures'.
+    """
+    pixels = as_pixels(frames, 4, what)
+    if len(pixels) < 2:
+        raise InputError(f"{what}: {len(pixels)} frame; give at least 2")
+    steps = np.diff(pixels, axis=0).reshape(len(pixels) - 1, -1)
+    return tuple(float(x) for x in pixel_range * np.linalg.norm(steps, axis=1))
+
+
+def istd(images: ArrayLike | Sequence[FramesLike], *, pixel_range: float = 255.0, ddof: int = 0) -> Istd:
     """The interpolation standard deviation of the frames of one or more prompts.
 
     Args:
@@ -61,26 +79,26 @@ def istd(images: ArrayLike | Sequence[ArrayLike], *, pixel_range: float = 255.0,
     """
     if not len(images):  # type: ignore[arg-type]
         raise InputError("istd: no prompts; give the frames of at least one")
-    distances: list[NDArray[np.float64]] = []
-    for number, frames in enumerate(images):  # type: ignore[arg-type]
-        pixels = as_pixels(frames, 4, f"istd: prompt {number}")
-        if len(pixels) < ddof + 2:
-            raise InputError(f"istd: prompt {number} has {len(pixels)} frames; give at least {ddof + 2}")
-        steps = np.diff(pixels, axis=0).reshape(len(pixels) - 1, -1)
-        distances.append(pixel_range * np.linalg.norm(steps, axis=1))
+    distances = tuple(
+        neighbour_distances(frames, pixel_range=pixel_range, what=f"istd: prompt {number}")
+        for number, frames in enumerate(images)  # type: ignore[arg-type]
+    )
+    shortest = min(len(d) for d in distances)
+    if shortest <= ddof:
+        raise InputError(f"istd: {shortest + 1} frames; give at least {ddof + 2} for ddof={ddof}")
     per_prompt = tuple(float(np.std(d, ddof=ddof)) for d in distances)
     deviation = float(np.mean(per_prompt))
-    mean_step = float(np.mean([d.mean() for d in distances]))
+    mean_step = float(np.mean([np.mean(d) for d in distances]))
     return Istd(
         istd=deviation,
         mean_step=mean_step,
         istd_over_mean_step=deviation / mean_step if mean_step > 0 else math.nan,
         per_prompt=per_prompt,
-        distances=tuple(tuple(float(x) for x in d) for d in distances),
+        distances=distances,
     )
 
 
-def diversity(images_per_prompt: ArrayLike | Sequence[ArrayLike], *, pixel_range: float = 255.0) -> float:
+def diversity(images_per_prompt: ArrayLike | Sequence[FramesLike], *, pixel_range: float = 255.0) -> float:
     """Mean L2 distance in pixel space between images of independent seeds: over all pairs, then over prompts.
 
     Args:

@@ -2,26 +2,33 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
+from PIL import Image
 
 from smooth_rt.errors import InputError
 
-__all__ = ["Pixels", "as_pixels"]
+__all__ = ["FramesLike", "PictureLike", "Pixels", "as_pixels"]
 
 Pixels = NDArray[np.float64]
+PictureLike: TypeAlias = ArrayLike | Image.Image
+FramesLike: TypeAlias = ArrayLike | Sequence[Image.Image]
 TOLERANCE = 1e-3  # a float picture that was clamped in half precision may stand this far outside 0..1
 
 
-def as_pixels(images: ArrayLike, axes: int, what: str) -> Pixels:
+def as_pixels(images: PictureLike | FramesLike, axes: int, what: str) -> Pixels:
     """`images` as float64 in 0..1 of `axes` axes, the last three [H, W, C]: uint8 is divided by 255, floats are kept.
 
     Raises:
         InputError: another number of axes, an empty axis, another dtype, or values that are not in 0..1.
     """
-    array: NDArray[Any] = np.asarray(images)
+    try:
+        array: NDArray[Any] = np.asarray(cast(Any, images))
+    except ValueError as error:  # pictures of several sizes
+        raise InputError(f"{what}: pictures of different sizes; give one size") from error
     if array.ndim != axes or 0 in array.shape:
         raise InputError(f"{what}: shape {list(array.shape)}; give {axes} axes, the last three height, width, channels")
     if array.dtype == np.uint8:

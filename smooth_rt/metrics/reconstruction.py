@@ -1,6 +1,6 @@
 """How near a reconstruction is to its picture: MSE, PSNR and SSIM by scikit-image, LPIPS where it is installed.
 
-Each takes two pictures [H, W, C] of the same shape, uint8 or floats in 0..1; the data range is 1.
+Each takes two pictures [H, W, C] of the same shape, uint8 or floats in 0..1, or PIL; the data range is 1.
 """
 
 from __future__ import annotations
@@ -11,10 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from numpy.typing import ArrayLike
-
 from smooth_rt.errors import InputError, SmoothRTError
-from smooth_rt.metrics.pixels import Pixels, as_pixels
+from smooth_rt.metrics.pixels import PictureLike, Pixels, as_pixels
 
 __all__ = ["Reconstruction", "lpips", "mse", "psnr", "reconstruction", "ssim"]
 
@@ -33,7 +31,7 @@ class Reconstruction:
     lpips_missing: str | None
 
 
-def mse(image: ArrayLike, reconstructed: ArrayLike) -> float:
+def mse(image: PictureLike, reconstructed: PictureLike) -> float:
     """Mean squared error, 0..1.
 
     Raises:
@@ -44,7 +42,7 @@ def mse(image: ArrayLike, reconstructed: ArrayLike) -> float:
     return float(mean_squared_error(*_pair(image, reconstructed)))
 
 
-def psnr(image: ArrayLike, reconstructed: ArrayLike) -> float:
+def psnr(image: PictureLike, reconstructed: PictureLike) -> float:
     """Peak signal-to-noise ratio in dB: `10 log10(1 / mse)`; inf for equal pictures.
 
     Raises:
@@ -56,7 +54,7 @@ def psnr(image: ArrayLike, reconstructed: ArrayLike) -> float:
     return math.inf if (first == second).all() else float(peak_signal_noise_ratio(first, second, data_range=1.0))
 
 
-def ssim(image: ArrayLike, reconstructed: ArrayLike) -> float:
+def ssim(image: PictureLike, reconstructed: PictureLike) -> float:
     """Structural similarity, -1..1, mean over channels, in windows of 7x7 with equal weights.
 
     Raises:
@@ -71,7 +69,7 @@ def ssim(image: ArrayLike, reconstructed: ArrayLike) -> float:
     return float(structural_similarity(first, second, data_range=1.0, channel_axis=-1, win_size=SSIM_WINDOW))
 
 
-def lpips(image: ArrayLike, reconstructed: ArrayLike) -> float:
+def lpips(image: PictureLike, reconstructed: PictureLike) -> float:
     """Learned perceptual distance with AlexNet, by the package `lpips`; nothing is downloaded by it here.
 
     Raises:
@@ -89,7 +87,7 @@ def lpips(image: ArrayLike, reconstructed: ArrayLike) -> float:
         return float(network(first, second))
 
 
-def reconstruction(image: ArrayLike, reconstructed: ArrayLike) -> Reconstruction:
+def reconstruction(image: PictureLike, reconstructed: PictureLike) -> Reconstruction:
     """All distances of one pair, LPIPS where it is installed.
 
     Raises:
@@ -106,7 +104,7 @@ def reconstruction(image: ArrayLike, reconstructed: ArrayLike) -> Reconstruction
     return Reconstruction(*values, perceptual, missing)
 
 
-def _pair(image: ArrayLike, reconstructed: ArrayLike) -> tuple[Pixels, Pixels]:
+def _pair(image: PictureLike, reconstructed: PictureLike) -> tuple[Pixels, Pixels]:
     first, second = as_pixels(image, 3, "picture"), as_pixels(reconstructed, 3, "reconstruction")
     if first.shape != second.shape:
         raise InputError(f"reconstruction: {list(second.shape)}, the picture {list(first.shape)}; give equal shapes")
