@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -10,7 +12,7 @@ from engines.contract import Dims, Network
 from engines.eager import EagerEngine
 from engines.errors import InputError, ModelError, ParityError
 from engines.manifest import Parity
-from export.graphs import cases, random_inputs
+from export.graphs import Case, cases, random_inputs
 
 __all__ = ["TOLERANCES", "verify"]
 
@@ -23,7 +25,15 @@ TOLERANCES: dict[str, float] = {
 }
 
 
-def verify(engine: Engine, module: nn.Module, network: Network, dims: Dims, precision: str, seed: int) -> list[Parity]:
+def verify(
+    engine: Engine,
+    module: nn.Module,
+    network: Network,
+    dims: Dims,
+    precision: str,
+    seed: int,
+    tried: Sequence[Case] = (),
+) -> list[Parity]:
     """Compare `engine` with `module` in fp32; one Parity for each output, the worst over all cases.
 
     Args:
@@ -33,6 +43,7 @@ def verify(engine: Engine, module: nn.Module, network: Network, dims: Dims, prec
         dims: the model's sizes.
         precision: of the graph; it chooses the tolerance.
         seed: of the inputs.
+        tried: the cases; none stands for `graphs.cases`, those that a bundle is built with.
 
     Raises:
         ParityError: an output is over its tolerance or not finite; the message names it, the error and the sizes.
@@ -45,7 +56,7 @@ def verify(engine: Engine, module: nn.Module, network: Network, dims: Dims, prec
     generator = torch.Generator().manual_seed(seed)
     reference = EagerEngine(network, module)
     found: dict[str, Parity] = {}
-    tried = cases(network, dims)
+    tried = tried or cases(network, dims)
     for case in tried:
         inputs = random_inputs(network, dims, case, generator)
         wanted = reference.infer(**inputs)

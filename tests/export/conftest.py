@@ -1,0 +1,96 @@
+"""The tiny model's networks, and one bundle of them for all tests of this folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from engines.bundle import Bundle
+from engines.contract import Dims, Network, NetworkName
+from engines.eager import torch_networks
+from engines.manifest import LoraSource, Source
+from export import build
+from export.build import build_bundle
+
+BACKENDS = ("onnxruntime", "openvino")
+SOURCE = Source(
+    model="tiny",
+    digests={name: name[0] * 64 for name in ("text_encoder", "unet", "vae", "tokenizer", "scheduler")},
+    lora=LoraSource(source="some/lora", digest="d" * 64, strength=0.5),
+)
+
+
+@dataclass
+class Built:
+    """A bundle and what was reported while it was built."""
+
+    bundle: Bundle
+    steps: list[tuple[str, int, int]] = field(default_factory=list)
+
+
+def write_config(folder: Path) -> None:
+    (folder / "model.json").write_text(json.dumps({"scaling_factor": 0.5}))
+
+
+@pytest.fixture(scope="session")
+def dims() -> Dims:
+    """Of the tiny model."""
+    return Dims(
+        tokens=12,
+        text_width=32,
+        vocabulary=539,
+        latent_channels=4,
+        image_channels=3,
+        vae_factor=2,
+        latent_multiple=4,
+        sample_size=8,
+    )
+
+
+@pytest.fixture(scope="session")
+def networks(tiny_model: Path) -> dict[NetworkName, nn.Module]:
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel
+
+    return torch_networks(
+        CLIPTextModel.from_pretrained(tiny_model / "text_encoder"),
+        UNet2DConditionModel.from_pretrained(tiny_model / "unet"),
+        AutoencoderKL.from_pretrained(tiny_model / "vae"),
+    )
+
+
+@pytest.fixture(scope="session")
+def built(networks: dict[NetworkName, nn.Module], dims: Dims, tmp_path_factory: pytest.TempPathFactory) -> Built:
+    """Built once, for both backends, by the code that users run."""
+    target = tmp_path_factory.mktemp("built") / "bundle"
+    steps: list[tuple[str, int, int]] = []
+    bundle = build_bundle(
+        networks, dims, SOURCE, BACKENDS, target, write_config, progress=lambda *step: steps.append(step)
+    )
+    return Built(bundle, steps)
+
+
+@pytest.fixture
+def ready_made(built: Built, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Replaces the exporter by a copy of what it made before; lists the networks it was asked for."""
+    asked: list[str] = []
+
+    def copy(module: nn.Module, network: Network, dims: Dims, path: Path) -> None:
+        asked.append(network.name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        for suffix in ("", ".data"):
+            shutil.copy(built.bundle.path / "onnx" / f"{network.name}.onnx{suffix}", f"{path}{suffix}")
+
+    monkeypatch.setattr(build, "to_onnx", copy)
+    return asked
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(7)

@@ -1,0 +1,302 @@
+"""Building a bundle: what it holds, and that a build that fails leaves nothing and keeps what was there."""
+
+from __future__ import annotations
+
+import copy
+import errno
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import openvino
+import pytest
+import torch
+from torch import nn
+
+from engines.bundle import Bundle
+from engines.contract import NETWORKS, Dims, NetworkName, contract
+from engines.errors import BundleError, EngineError, InputError, ParityError, SmoothRTError
+from engines.manifest import Source, digest_file
+from engines.select import architecture, backend_version
+from export import build
+from export.build import build_bundle
+from export.to_onnx import to_onnx
+from export.to_openvino import to_openvino
+
+Networks = dict[NetworkName, nn.Module]
+Build = Callable[..., Bundle]
+
+
+class Usage(NamedTuple):
+    total: int
+    used: int
+    free: int
+
+
+def no_config(folder: Path) -> None:
+    assert folder.is_dir()
+
+
+@pytest.fixture
+def target(tmp_path: Path) -> Path:
+    return tmp_path / "bundle"
+
+
+@pytest.fixture
+def run(networks: Networks, dims: Dims, built: Any, target: Path) -> Build:
+    """Builds the tiny model at `target`, for onnxruntime unless told otherwise."""
+
+    def build_here(
+        networks: Networks = networks,
+        backends: Sequence[str] = ("onnxruntime",),
+        write_config: Callable[[Path], None] = no_config,
+        **options: Any,
+    ) -> Bundle:
+        source: Source = built.bundle.source
+        return build_bundle(networks, dims, source, backends, target, write_config, **options)
+
+    return build_here
+
+
+@pytest.fixture
+def previous(built: Any, target: Path) -> dict[str, str]:
+    """A bundle that stands at the target already, by file and digest."""
+    shutil.copytree(built.bundle.path, target)
+    return content(target)
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {p.relative_to(folder).as_posix(): digest_file(p) for p in folder.rglob("*") if p.is_file()}
+
+
+def test_the_manifest_proves_every_output_of_every_network(built: Any, dims: Dims) -> None:
+    bundle = Bundle.open(built.bundle.path)
+    assert bundle.backends == ("onnxruntime", "openvino")
+    assert bundle.dims == dims
+    for name in NETWORKS:
+        for backend in bundle.backends:
+            record = bundle.record(name, backend)
+            assert [p.output for p in record.parity] == [spec.name for spec in contract(name, dims).outputs]
+            assert all(0 < p.relative <= p.tolerance == 1e-4 and p.max_abs > 0 and p.cases == 3 for p in record.parity)
+            assert record.key == record.expected_key(bundle.source)
+            assert record.backend_version == backend_version(backend)
+            assert record.architecture == architecture()
+            assert record.hint == ("f32" if backend == "openvino" else None)
+            assert record.weights
+
+
+def test_the_bundle_holds_what_it_lists_and_nothing_else(built: Any) -> None:
+    listed = {file.path: file.sha256 for file in built.bundle.manifest.files}
+    found = content(built.bundle.path)
+    del found["manifest.json"]
+    assert found == listed
+    assert "config/model.json" in listed
+    assert {"onnx/unet.onnx", "onnx/unet.onnx.data", "openvino/unet.xml", "openvino/unet.bin"} <= set(listed)
+
+
+def test_weights_are_whole_fp32_on_both_backends(built: Any, networks: Networks) -> None:
+    weights = sum(p.numel() * 4 for p in networks["unet"].parameters())
+    for path in ("onnx/unet.onnx.data", "openvino/unet.bin"):
+        assert (built.bundle.path / path).stat().st_size >= 0.99 * weights
+
+
+def test_progress_counts_to_the_end(built: Any) -> None:
+    names, done, totals = zip(*built.steps, strict=True)
+    assert len(set(totals)) == 1
+    assert list(done) == list(range(totals[0] + 1))
+    assert names[0] == "configuration"
+    assert names[-1] == "done"
+    assert {"unet: export", "unet: convert to openvino", "unet: verify openvino"} <= set(names)
+
+
+def test_openvino_alone_leaves_no_onnx(ready_made: list[str], run: Build, target: Path) -> None:
+    steps: list[tuple[str, int, int]] = []
+    bundle = run(backends=["openvino", "openvino"], progress=lambda *step: steps.append(step))
+    assert ready_made == list(NETWORKS)
+    assert bundle.backends == ("openvino",)
+    assert sorted(p.name for p in target.iterdir()) == ["config", "manifest.json", "openvino"]
+    assert steps[-1] == ("done", steps[-1][2], steps[-1][2])
+    Bundle.open(target)
+
+
+def test_the_same_module_gives_the_same_graph(built: Any, networks: Networks, dims: Dims, tmp_path: Path) -> None:
+    path = tmp_path / "text_encoder.onnx"
+    to_onnx(networks["text_encoder"], contract("text_encoder", dims), dims, path)
+    for suffix in ("", ".data"):
+        assert digest_file(Path(f"{path}{suffix}")) == digest_file(
+            built.bundle.path / "onnx" / f"text_encoder.onnx{suffix}"
+        )
+
+
+def test_exporting_is_silent(
+    networks: Networks, dims: Dims, tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
+) -> None:
+    path = tmp_path / "text_encoder.onnx"
+    to_onnx(networks["text_encoder"], contract("text_encoder", dims), dims, path)
+    to_openvino(path, tmp_path / "text_encoder.xml")
+    assert capfd.readouterr() == ("", "")
+    assert list(recwarn) == []
+
+
+def test_a_graph_over_its_tolerance_is_not_published(
+    ready_made: list[str], run: Build, networks: Networks, target: Path, previous: dict[str, str]
+) -> None:
+    other = copy.deepcopy(networks["text_encoder"])
+    with torch.no_grad():
+        next(p for key, p in other.named_parameters() if "final_layer_norm.weight" in key).mul_(1.01)
+    with pytest.raises(ParityError, match="text_encoder: onnxruntime's last_hidden_state differs"):
+        run(networks={**networks, "text_encoder": other})
+    assert ready_made == ["text_encoder"]
+    assert content(target) == previous
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.usefixtures("ready_made")
+@pytest.mark.parametrize("at", ["configuration", "unet: export", "vae_decoder: verify onnxruntime", "manifest"])
+def test_ctrl_c_leaves_nothing_and_keeps_the_previous_bundle(
+    run: Build, target: Path, previous: dict[str, str], at: str
+) -> None:
+    def interrupt(what: str, done: int, total: int) -> None:
+        if what == at:
+            assert len(list(target.parent.iterdir())) == 2
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(progress=interrupt)
+    assert content(target) == previous
+    assert list(target.parent.iterdir()) == [target]
+
+
+def test_ctrl_c_without_a_previous_bundle(run: Build, target: Path) -> None:
+    def interrupt(folder: Path) -> None:
+        (folder / "half").write_text("half")
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        run(write_config=interrupt)
+    assert list(target.parent.iterdir()) == []
+
+
+def full(path: Any) -> OSError:
+    return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+
+
+def test_a_disk_that_fills_while_the_weights_are_written(
+    monkeypatch: pytest.MonkeyPatch, run: Build, target: Path, previous: dict[str, str]
+) -> None:
+    def save(program: Any, path: str, **options: Any) -> None:
+        Path(path).write_bytes(b"half")
+        raise full(path)
+
+    monkeypatch.setattr(torch.onnx.ONNXProgram, "save", save)
+    with pytest.raises(BundleError, match=r"bundle: the disk is full \(.* free\); this needs .* in all") as caught:
+        run()
+    assert "\n" not in str(caught.value)
+    assert content(target) == previous
+    assert list(target.parent.iterdir()) == [target]
+
+
+@pytest.mark.usefixtures("ready_made")
+def test_a_disk_that_fills_under_openvino(monkeypatch: pytest.MonkeyPatch, run: Build, target: Path) -> None:
+    def save(model: Any, path: str, **options: Any) -> None:
+        Path(path).write_bytes(b"half")
+        monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**30, 2**30, 0))
+        raise RuntimeError("basic_ios::clear: iostream error")
+
+    monkeypatch.setattr(openvino, "save_model", save)
+    with pytest.raises(BundleError, match=r"bundle: the disk is full \(0\.0 MiB free\)"):
+        run(backends=["openvino"])
+    assert list(target.parent.iterdir()) == []
+
+
+@pytest.mark.usefixtures("ready_made")
+def test_a_disk_that_fills_at_the_manifest(monkeypatch: pytest.MonkeyPatch, run: Build, target: Path) -> None:
+    write_text: Callable[..., int] = Path.write_text
+
+    def write(path: Path, text: str, **options: Any) -> int:
+        write_text(path, text[: len(text) // 2], **options)
+        raise full(path)
+
+    monkeypatch.setattr(Path, "write_text", write)
+    with pytest.raises(BundleError, match="the disk is full"):
+        run()
+    assert list(target.parent.iterdir()) == []
+
+
+def test_a_disk_that_is_too_small_from_the_start(
+    monkeypatch: pytest.MonkeyPatch, ready_made: list[str], run: Build, networks: Networks, target: Path
+) -> None:
+    weights = sum(p.numel() * 4 for name in ("text_encoder", "unet") for p in networks[name].parameters())  # type: ignore[index]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: Usage(2**30, 0, 2 * weights - 1))
+    with pytest.raises(BundleError, match=r"needs .* of disk and .* are free"):
+        run(backends=["openvino"])
+    assert ready_made == []
+    assert list(target.parent.iterdir()) == []
+
+
+class Branching(nn.Module):
+    """Cannot be traced: its path depends on its numbers."""
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:
+        return (input_ids.float() if input_ids.sum() > 3 else -input_ids.float(),)
+
+
+def test_a_module_that_cannot_be_exported(run: Build, networks: Networks, target: Path) -> None:
+    with pytest.raises(EngineError, match="text_encoder: export to ONNX failed: ") as caught:
+        run(networks={**networks, "text_encoder": Branching()})
+    assert "\n" not in str(caught.value)
+    assert list(target.parent.iterdir()) == []
+
+
+def test_a_graph_that_openvino_cannot_convert(tmp_path: Path) -> None:
+    (tmp_path / "unet.onnx").write_bytes(b"garbage")
+    with pytest.raises(EngineError, match="unet: openvino cannot convert it") as caught:
+        to_openvino(tmp_path / "unet.onnx", tmp_path / "ir" / "unet.xml")
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "ir").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "said"),
+    [
+        ({"backends": []}, InputError, "backends: none given"),
+        ({"backends": ["eager"]}, InputError, "eager runs the torch modules"),
+        ({"backends": ["onnxruntime", "cuda"]}, EngineError, "'cuda': unknown"),
+        ({"backends": ["tensorrt"]}, EngineError, "does not build TensorRT engines yet"),
+        ({"precision": "fp8"}, InputError, "'fp8': unknown; choose from fp32"),
+        ({"networks": {}}, InputError, "a bundle holds text_encoder, unet"),
+    ],
+)
+def test_what_cannot_be_asked_for(
+    ready_made: list[str], run: Build, target: Path, options: Any, error: type[SmoothRTError], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        run(**options)
+    assert ready_made == []
+    assert not target.exists()
+
+
+def test_weights_in_another_dtype(run: Build, networks: Networks, target: Path) -> None:
+    halved = copy.deepcopy(networks["unet"]).half()
+    with pytest.raises(InputError, match=r"unet: .* is torch\.float16 on cpu; load float32 on the CPU"):
+        run(networks={**networks, "unet": halved})
+    assert not target.exists()
+
+
+@pytest.mark.usefixtures("ready_made")
+def test_verification_runs_the_engines_that_users_run(
+    monkeypatch: pytest.MonkeyPatch, run: Build, target: Path
+) -> None:
+    opened: list[tuple[str, str]] = []
+    open_engine = build.open_engine
+
+    def spy(backend: str, network: Any, path: Path, hint: str | None) -> Any:
+        opened.append((backend, path.name))
+        return open_engine(backend, network, path, hint)
+
+    monkeypatch.setattr(build, "open_engine", spy)
+    run()
+    assert opened == [("onnxruntime", f"{name}.onnx") for name in NETWORKS]
+    assert Bundle.open(target).backends == ("onnxruntime",)

@@ -1,0 +1,119 @@
+"""Verification catches what is wrong and says where; a right graph's errors are reported as they are."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from engines.base import Engine
+from engines.contract import NETWORKS, Dims, NetworkName, contract
+from engines.errors import InputError, ModelError, ParityError
+from export.verify import TOLERANCES, verify
+
+Networks = dict[NetworkName, nn.Module]
+
+
+class Altered(Engine):
+    """The torch module with its outputs altered."""
+
+    backend = "altered"
+
+    def __init__(self, name: NetworkName, networks: Networks, dims: Dims, alter: Callable[[Any], None]) -> None:
+        super().__init__(contract(name, dims))
+        self.module = networks[name]
+        self.alter = alter
+
+    def infer_impl(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            outputs = self.module(*inputs.values())
+        named = {spec.name: value.clone() for spec, value in zip(self.network.outputs, outputs, strict=True)}
+        self.alter(named)
+        return named
+
+
+def check(name: NetworkName, networks: Networks, dims: Dims, alter: Callable[[Any], None]) -> Any:
+    engine = Altered(name, networks, dims, alter)
+    return verify(engine, networks[name], engine.network, dims, "fp32", seed=3)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_a_graph_with_other_weights_is_caught(
+    built: Any, networks: Networks, dims: Dims, name: NetworkName, backend: str
+) -> None:
+    torch.manual_seed(0)
+    module = copy.deepcopy(networks[name])
+    used = [p for key, p in module.named_parameters() if p.ndim > 1 and _takes_part(name, key)]
+    with torch.no_grad():
+        used[len(used) // 2].mul_(1.01)
+    with built.bundle.engine(name, backend) as engine:
+        verify(engine, networks[name], engine.network, dims, "fp32", seed=3)
+        with pytest.raises(ParityError, match=f"{name}: {backend}'s .* tolerance 1e-04") as caught:
+            verify(engine, module, engine.network, dims, "fp32", seed=3)
+    assert "\n" not in str(caught.value)
+
+
+def _takes_part(name: NetworkName, key: str) -> bool:
+    """Whether a parameter is one of the network's own half of the VAE, or of a network that is no half."""
+    half = {"vae_encoder": ("encoder.", "quant_conv."), "vae_decoder": ("decoder.", "post_quant_conv.")}
+    return name not in half or key.removeprefix("vae.").startswith(half[name])
+
+
+def test_a_right_engine_reports_no_error(networks: Networks, dims: Dims) -> None:
+    found = check("vae_encoder", networks, dims, lambda _: None)
+    assert [parity.output for parity in found] == ["latent_mean", "latent_logvar"]
+    assert all(p.relative == 0 and p.max_abs == 0 and p.cases == 3 for p in found)
+    assert all(p.tolerance == TOLERANCES["fp32"] for p in found)
+
+
+def test_the_error_is_the_relative_l2_of_the_worst_image(networks: Networks, dims: Dims) -> None:
+    def scale_last_of_three(outputs: dict[str, Tensor]) -> None:
+        if len(outputs["sample"]) == 3:
+            outputs["sample"][2] *= 1 + 5e-5
+
+    [parity] = check("vae_decoder", networks, dims, scale_last_of_three)
+    assert parity.relative == pytest.approx(5e-5, rel=0.02)
+    assert parity.worst == {"batch": 3, "height": 8, "width": 4}
+    assert parity.max_abs > 0
+
+
+def test_one_wrong_image_in_a_batch_is_enough(networks: Networks, dims: Dims) -> None:
+    def swap(outputs: dict[str, Tensor]) -> None:
+        if len(outputs["sample"]) == 3:
+            outputs["sample"][2] *= 1 + 2e-4
+
+    with pytest.raises(ParityError, match=r"vae_decoder: altered's sample differs .* \(batch 3, height 8, width 4\)"):
+        check("vae_decoder", networks, dims, swap)
+
+
+def test_the_second_output_counts_too(networks: Networks, dims: Dims) -> None:
+    with pytest.raises(ParityError, match=r"latent_logvar differs from torch's by 1\.0e-03"):
+        check("vae_encoder", networks, dims, lambda outputs: outputs["latent_logvar"].mul_(1.001))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_what_is_not_finite_fails(networks: Networks, dims: Dims, value: float) -> None:
+    def spoil(outputs: dict[str, Tensor]) -> None:
+        outputs["latent_mean"][0, 0, 0, 0] = value
+
+    with pytest.raises(ParityError, match="altered's latent_mean is not finite"):
+        check("vae_encoder", networks, dims, spoil)
+
+
+def test_a_damaged_model_is_not_the_engines_fault(networks: Networks, dims: Dims) -> None:
+    module = copy.deepcopy(networks["vae_decoder"])
+    with torch.no_grad():
+        next(p for key, p in module.named_parameters() if "decoder.conv_in.bias" in key).fill_(float("nan"))
+    with pytest.raises(ModelError, match="vae_decoder: the torch module's sample is not finite"):
+        check("vae_decoder", {**networks, "vae_decoder": module}, dims, lambda _: None)
+
+
+def test_an_unknown_precision(networks: Networks, dims: Dims) -> None:
+    engine = Altered("unet", networks, dims, lambda _: None)
+    with pytest.raises(InputError, match="'fp8': unknown; choose from fp32"):
+        verify(engine, networks["unet"], engine.network, dims, "fp8", seed=0)
