@@ -311,6 +311,10 @@ def _write_assets(out: Path, model: Path, scenes: EmojiScenes) -> None:
     partial = out / "assets.partial"
     shutil.rmtree(partial, ignore_errors=True)
     pipe.to(torch.float16).save_pretrained(partial / "model", safe_serialization=True)
+    # transformers loads a text encoder in the type its configuration names, diffusers loads the rest in float32: with
+    # float16 there, StableDiffusionPipeline.from_pretrained(folder) would mix the two and fail.
+    text_config = partial / "model" / "text_encoder" / "config.json"
+    text_config.write_text(text_config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(model / "tokenizer" / name, partial / "model" / "tokenizer" / name)
     write_examples(scenes, partial / "examples")

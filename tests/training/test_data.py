@@ -1,0 +1,90 @@
+"""The pictures: drawn from their key alone, held-out pairs never by chance, captions that say what is there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from smooth_rt.errors import InputError
+from smooth_rt.training.captioned import CaptionedFolder, open_pictures
+from smooth_rt.training.data import BACKGROUNDS, COLOUR_JITTER, COLOURS, EmojiScenes, is_held_out
+from smooth_rt.training.showcase import evaluation_prompts, write_examples
+
+
+@pytest.fixture(scope="module")
+def scenes(emoji: Path) -> EmojiScenes:
+    return EmojiScenes(emoji, size=32, seed=5)
+
+
+def test_a_picture_follows_from_its_key(scenes: EmojiScenes, emoji: Path) -> None:
+    again = EmojiScenes(emoji, size=32, seed=5).draw("vae", 17)
+    first = scenes.draw("vae", 17)
+    assert np.array_equal(first.image, again.image)
+    assert first.caption == again.caption
+    others = [scenes.draw("vae", 18), scenes.draw("unet", 17), EmojiScenes(emoji, size=32, seed=6).draw("vae", 17)]
+    assert not any(np.array_equal(first.image, other.image) for other in others)
+
+
+def test_the_background_is_what_the_caption_says(scenes: EmojiScenes) -> None:
+    named = 0
+    for index in range(200):
+        sample = scenes.draw("unet", index)
+        empty = sample.mask == 0
+        shade = sample.image[empty].mean(axis=0)
+        assert np.abs(shade - BACKGROUNDS[COLOURS[sample.colour]]).max() <= COLOUR_JITTER + 0.5
+        assert sample.caption.startswith(scenes.captions[sample.obj])
+        named += sample.caption.endswith(f" on {COLOURS[sample.colour]} background")
+    assert 130 < named < 190  # four fifths
+
+
+def test_held_out_pairs_come_only_when_asked_for(scenes: EmojiScenes) -> None:
+    drawn = [scenes.draw("unet", index) for index in range(500)]
+    assert not any(is_held_out(sample.obj, sample.colour) for sample in drawn)
+    pairs = [(o, c) for o in range(len(scenes)) for c in range(len(COLOURS)) if is_held_out(o, c)]
+    assert 0.04 < len(pairs) / (len(scenes) * len(COLOURS)) < 0.08
+    asked = scenes.draw("unet", 0, *pairs[0])
+    assert (asked.obj, asked.colour) == pairs[0]
+
+
+def test_examples_are_held_out_and_prompts_differ(scenes: EmojiScenes, tmp_path: Path) -> None:
+    write_examples(scenes, tmp_path)
+    records = json.loads((tmp_path / "captions.json").read_text())
+    assert records
+    for record in records:
+        name, colour = record["caption"].removesuffix(" background").split(" on ")
+        assert is_held_out(scenes.captions.index(name), COLOURS.index(colour))
+        with Image.open(tmp_path / record["file"]) as picture:
+            assert picture.size == (32, 32)
+    prompts = evaluation_prompts(scenes, 100)
+    assert len(set(prompts)) == 100
+
+
+def test_a_captioned_folder_reads_both_kinds_of_captions(tmp_path: Path) -> None:
+    for index in range(3):
+        Image.new("RGB", (20 + index, 30), (80 * index, 0, 0)).save(tmp_path / f"{index}.png")
+        (tmp_path / f"{index}.txt").write_text(f"picture {index}\n")
+    beside = CaptionedFolder(tmp_path, 16)
+    drawn = [beside.draw("train", index) for index in range(3)]
+    assert {d.caption for d in drawn} == {"picture 0", "picture 1", "picture 2"}
+    assert all(d.image.shape == (16, 16, 3) for d in drawn)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "the second"}\n')
+    listed = open_pictures(tmp_path, 16)
+    assert listed.draw("train", 0).caption == "the second"
+
+
+def test_bad_folders_are_named(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no captioned image"):
+        CaptionedFolder(tmp_path, 16)
+    with pytest.raises(InputError, match="no such folder"):
+        open_pictures(tmp_path / "none", 16)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png"}\n')
+    with pytest.raises(InputError, match=r"metadata\.jsonl:1: needs file_name and text"):
+        CaptionedFolder(tmp_path, 16)
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "x"}\n')
+    (tmp_path / "1.png").write_bytes(b"not an image")
+    with pytest.raises(InputError, match=r"1\.png: not a readable image"):
+        CaptionedFolder(tmp_path, 16).draw("train", 0)
