@@ -9,10 +9,10 @@ from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
-from diffusers.models.attention_processor import AttnProcessor
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from smooth_rt.errors import InputError
 from smooth_rt.lora import Lora, LoraLayer, write_lora
@@ -78,8 +78,6 @@ def train_smooth_lora(
         ),
         "smooth",
     )
-    # Fused attention has no double backward; this processor writes attention out.
-    unet.set_attn_processor(AttnProcessor())
     scheduler = DDIMScheduler.from_config(model.scheduler_config)
     alphas = scheduler.alphas_cumprod
     prediction_type = scheduler.config.prediction_type
@@ -122,7 +120,11 @@ def train_smooth_lora(
             guided: Tensor = without + config.reg_guidance * (with_text - without)
             return guided
 
-        norms, _ = variation(predict, drawn["latents"], drawn["noise"], drawn["direction"], alpha_bar, prediction_type)
+        # Fused attention has no double backward; the math form has.
+        with sdpa_kernel(SDPBackend.MATH):
+            norms, _ = variation(
+                predict, drawn["latents"], drawn["noise"], drawn["direction"], alpha_bar, prediction_type
+            )
         goal = _goal(drawn["latents"], drawn["noise"], alpha_bar, prediction_type)
         return norms, (conditional[0] - goal).square().mean()
 
@@ -152,6 +154,7 @@ def train_smooth_lora(
         for step in range(config.calibration_steps):
             drawn = batch("calibration", step)
             target.update(measure(drawn)[0], drawn["timesteps"])
+        target.fill()
 
     path = output / "smooth_lora.safetensors"
 

@@ -123,6 +123,12 @@ class Target:
             rate = EMA_RATE if self.kind == "scalar" else max(EMA_RATE, 1 / float(self.counts[index]))
             self.means[index] += rate * (mean - self.means[index])
 
+    def fill(self) -> None:
+        """Give each bin that met no timestep the mean of the nearest one that did; for a short calibration."""
+        seen = torch.nonzero(self.counts).flatten()
+        for index in torch.nonzero(self.counts == 0).flatten():
+            self.means[index] = self.means[seen[(seen - index).abs().argmin()]]
+
     def penalty(self, norms: Tensor, timesteps: Tensor) -> Tensor:
         """The mean penalty over the batch; `update` comes first, in training."""
         target = self.means[self.bin_of[timesteps]].to(norms.dtype)

@@ -116,6 +116,15 @@ def test_per_timestep_target_keeps_a_mean_a_bin_and_is_relative() -> None:
     assert small.item() == pytest.approx(large.item()) == pytest.approx(0.25)
 
 
+def test_a_bin_that_was_never_met_takes_its_neighbours_mean() -> None:
+    target = Target("anchored", torch.linspace(0.999, 0.005, 1000))
+    target.update(torch.tensor([2.0, 50.0]), torch.tensor([0, 999]))
+    target.fill()
+    assert target.means[1].item() == 2.0
+    assert target.means[-2].item() == 50.0
+    assert torch.isfinite(target.penalty(torch.ones(1000), torch.arange(1000)))
+
+
 def test_an_unknown_target_names_the_choices() -> None:
     with pytest.raises(InputError, match=r"svr-target='none'.*scalar, per-timestep"):
         Target("none", torch.linspace(0.9, 0.1, 10))
