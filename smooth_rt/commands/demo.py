@@ -1,0 +1,42 @@
+"""demo: the page that shows what the project does."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from smooth_rt.commands.options import ModelOptions
+from smooth_rt.commands.running import Stopwatch, build_progress
+
+__all__ = ["demo"]
+
+
+def demo(
+    options: ModelOptions,
+    output: Annotated[Path, typer.Option(help="The folder to write.")] = Path("smooth-rt-demo"),
+    engine: Annotated[
+        str, typer.Option(help="Comma-separated; the pictures are the first one's, the others are compared with it.")
+    ] = "openvino,onnxruntime",
+    small: Annotated[bool, typer.Option("--small", help="Fewer steps and frames, to see that all parts work.")] = False,
+) -> dict[str, Any]:
+    """Build engines, morph, invert and edit with and without the Smooth-LoRA, and write one page."""
+    from smooth_rt.writers import check_output
+
+    check_output(output)
+    from smooth_rt.demo import run_demo
+    from smooth_rt.demo_report import table
+
+    engines = [name.strip() for name in engine.split(",") if name.strip()]
+    watch = Stopwatch()
+    with build_progress() as progress:
+        made = run_demo(output, options.model, options.chosen_lora, options.lora_strength, engines, small, progress)
+    return {
+        "command": "demo",
+        "page": str(made.page),
+        "seconds": watch.seconds,
+        "reused": made.reused,
+        "files": [str(path) for path in made.files],
+        "results": made.rows if options.json else table(made.rows),
+    }

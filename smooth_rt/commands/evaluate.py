@@ -1,0 +1,148 @@
+"""evaluate istd, evaluate inversion: the numbers of a model with and without its LoRA, printed and written as JSON."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from smooth_rt.commands.options import RunOptions
+from smooth_rt.commands.running import Stopwatch, described, item_progress, open_pipeline
+
+if TYPE_CHECKING:
+    from smooth_rt.metrics.reconstruction import Reconstruction
+    from smooth_rt.pipeline import SmoothPipeline
+
+__all__ = ["inversion", "istd"]
+
+
+def istd(
+    options: RunOptions,
+    prompts: Annotated[
+        Path | None, typer.Option(help="One prompt a line. Left out: those of the default model.", show_default=False)
+    ] = None,
+    limit: Annotated[int | None, typer.Option(help="Only so many of the prompts.", min=1, show_default=False)] = None,
+    frames: Annotated[int, typer.Option(help="Images a prompt, with both ends.")] = 11,
+    batch: Annotated[int, typer.Option(help="Prompts sampled together.")] = 4,
+) -> dict[str, Any]:
+    """ISTD, mean step and diversity over prompts, without and with the LoRA, from the same noises."""
+    from smooth_rt.writers import check_output
+
+    check_output(options.output)
+    from smooth_rt.evaluation import measure_istd, read_prompts
+
+    texts = read_prompts(prompts)[:limit]
+    rows: list[dict[str, Any]] = []
+    for name, chosen, pipe in _variants(options):
+        watch = Stopwatch()
+        with item_progress(f"ISTD, {name}") as progress:
+            found = measure_istd(
+                pipe,
+                texts,
+                frames=frames,
+                seed=options.seed,
+                num_inference_steps=options.num_inference_steps,
+                guidance_scale=7.5 if options.guidance_scale is None else options.guidance_scale,
+                height=options.height,
+                width=options.width,
+                prompts_per_batch=batch,
+                progress=progress,
+            )
+        rows.append(
+            {
+                "variant": name,
+                **described(pipe, chosen),
+                "istd": found.istd.istd,
+                "mean_step": found.istd.mean_step,
+                "istd_over_mean_step": found.istd.istd_over_mean_step,
+                "diversity": found.diversity,
+                "seconds": watch.seconds,
+                "per_prompt": list(found.istd.per_prompt),
+            }
+        )
+    setup = {"prompts": len(texts), "frames": frames, "steps": options.num_inference_steps, "seed": options.seed}
+    keys = ("istd", "mean_step", "istd_over_mean_step", "diversity")
+    return _finish(options, "istd", {"command": "evaluate istd", **setup}, rows, keys)
+
+
+def inversion(
+    options: RunOptions,
+    data: Annotated[
+        Path | None,
+        typer.Option(help="A folder of captioned images. Left out: those that ship.", show_default=False),
+    ] = None,
+    method: Annotated[str, typer.Option(help="ddim, ddim-without-text or negative-prompt.")] = "ddim",
+    batch: Annotated[int, typer.Option(help="Images inverted together.")] = 16,
+) -> dict[str, Any]:
+    """How near images come to themselves after inversion and sampling back, without and with the LoRA."""
+    from smooth_rt.writers import check_output
+
+    check_output(options.output)
+    from smooth_rt.evaluation import captioned, examples, measure_inversion
+
+    images = examples() if data is None else captioned(data)
+    rows: list[dict[str, Any]] = []
+    for name, chosen, pipe in _variants(options):
+        watch = Stopwatch()
+        with item_progress(f"inversion, {name}") as progress:
+            rebuilt, bound = measure_inversion(
+                pipe,
+                images,
+                method=method,
+                num_inference_steps=options.num_inference_steps,
+                guidance_scale=options.guidance_scale,
+                height=options.height,
+                width=options.width,
+                images_per_batch=batch,
+                progress=progress,
+            )
+        shared = {**described(pipe, chosen), "seconds": watch.seconds}
+        if not rows:
+            rows.append({"variant": "VAE bound", **shared, **_means(bound)})
+        rows.append({"variant": name, **shared, **_means(rebuilt)})
+    setup = {"images": len(images), "method": method, "steps": options.num_inference_steps}
+    return _finish(options, "inversion", {"command": "evaluate inversion", **setup}, rows, ())
+
+
+def _variants(options: RunOptions) -> Iterator[tuple[str, RunOptions, SmoothPipeline]]:
+    """The model without and with its LoRA, one after the other; of a bundle, what it holds."""
+    plain = replace(options, lora="none")
+    named = {"bundle": options} if options.engines is not None else {"base": plain}
+    if options.engines is None and options.chosen_lora is not None:
+        named["smooth"] = options
+    for name, chosen in named.items():
+        with open_pipeline(chosen) as pipe:
+            yield name, chosen, pipe
+
+
+def _means(found: Sequence[Reconstruction]) -> dict[str, float | None]:
+    import statistics
+
+    means: dict[str, float | None] = {
+        name: statistics.fmean(getattr(one, name) for one in found) for name in ("psnr", "ssim", "mse")
+    }
+    # LPIPS is there for every image or for none.
+    perceptual = [one.lpips for one in found if one.lpips is not None]
+    return {**means, "lpips": statistics.fmean(perceptual) if perceptual else None}
+
+
+def _finish(
+    options: RunOptions, name: str, setup: dict[str, Any], rows: list[dict[str, Any]], ratios: Sequence[str]
+) -> dict[str, Any]:
+    """Write the whole as JSON; of what is printed for people, leave out what fills a page."""
+    from smooth_rt.commands.show import finite
+    from smooth_rt.writers import encode_json, write_files
+
+    by_name = {row["variant"]: row for row in rows}
+    if ratios and "smooth" in by_name:
+        base, smooth = by_name["base"], by_name["smooth"]
+        setup["smooth_over_base"] = {key: smooth[key] / base[key] if base[key] else None for key in ratios}
+    result = {**setup, "results": rows}
+    (written,) = write_files(options.output, {f"{name}.json": encode_json(finite(result))})
+    if not options.json:
+        long = ("per_prompt", "reason", "model", "lora")
+        result["results"] = [{key: value for key, value in row.items() if key not in long} for row in rows]
+    return {**result, "file": str(written)}

@@ -1,0 +1,128 @@
+"""fuse, build-engine, engines: what becomes of weights."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from smooth_rt.commands.options import ModelOptions
+from smooth_rt.commands.running import Stopwatch, build_progress
+from smooth_rt.errors import InputError
+
+if TYPE_CHECKING:
+    from smooth_rt.cache import Entry
+
+__all__ = ["build_engine", "fuse", "inspect_engines", "list_engines", "prune_engines", "verify_engines"]
+
+Output = Annotated[Path, typer.Option(help="The folder to write.", show_default=False)]
+Bundles = Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Folders of built engines.")]
+
+
+def fuse(options: ModelOptions, output: Output) -> dict[str, Any]:
+    """Fuse a LoRA into a model and write a complete diffusers folder."""
+    from smooth_rt.writers import check_output
+
+    if options.chosen_lora is None:
+        raise InputError("--lora: missing; name the LoRA to fuse")
+    check_output(output)
+    from smooth_rt.lora import fuse_to_folder, read_lora
+    from smooth_rt.model import load_model
+
+    lora = read_lora(options.chosen_lora)
+    written = fuse_to_folder(load_model(options.model), lora, options.lora_strength, output)
+    named = {"model": options.model, "lora": options.chosen_lora, "lora_strength": options.lora_strength}
+    return {"command": "fuse", **named, "layers": len(lora.layers), "output": str(written)}
+
+
+def build_engine(
+    options: ModelOptions,
+    backend: Annotated[str, typer.Option(help="Comma-separated: onnxruntime, openvino.")] = "onnxruntime,openvino",
+    output: Annotated[
+        Path | None, typer.Option(help="The bundle's folder. Left out: a folder of the cache.", show_default=False)
+    ] = None,
+) -> dict[str, Any]:
+    """Export every network, compare it with PyTorch and write a bundle of engines."""
+    from smooth_rt.writers import check_output
+
+    if output is not None:
+        check_output(output)
+    backends = [name.strip() for name in backend.split(",") if name.strip()]
+    from smooth_rt.build import ensure_engines
+
+    watch = Stopwatch()
+    with build_progress() as progress:
+        built = ensure_engines(options.model, options.chosen_lora, options.lora_strength, backends, output, progress)
+    parity = [
+        {
+            "network": record.network,
+            "backend": record.backend,
+            "output": error.output,
+            "relative error": error.relative,
+            "tolerance": error.tolerance,
+        }
+        for record in built.bundle.manifest.engines
+        for error in record.parity
+    ]
+    return {
+        "command": "build-engine",
+        "output": str(built.bundle.path),
+        "reused": built.reused,
+        "reason": built.reason,
+        "seconds": watch.seconds,
+        "parity": parity,
+    }
+
+
+def list_engines() -> dict[str, Any]:
+    """The bundles of the cache, and whether they can be used."""
+    from smooth_rt.build import cache_root
+    from smooth_rt.cache import list_bundles
+
+    return {"cache": str(cache_root()), "bundles": [_row(entry) for entry in list_bundles()]}
+
+
+def inspect_engines(bundle: Annotated[Path, typer.Argument(metavar="BUNDLE")]) -> dict[str, Any]:
+    """What a bundle holds: its source, graphs, keys, versions and parity errors."""
+    from engines.bundle import Bundle
+
+    found: dict[str, Any] = Bundle.open(bundle, verify=False).manifest.model_dump(mode="json")
+    return {"bundle": str(bundle), **found}
+
+
+def verify_engines(bundles: Bundles) -> dict[str, Any]:
+    """Compare every file with the manifest's digests, and the backends' versions with the installed ones."""
+    from engines.bundle import Bundle
+    from smooth_rt.cache import examine
+    from smooth_rt.errors import BundleError
+
+    for path in bundles:
+        Bundle.open(path, verify=True)
+        fault = examine(path, verify=False).fault
+        if fault is not None:
+            raise BundleError(f"{path}: {fault}")
+    return {"verified": [str(path) for path in bundles]}
+
+
+def prune_engines(
+    every: Annotated[bool, typer.Option("--all", help="Remove the usable ones too.")] = False,
+) -> dict[str, Any]:
+    """Remove the cache's bundles that are damaged or stale."""
+    from smooth_rt.cache import prune
+
+    removed = prune(every=every)
+    return {"removed": [_row(entry) for entry in removed], "bytes": sum(entry.size for entry in removed)}
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    source = entry.bundle.source if entry.bundle is not None else None
+    lora = source.lora if source is not None else None
+    return {
+        "path": str(entry.path),
+        "model": source.model if source is not None else None,
+        "lora": f"{lora.source} at {lora.strength:g}" if lora is not None else None,
+        "backends": list(entry.bundle.backends) if entry.bundle is not None else [],
+        "bytes": entry.size,
+        "fault": entry.fault,
+    }

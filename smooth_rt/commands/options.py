@@ -1,0 +1,106 @@
+"""Options that several commands share, each said once."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+__all__ = ["ModelOptions", "OutputOptions", "RunOptions", "flattened"]
+
+JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
+
+
+@dataclass(frozen=True)
+class OutputOptions:
+    """How a command answers. Both are read in `smooth_rt.cli.main` as well, which prints results and errors."""
+
+    json: JsonFlag = False
+    debug: DebugFlag = False
+
+
+@dataclass(frozen=True)
+class ModelOptions(OutputOptions):
+    """Which weights."""
+
+    model: Annotated[
+        str, typer.Option(help="'default' (shipped), a diffusers folder, a hub id or a .safetensors checkpoint.")
+    ] = "default"
+    lora: Annotated[
+        str | None,
+        typer.Option(
+            help="A Smooth-LoRA: 'default' (shipped), a file, folder or hub id; 'none' switches it off. Left out: the "
+            "shipped one with the default model, else none.",
+            show_default=False,
+        ),
+    ] = None
+    lora_strength: Annotated[float, typer.Option(help="1 fuses the LoRA as trained, 0 not at all.")] = 1.0
+
+    @property
+    def chosen_lora(self) -> str | None:
+        """The LoRA's source, or None for no LoRA."""
+        if self.lora is None:
+            return "default" if self.model == "default" else None
+        return None if self.lora.lower() == "none" else self.lora
+
+
+@dataclass(frozen=True)
+class RunOptions(ModelOptions):
+    """Which engine, and how it samples."""
+
+    engine: Annotated[str, typer.Option(help="auto, eager, onnxruntime or openvino.")] = "auto"
+    engines: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="BUNDLE",
+            help="Run on this folder of built engines, in the place of --model and --lora.",
+            show_default=False,
+        ),
+    ] = None
+    num_inference_steps: Annotated[int, typer.Option(help="DDIM steps.")] = 50
+    guidance_scale: Annotated[
+        float | None,
+        typer.Option(
+            help="w in uncond + w * (cond - uncond). Left out: 7.5, or what the inversion method asks for.",
+            show_default=False,
+        ),
+    ] = None
+    seed: Annotated[int, typer.Option(help="Of the first image; each further image takes the next number.")] = 0
+    height: Annotated[int | None, typer.Option(help="Pixels; the model's own size if left out.")] = None
+    width: Annotated[int | None, typer.Option(help="Pixels; the model's own size if left out.")] = None
+    output: Annotated[Path, typer.Option(help="Folder for the results; made if need be.")] = Path("smooth-rt-out")
+
+
+def flattened(function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function` as a typer callback in which each field of its option dataclass is an option of its own.
+
+    A function without such a parameter still gets --json and --debug.
+    """
+    hints = get_type_hints(function, include_extras=True)
+    name: str | None = next((name for name, hint in hints.items() if is_dataclass(hint)), None)
+    group: type[OutputOptions] = OutputOptions if name is None else hints[name]
+    grouped = get_type_hints(group, include_extras=True)
+    keyword = inspect.Parameter.KEYWORD_ONLY
+    own = [
+        parameter.replace(annotation=hints[parameter.name], kind=keyword)
+        for parameter in inspect.signature(function).parameters.values()
+        if parameter.name != name
+    ]
+    # The fields of a base class come first; on the help page what is special comes first, --json and --debug last.
+    ordered = sorted(fields(group), key=lambda field: field.name in ("json", "debug"))
+    shared = [inspect.Parameter(f.name, keyword, default=f.default, annotation=grouped[f.name]) for f in ordered]
+
+    def command(**values: Any) -> Any:
+        chosen = {field.name: values.pop(field.name) for field in fields(group)}
+        return function(**values) if name is None else function(**values, **{name: group(**chosen)})
+
+    command.__name__ = function.__name__
+    command.__doc__ = function.__doc__
+    command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
+    command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *shared)}
+    return command

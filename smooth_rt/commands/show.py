@@ -1,0 +1,69 @@
+"""Print a command's result: for machines one JSON object, for people lines and tables."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["finite", "show"]
+
+
+def show(result: Mapping[str, Any], as_json: bool) -> None:
+    """Print `result` on stdout. In JSON, a number that is not finite is null, as JSON has no word for it."""
+    if as_json:
+        print(json.dumps(finite(result), ensure_ascii=False))
+        return
+    from rich.console import Console
+
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for name, value in result.items():
+        if name == "command" or value is None or value == []:
+            continue
+        rows = value if isinstance(value, list) else []
+        if rows and all(isinstance(row, Mapping) for row in rows):
+            _table(console, name, rows)
+        elif isinstance(value, list):
+            console.print(f"{name}: {len(rows)}")
+            for item in rows:
+                console.print(f"  {_text(item)}")
+        else:
+            console.print(f"{name}: {_text(value)}")
+
+
+def _table(console: Any, name: str, rows: list[Mapping[str, Any]]) -> None:
+    from rich.table import Table
+
+    table = Table(title=name, title_justify="left")
+    for column in rows[0]:
+        numeric = all(isinstance(row[column], (int, float)) for row in rows)
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*(_text(value) for value in row.values()))
+    console.print(table)
+
+
+def _text(value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_text(item)}" for name, item in value.items())
+    if isinstance(value, list):
+        return ", ".join(_text(item) for item in value)
+    return str(value)
+
+
+def finite(value: Any) -> Any:
+    """`value` with None in the place of each number that is not finite."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {name: finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(item) for item in value]
+    return value

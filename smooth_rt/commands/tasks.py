@@ -1,0 +1,216 @@
+"""generate, interpolate, invert, edit: each computes with one call of the pipeline and writes its files at once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, cast
+
+import typer
+
+from smooth_rt.commands.options import RunOptions
+from smooth_rt.commands.running import Stopwatch, described, generators, open_pipeline, step_progress
+from smooth_rt.errors import InputError
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+    from smooth_rt.images import Images
+
+__all__ = ["edit", "generate", "interpolate", "invert"]
+
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="May be given several times.", show_default=False)]
+Method = Annotated[str, typer.Option(help="ddim, ddim-without-text or negative-prompt.")]
+
+
+def generate(
+    options: RunOptions,
+    prompt: Prompts = None,
+    negative_prompt: Annotated[str | None, typer.Option(help="What guidance moves away from.")] = None,
+    num_images_per_prompt: Annotated[int, typer.Option(help="Images of each prompt.")] = 1,
+) -> dict[str, Any]:
+    """Images from prompts, as PNG."""
+    from smooth_rt.writers import check_output
+
+    check_output(options.output)
+    if not prompt:
+        raise InputError("--prompt: missing; give at least one")
+    count = len(prompt) * max(1, num_images_per_prompt)
+    with open_pipeline(options) as pipe, step_progress("generate", options.num_inference_steps) as on_step:
+        watch = Stopwatch()
+        result = pipe(
+            prompt,
+            height=options.height,
+            width=options.width,
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=7.5 if options.guidance_scale is None else options.guidance_scale,
+            negative_prompt=negative_prompt,
+            num_images_per_prompt=num_images_per_prompt,
+            generator=generators(range(options.seed, options.seed + count)),
+            callback_on_step_end=on_step,
+        )
+        seconds = watch.seconds
+    files = _write(options.output, {"image": _pictures(result.images)})
+    return {"command": "generate", **described(pipe, options), "seconds": seconds, "files": files}
+
+
+def interpolate(
+    options: RunOptions,
+    images: Annotated[
+        list[Path] | None, typer.Argument(metavar="[A B]", help="Two images, the ends.", show_default=False)
+    ] = None,
+    prompt: Prompts = None,
+    seeds: Annotated[
+        tuple[int, int] | None, typer.Option(help="Two seeds in the place of two images.", show_default=False)
+    ] = None,
+    frames: Annotated[int, typer.Option(help="Frames with both ends.")] = 24,
+    method: Method = "ddim",
+    fps: Annotated[int, typer.Option(help="Frames a second of the films.", min=1, max=120)] = 12,
+) -> dict[str, Any]:
+    """Frames between two images, two seeds or two prompts, as PNG, MP4 and animated WebP."""
+    from smooth_rt.writers import check_output
+
+    check_output(options.output)
+    import numpy as np
+
+    from smooth_rt.metrics import istd
+
+    if not images and seeds is None and len(prompt or []) < 2:
+        raise InputError("interpolate: what between? give two images, --seeds A B, or --prompt twice")
+    if images and seeds is not None:
+        raise InputError("--seeds: two images bring their own noise; give the images or the seeds")
+    steps = options.num_inference_steps * (2 if images else 1)
+    with open_pipeline(options) as pipe, step_progress("interpolate", steps) as on_step:
+        watch = Stopwatch()
+        noise: Any = None if images else generators(seeds) if seeds is not None else generators((options.seed,))[0]
+        result = pipe.interpolate(
+            prompt,
+            images or None,
+            frames=frames,
+            method=method,
+            generator=noise,
+            height=options.height,
+            width=options.width,
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
+            callback_on_step_end=on_step,
+        )
+        seconds = watch.seconds
+    made = _pictures(result.images)
+    files = _write(options.output, {"frame": made}, film="morph", fps=fps)
+    smooth = istd([np.stack([np.asarray(image) for image in made])])
+    found = {"istd": smooth.istd, "mean_step": smooth.mean_step, "distances": list(smooth.distances[0])}
+    return {"command": "interpolate", **described(pipe, options), "seconds": seconds, **found, "files": files}
+
+
+def invert(
+    options: RunOptions,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="One or more images.", show_default=False)],
+    prompt: Prompts = None,
+    method: Method = "ddim",
+) -> dict[str, Any]:
+    """Turn images into noise and back: reconstructions as PNG, the noise as safetensors."""
+    from smooth_rt.writers import check_output
+
+    check_output(options.output)
+    import numpy as np
+    from safetensors.torch import save
+
+    from smooth_rt.metrics import psnr
+
+    with open_pipeline(options) as pipe, step_progress("invert", 2 * options.num_inference_steps) as on_step:
+        watch = Stopwatch()
+        result = pipe.invert(
+            images,
+            prompt,
+            method=method,
+            height=options.height,
+            width=options.width,
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
+            callback_on_step_end=on_step,
+        )
+        seconds = watch.seconds
+    made = _pictures(result.images)
+    originals = _originals(images, made[0])
+    quality = [psnr(np.asarray(a), np.asarray(b)) for a, b in zip(originals, made, strict=True)]
+    noise = {"noise.safetensors": save({"latents": result.latents.contiguous()})}
+    files = _write(options.output, {"original": originals, "reconstruction": made}, more=noise)
+    return {"command": "invert", **described(pipe, options), "seconds": seconds, "psnr": quality, "files": files}
+
+
+def edit(
+    options: RunOptions,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="One or more images.", show_default=False)],
+    prompt: Prompts = None,
+    source_prompt: Annotated[
+        list[str] | None, typer.Option(help="What the image shows now; eq15 needs it.", show_default=False)
+    ] = None,
+    edit_method: Annotated[str, typer.Option(help="eq15 or sdedit.")] = "eq15",
+    edit_strength: Annotated[float, typer.Option(help="0..1: share of the steps under the new prompt.")] = 0.8,
+) -> dict[str, Any]:
+    """Edit images by prompt, as PNG."""
+    from smooth_rt.writers import check_output
+
+    check_output(options.output)
+    if not prompt:
+        raise InputError("--prompt: missing; give what the image shall show")
+    steps = options.num_inference_steps
+    steps = int(steps * edit_strength) if edit_method == "sdedit" else 2 * steps
+    with open_pipeline(options) as pipe, step_progress("edit", steps) as on_step:
+        watch = Stopwatch()
+        result = pipe.edit(
+            images,
+            prompt,
+            source_prompt,
+            edit_method=edit_method,
+            edit_strength=edit_strength,
+            height=options.height,
+            width=options.width,
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=7.5 if options.guidance_scale is None else options.guidance_scale,
+            generator=generators(range(options.seed, options.seed + len(images))),
+            callback_on_step_end=on_step,
+        )
+        seconds = watch.seconds
+    made = _pictures(result.images)
+    originals = _originals(images, made[0])
+    files = _write(options.output, {"before": originals, "after": made})
+    return {"command": "edit", **described(pipe, options), "seconds": seconds, "files": files}
+
+
+def _pictures(images: Images) -> list[Image]:
+    """The images of a result, of which the commands ask as PIL images."""
+    return cast("list[Image]", images)
+
+
+def _originals(paths: Sequence[Path], like: Image) -> list[Image]:
+    """The images as the networks saw them: scaled and cropped to the size of the results."""
+    from smooth_rt.images import read, to_images
+
+    return _pictures(to_images(read(list(paths), like.height, like.width), "pil"))
+
+
+def _write(
+    folder: Path,
+    groups: dict[str, Sequence[Image]],
+    film: str | None = None,
+    fps: int = 12,
+    more: dict[str, bytes] | None = None,
+) -> list[str]:
+    """Each image as PNG, all of them on one sheet (a group a row where there are several), and the film."""
+    from smooth_rt import writers
+
+    files = {
+        f"{name}-{i:03d}.png": writers.encode_png(image)
+        for name, images in groups.items()
+        for i, image in enumerate(images, 1)
+    }
+    shown = [image for images in groups.values() for image in images]
+    columns = len(shown) // len(groups) if len(groups) > 1 else None
+    files["sheet.png"] = writers.encode_png(writers.contact_sheet(shown, columns))
+    if film is not None:
+        files[f"{film}.mp4"] = writers.encode_mp4(shown, fps)
+        files[f"{film}.webp"] = writers.encode_webp(writers.there_and_back(shown), fps)
+    files.update(more or {})
+    return [str(path) for path in writers.write_files(folder, files)]

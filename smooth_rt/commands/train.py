@@ -1,0 +1,75 @@
+"""train tiny, train smooth-lora: both resumable; Ctrl-C saves the state first."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+__all__ = ["smooth_lora", "tiny"]
+
+Output = Annotated[Path, typer.Option(help="Folder of the run: checkpoints, sample grids, result.", show_default=False)]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")]
+Seed = Annotated[int, typer.Option(help="Decides weights, pictures and noise.")]
+
+
+def tiny(
+    output: Output,
+    data: Annotated[Path, typer.Option(help="Where the emoji are, or are fetched to by npm.", show_default=False)],
+    stages: Annotated[str, typer.Option(help="Comma-separated.")] = "tokenizer,vae,latents,unet,assets",
+    vae_steps: Annotated[int, typer.Option(help="Steps of the autoencoder.")] = 3000,
+    unet_steps: Annotated[int, typer.Option(help="Steps of the UNet and text encoder.")] = 20000,
+    resume: Resume = False,
+    seed: Seed = 0,
+) -> dict[str, Any]:
+    """Train the default model from nothing."""
+    from smooth_rt.training.tiny import TinyConfig, train_tiny
+    from smooth_rt.writers import check_output
+
+    check_output(output)
+    check_output(data)
+    chosen = tuple(stage.strip() for stage in stages.split(",") if stage.strip())
+    written = train_tiny(output, data, chosen, vae_steps, unet_steps, resume, TinyConfig(seed=seed))
+    return {"command": "train tiny", "output": str(written)}
+
+
+def smooth_lora(
+    output: Output,
+    data: Annotated[
+        Path, typer.Option(help="Captioned images, or the emoji that `train tiny` fetched.", show_default=False)
+    ],
+    model: Annotated[str, typer.Option(help="As for the other commands.")] = "default",
+    steps: Annotated[int, typer.Option(help="Steps in all.")] = 30000,
+    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 16,
+    lr: Annotated[float, typer.Option(help="AdamW's rate.")] = 1e-4,
+    rank: Annotated[int, typer.Option(help="Of the LoRA.")] = 8,
+    reg_weight: Annotated[float, typer.Option(help="The paper's lambda.")] = 1.0,
+    reg_guidance: Annotated[float, typer.Option(help="Guidance of the regularised prediction; 1: none.")] = 1.0,
+    svr_target: Annotated[str, typer.Option(help="scalar (the paper's), per-timestep or anchored.")] = "scalar",
+    drop_prompt: Annotated[float, typer.Option(help="Share of empty prompts.")] = 0.0,
+    resume: Resume = False,
+    seed: Seed = 0,
+) -> dict[str, Any]:
+    """Train a Smooth-LoRA with Step-wise Variation Regularization."""
+    from smooth_rt.writers import check_output
+
+    check_output(output)
+    from smooth_rt.model import load_model
+    from smooth_rt.training.captioned import open_pictures
+    from smooth_rt.training.smooth_lora import SmoothLoraConfig, train_smooth_lora
+
+    config = SmoothLoraConfig(
+        seed=seed,
+        rank=rank,
+        batch_size=batch_size,
+        lr=lr,
+        reg_weight=reg_weight,
+        reg_guidance=reg_guidance,
+        svr_target=svr_target,
+        drop_prompt=drop_prompt,
+    )
+    loaded = load_model(model)
+    pictures = open_pictures(data, loaded.dims.sample_size * loaded.dims.vae_factor, seed)
+    written = train_smooth_lora(loaded, pictures, output, steps, resume, config)
+    return {"command": "train smooth-lora", "output": str(written)}

@@ -1,0 +1,156 @@
+"""The demo: engines built on the spot, three jobs with and without the Smooth-LoRA, one page to look at."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+
+from smooth_rt import report, writers
+from smooth_rt.build import Built, ensure_engines
+from smooth_rt.demo_report import Outcome, Scene, Settings, command, describe, measure, media
+from smooth_rt.errors import InputError
+from smooth_rt.pipeline import SmoothPipeline
+
+__all__ = ["Demo", "Settings", "run_demo"]
+
+Progress = Callable[[str, int, int], None]
+
+SMALL = Settings(frames=5, num_inference_steps=6)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """The files that were written (the page first), the rows of the table, and which bundles were reused."""
+
+    page: Path
+    files: list[Path]
+    rows: list[dict[str, Any]]
+    reused: dict[str, bool]
+
+
+def run_demo(
+    output: Path,
+    model: str = "default",
+    lora: str | None = "default",
+    lora_strength: float = 1.0,
+    engines: Sequence[str] = ("openvino", "onnxruntime"),
+    small: bool = False,
+    progress: Progress | None = None,
+) -> Demo:
+    """Build the bundles, run the jobs on every engine with and without the LoRA, write the page and its files.
+
+    Args:
+        output: the folder to write; made if need be.
+        model: "default" shows the images that ship with it; any other model makes its own.
+        lora: None shows the model alone.
+        engines: backends; the pictures are those of the first, the others are compared with it.
+        small: fewer steps and frames, for a quick check that all parts work.
+        progress: called as `progress(stage, done, total)`.
+
+    Raises:
+        InputError: no engine, or a path that cannot be written; both before anything is computed.
+        SmoothRTError: whatever the build, the jobs and the writers raise.
+    """
+    if not engines:
+        raise InputError("engines: none named; name openvino, onnxruntime or both")
+    writers.check_output(output)
+    settings = SMALL if small else Settings()
+    report_progress = progress or (lambda *_: None)
+    loras: dict[str, str | None] = {"base": None}
+    if lora is not None:
+        loras["smooth"] = lora
+    built: dict[str, Built] = {}
+    for variant, chosen in loras.items():
+
+        def show(stage: str, done: int, total: int, variant: str = variant) -> None:
+            report_progress(f"building {variant}: {stage}", done, total)
+
+        built[variant] = ensure_engines(model, chosen, lora_strength, sorted(engines), None, show)
+    scene = _scene(model, built["base"], engines[0], settings)
+    outcomes = []
+    for variant, found in built.items():
+        for engine in engines:
+            with SmoothPipeline.from_engines(found.bundle, engine) as pipe:
+                outcomes.append(_jobs(pipe, variant, scene, settings, report_progress))
+    rows = measure(outcomes, scene)
+    page = describe(outcomes, scene, rows, settings, command(output, model, lora, small))
+    files = {"index.html": report.render(page).encode(), **media(outcomes, scene)}
+    files["results.json"] = writers.encode_json({"rows": rows, "environment": dict(page.environment)})
+    written = writers.write_files(output, files)
+    return Demo(written[0], written, rows, {variant: found.reused for variant, found in built.items()})
+
+
+def _scene(model: str, built: Built, engine: str, settings: Settings) -> Scene:
+    if model == "default":
+        folder = resources.files("smooth_rt") / "assets" / "examples"
+        listed = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
+        images = []
+        for record in listed[:2]:
+            with (folder / record["file"]).open("rb") as file:
+                images.append(Image.open(file).convert("RGB"))
+        captions = (listed[0]["caption"], listed[1]["caption"])
+        return Scene((images[0], images[1]), captions, captions[1])
+    captions = ("a realistic dog", "a realistic cat")
+    with SmoothPipeline.from_engines(built.bundle, engine) as pipe:
+        made: Any = pipe(
+            list(captions),
+            num_inference_steps=settings.num_inference_steps,
+            guidance_scale=settings.guidance_scale,
+            generator=[torch.Generator().manual_seed(seed) for seed in settings.seeds],
+        ).images
+    return Scene((made[0], made[1]), captions, captions[1])
+
+
+def _jobs(pipe: SmoothPipeline, variant: str, scene: Scene, settings: Settings, progress: Progress) -> Outcome:
+    outcome = Outcome(variant, pipe.engine)
+    steps = settings.num_inference_steps
+    done = 0
+
+    def on_step(*_: Any) -> None:
+        nonlocal done
+        done += 1
+        progress(f"{variant} on {pipe.engine}", done, 7 * steps)
+
+    def timed(name: str, job: Callable[[], Any]) -> None:
+        began = time.perf_counter()
+        outcome.images[name] = list(job().images)
+        outcome.seconds[name] = time.perf_counter() - began
+
+    common: dict[str, Any] = {"num_inference_steps": steps, "callback_on_step_end": on_step}
+    # A generator is used up by a draw, so each run makes its own: the same noise on every engine.
+    noise = [torch.Generator().manual_seed(seed) for seed in settings.seeds]
+    timed(
+        "images",
+        lambda: pipe.interpolate(list(scene.captions), list(scene.images), frames=settings.frames, **common),
+    )
+    timed(
+        "seeds",
+        lambda: pipe.interpolate(
+            scene.captions[0],
+            frames=settings.frames,
+            generator=noise,
+            guidance_scale=settings.guidance_scale,
+            **common,
+        ),
+    )
+    timed("inversion", lambda: pipe.invert([scene.images[0]], scene.captions[0], **common))
+    timed(
+        "edit",
+        lambda: pipe.edit(
+            [scene.images[0]],
+            scene.edit_prompt,
+            scene.captions[0],
+            edit_strength=settings.edit_strength,
+            guidance_scale=settings.guidance_scale,
+            **common,
+        ),
+    )
+    return outcome

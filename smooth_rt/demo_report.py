@@ -1,0 +1,200 @@
+"""What the demo found, as numbers, as files and as a page."""
+
+from __future__ import annotations
+
+import math
+import os
+import platform
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from smooth_rt import __version__, report, writers
+from smooth_rt.metrics import Istd, istd, psnr
+
+__all__ = ["Outcome", "Scene", "Settings", "command", "describe", "environment", "measure", "media", "table"]
+
+LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "numpy", "pillow")
+MORPHS = {"images": "Two images", "seeds": "Two seeds"}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How much the demo computes. Frames and steps are those of each morph."""
+
+    frames: int = 16
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    seeds: tuple[int, int] = (1, 2)
+    edit_strength: float = 0.8
+
+
+@dataclass(frozen=True)
+class Scene:
+    """What the demo shows: two images with their captions, and the prompt that the first is edited to."""
+
+    images: tuple[Image.Image, Image.Image]
+    captions: tuple[str, str]
+    edit_prompt: str
+
+
+@dataclass
+class Outcome:
+    """What one variant computed on one engine, and the seconds of each job."""
+
+    variant: str
+    engine: str
+    seconds: dict[str, float] = field(default_factory=dict)
+    images: dict[str, list[Image.Image]] = field(default_factory=dict)
+
+
+def measure(outcomes: Sequence[Outcome], scene: Scene) -> list[dict[str, Any]]:
+    """One row an outcome, in plain numbers; `same_as_psnr_db` is that of the worst image, None where all are equal."""
+    first = _shown(outcomes)
+    rows = []
+    for outcome in outcomes:
+        reference = first[outcome.variant]
+        others = [
+            psnr(np.asarray(ours), np.asarray(theirs))
+            for name, images in outcome.images.items()
+            for ours, theirs in zip(images, reference.images[name], strict=True)
+        ]
+        rows.append(
+            {
+                "variant": outcome.variant,
+                "engine": outcome.engine,
+                "seconds": {name: round(value, 3) for name, value in outcome.seconds.items()},
+                "istd": {name: _smoothness(outcome.images[name]).istd for name in MORPHS},
+                "inversion_psnr_db": psnr(np.asarray(scene.images[0]), np.asarray(outcome.images["inversion"][0])),
+                "same_as": None if outcome is reference else reference.engine,
+                "same_as_psnr_db": None if outcome is reference or math.isinf(min(others)) else min(others),
+            }
+        )
+    return rows
+
+
+def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
+    """The rows of `measure` as the page and the terminal show them."""
+    return [
+        {
+            "Model": report.VARIANTS[row["variant"]],
+            "Engine": row["engine"],
+            **{f"{name}, s": f"{value:.2f}" for name, value in row["seconds"].items()},
+            **{f"ISTD, {name}": f"{value:.3f}" for name, value in row["istd"].items()},
+            "Inversion PSNR": f"{row['inversion_psnr_db']:.2f} dB",
+            "Same as": "" if row["same_as"] is None else f"{row['same_as']}: {_decibels(row['same_as_psnr_db'])}",
+        }
+        for row in rows
+    ]
+
+
+def _smoothness(frames: Sequence[Image.Image]) -> Istd:
+    return istd([np.stack([np.asarray(frame) for frame in frames])])
+
+
+def _decibels(value: float | None) -> str:
+    return "identical" if value is None else f"{value:.1f} dB"
+
+
+def _shown(outcomes: Sequence[Outcome]) -> dict[str, Outcome]:
+    """The outcome of each variant that is shown: that of the first engine."""
+    return {outcome.variant: outcome for outcome in reversed(outcomes)}
+
+
+def media(outcomes: Sequence[Outcome], scene: Scene) -> dict[str, bytes]:
+    """Film and contact sheet of each morph, and the single images, by file name."""
+    files = {f"original-{i}.png": writers.encode_png(image) for i, image in enumerate(scene.images, 1)}
+    for variant, outcome in _shown(outcomes).items():
+        for name in MORPHS:
+            frames = outcome.images[name]
+            files[f"morph-{name}-{variant}.png"] = writers.encode_png(writers.contact_sheet(frames, len(frames)))
+            files[f"morph-{name}-{variant}.mp4"] = writers.encode_mp4(frames)
+            files[f"morph-{name}-{variant}.webp"] = writers.encode_webp(writers.there_and_back(frames))
+        files[f"inversion-{variant}.png"] = writers.encode_png(outcome.images["inversion"][0])
+        files[f"edit-{variant}.png"] = writers.encode_png(outcome.images["edit"][0])
+    return files
+
+
+def command(output: Path, model: str, lora: str | None, small: bool) -> str:
+    """The command line that made this demo."""
+    words = ["smooth-rt", "demo", "--output", str(output)]
+    if model != "default":
+        words += ["--model", model]
+    if lora != ("default" if model == "default" else None):
+        words += ["--lora", lora or "none"]
+    return shlex.join([*words, "--small"] if small else words)
+
+
+def environment() -> dict[str, str]:
+    """Machine and versions, as the page shows them."""
+    found = {
+        "smooth-rt": __version__,
+        "Python": platform.python_version(),
+        "system": f"{platform.system()} {platform.machine()}",
+        "processor": _processor(),
+        "cores": str(os.cpu_count() or "unknown"),
+    }
+    for library in LIBRARIES:
+        try:
+            found[library] = metadata.version(library)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        lines = []
+    named = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    return next(named, platform.processor() or "unknown")
+
+
+def describe(
+    outcomes: Sequence[Outcome], scene: Scene, rows: Sequence[dict[str, Any]], settings: Settings, typed: str
+) -> report.Page:
+    """The page of the demo: what the first engine computed, with the numbers of all."""
+    shown = _shown(outcomes)
+    captions = {
+        "images": f"“{scene.captions[0]}” to “{scene.captions[1]}”, both inverted first",
+        "seeds": f"“{scene.captions[0]}”, seed {settings.seeds[0]} to seed {settings.seeds[1]}",
+    }
+    morphs = []
+    for name, title in MORPHS.items():
+        frames = {variant: outcome.images[name] for variant, outcome in shown.items()}
+        scores = {variant: _smoothness(images) for variant, images in frames.items()}
+        distances = {variant: score.distances[0] for variant, score in scores.items()}
+        morphs.append(
+            report.Morph(title, captions[name], frames, distances, {v: score.istd for v, score in scores.items()})
+        )
+    inversion = report.Inversion(
+        scene.captions[0],
+        scene.images[0],
+        {variant: outcome.images["inversion"][0] for variant, outcome in shown.items()},
+        {row["variant"]: row["inversion_psnr_db"] for row in reversed(rows)},
+    )
+    after = {variant: outcome.images["edit"][0] for variant, outcome in shown.items()}
+    engines = list(dict.fromkeys(outcome.engine for outcome in outcomes))
+    lead = (
+        "Two images turn into each other, a real image is inverted and rebuilt, and it is edited by prompt, "
+        f"{'with and without the Smooth-LoRA, ' if len(shown) > 1 else ''}on engines built on the spot "
+        f"({', '.join(engines)}). The pictures are those of {engines[0]}; {settings.num_inference_steps} DDIM steps."
+    )
+    return report.Page(
+        title="Smooth morphs on real engines",
+        lead=lead,
+        version=__version__,
+        morphs=morphs,
+        inversions=[inversion],
+        edits=[report.Edit(scene.captions[0], scene.edit_prompt, scene.images[0], after)],
+        rows=table(rows),
+        environment=environment(),
+        commands=[typed],
+    )
