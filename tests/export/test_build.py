@@ -15,10 +15,12 @@ import pytest
 import torch
 from torch import nn
 
+from engines.base import Engine
 from engines.bundle import Bundle
 from engines.contract import NETWORKS, Dims, NetworkName, contract
 from engines.errors import BundleError, EngineError, InputError, ParityError, SmoothRTError
 from engines.manifest import Source, digest_file
+from engines.ort import OrtEngine
 from engines.select import architecture, backend_version
 from export import build
 from export.build import build_bundle
@@ -42,6 +44,20 @@ def no_config(folder: Path) -> None:
 @pytest.fixture
 def target(tmp_path: Path) -> Path:
     return tmp_path / "bundle"
+
+
+@pytest.fixture
+def unverified(monkeypatch: pytest.MonkeyPatch) -> list[tuple[type, str]]:
+    """Passes verification over, where a test is about something else; lists the engines it was given."""
+    given: list[tuple[type, str]] = []
+
+    def note(engine: Engine, *_: Any) -> list[Any]:
+        assert not engine.closed
+        given.append((type(engine), engine.network.name))
+        return []
+
+    monkeypatch.setattr(build, "verify", note)
+    return given
 
 
 @pytest.fixture
@@ -153,7 +169,7 @@ def test_a_graph_over_its_tolerance_is_not_published(
     assert list(target.parent.iterdir()) == [target]
 
 
-@pytest.mark.usefixtures("ready_made")
+@pytest.mark.usefixtures("ready_made", "unverified")
 @pytest.mark.parametrize("at", ["configuration", "unet: export", "vae_decoder: verify onnxruntime", "manifest"])
 def test_ctrl_c_leaves_nothing_and_keeps_the_previous_bundle(
     run: Build, target: Path, previous: dict[str, str], at: str
@@ -211,7 +227,7 @@ def test_a_disk_that_fills_under_openvino(monkeypatch: pytest.MonkeyPatch, run: 
     assert list(target.parent.iterdir()) == []
 
 
-@pytest.mark.usefixtures("ready_made")
+@pytest.mark.usefixtures("ready_made", "unverified")
 def test_a_disk_that_fills_at_the_manifest(monkeypatch: pytest.MonkeyPatch, run: Build, target: Path) -> None:
     write_text: Callable[..., int] = Path.write_text
 
@@ -286,17 +302,12 @@ def test_weights_in_another_dtype(run: Build, networks: Networks, target: Path) 
 
 
 @pytest.mark.usefixtures("ready_made")
-def test_verification_runs_the_engines_that_users_run(
-    monkeypatch: pytest.MonkeyPatch, run: Build, target: Path
+def test_verification_is_given_the_engines_that_users_run(
+    unverified: list[tuple[type, str]], run: Build, target: Path
 ) -> None:
-    opened: list[tuple[str, str]] = []
-    open_engine = build.open_engine
-
-    def spy(backend: str, network: Any, path: Path, hint: str | None) -> Any:
-        opened.append((backend, path.name))
-        return open_engine(backend, network, path, hint)
-
-    monkeypatch.setattr(build, "open_engine", spy)
     run()
-    assert opened == [("onnxruntime", f"{name}.onnx") for name in NETWORKS]
-    assert Bundle.open(target).backends == ("onnxruntime",)
+    assert unverified == [(OrtEngine, name) for name in NETWORKS]
+    bundle = Bundle.open(target)
+    assert bundle.backends == ("onnxruntime",)
+    with bundle.engine("text_encoder", "onnxruntime") as engine:
+        assert type(engine) is OrtEngine

@@ -18,7 +18,7 @@ BACKENDS = ("onnxruntime", "openvino")
 BATCH_TOLERANCE = 1e-5
 
 
-@pytest.fixture(params=[(name, backend) for name in NETWORKS for backend in BACKENDS], ids="-".join)
+@pytest.fixture(scope="module", params=[(name, backend) for name in NETWORKS for backend in BACKENDS], ids="-".join)
 def engine(request: pytest.FixtureRequest, built: Any) -> Any:
     name, backend = request.param
     with built.bundle.engine(name, backend) as opened:
@@ -30,7 +30,7 @@ def relative(got: Tensor, wanted: Tensor) -> float:
 
 
 # Latent sides; the UNet takes multiples of 4 and the VAE any. 8 is the model's own size.
-@pytest.mark.parametrize(("batch", "height", "width"), [(1, 8, 8), (2, 16, 8), (5, 8, 24), (65, 8, 4), (2, 12, 20)])
+@pytest.mark.parametrize(("batch", "height", "width"), [(1, 8, 8), (2, 12, 20), (65, 8, 4)])
 def test_torchs_numbers_at_every_size(
     engine: Engine,
     networks: dict[NetworkName, nn.Module],
