@@ -154,7 +154,7 @@ def test_embeddings_stand_in_for_prompts(pipe: SmoothPipeline) -> None:
 
 def test_output_types(pipe: SmoothPipeline) -> None:
     made = {
-        kind: pipe("dog", num_inference_steps=2, height=8, width=16, generator=seeds(1), output_type=kind)  # type: ignore[arg-type]
+        kind: pipe("dog", num_inference_steps=2, height=8, width=16, generator=seeds(1), output_type=kind)
         for kind in ("pil", "np", "pt", "latent")
     }
     (image,) = made["pil"].images

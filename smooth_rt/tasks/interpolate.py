@@ -73,7 +73,7 @@ def lerp(start: Tensor, end: Tensor, alpha: float) -> Tensor:
 def interpolate(
     pipe: SmoothPipeline,
     prompts: str | Sequence[str] | None = None,
-    images: Sequence[ImageLike] | None = None,
+    images: ImageLike | Sequence[ImageLike] | None = None,
     *,
     frames: int = 24,
     method: str = "ddim",

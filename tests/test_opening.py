@@ -1,0 +1,95 @@
+"""From a bundle back to torch weights, and the pipeline on real engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Generator
+
+from smooth_rt.errors import BundleError, ModelError
+from smooth_rt.lora import Lora, LoraLayer, read_lora, write_lora
+from smooth_rt.model import load_model
+from smooth_rt.opening import open_model, reopen_model
+
+LAYER = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+
+
+@pytest.fixture(scope="module")
+def lora(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    width = load_model(tiny_model).unet.get_submodule(LAYER).weight.shape[0]
+    down, up = torch.ones(2, width), torch.ones(width, 2)
+    path = tmp_path_factory.mktemp("lora") / "lora.safetensors"
+    return write_lora(Lora({LAYER: LoraLayer(down, up)}, "test", ""), path)
+
+
+def remembered(model: Path, lora: Path, changed: str = "") -> Any:
+    """What of a bundle `reopen_model` looks at; of the part that is named it remembers another digest."""
+    digests = {**load_model(model).digests, "lora": read_lora(lora).digest}
+    if changed:
+        digests[changed] = "0"
+    fused = SimpleNamespace(source=str(lora), digest=digests.pop("lora"), strength=0.5)
+    source = SimpleNamespace(model=str(model), revision=None, digests=digests, lora=fused)
+    return SimpleNamespace(path=Path("bundle"), source=source)
+
+
+def test_a_bundle_finds_its_torch_weights_again(tiny_model: Path, lora: Path) -> None:
+    weights = [
+        model.unet.get_submodule(LAYER).weight
+        for model in (reopen_model(remembered(tiny_model, lora)), open_model(tiny_model, lora, 0.5))
+    ]
+    assert torch.equal(*weights)
+    plain = open_model(tiny_model, None, 0.5).unet.get_submodule(LAYER).weight
+    torch.testing.assert_close(weights[0], plain + 1.0)  # 0.5 * up @ down of rank 2
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ("unet", r"bundle: .* is not what the bundle was made from \(unet changed\)"),
+        ("lora", r"bundle: the LoRA .* is not what the bundle was made from"),
+    ],
+)
+def test_weights_that_have_changed_are_refused(tiny_model: Path, lora: Path, changed: str, said: str) -> None:
+    with pytest.raises(BundleError, match=said) as caught:
+        reopen_model(remembered(tiny_model, lora, changed))
+    assert "\n" not in str(caught.value)
+
+
+def test_weights_that_are_gone(tiny_model: Path, lora: Path, tmp_path: Path) -> None:
+    bundle = remembered(tiny_model, lora)
+    bundle.source.model = str(tmp_path / "gone")
+    with pytest.raises(ModelError, match="gone"):
+        reopen_model(bundle)
+
+
+@pytest.mark.slow
+def test_every_engine_makes_the_images_of_diffusers(
+    tiny_model: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    from smooth_rt.build import build_engines
+    from smooth_rt.lora import fuse
+    from smooth_rt.pipeline import SmoothPipeline
+
+    monkeypatch.setenv("SMOOTH_RT_CACHE", str(tmp_path))
+    peer = StableDiffusionPipeline.from_pretrained(tiny_model, safety_checker=None)
+    peer.set_progress_bar_config(disable=True)
+    fuse(peer.unet, read_lora(lora), 0.02)
+    arguments: dict[str, Any] = {"prompt": ["dog", "red apple"], "num_inference_steps": 50, "output_type": "np"}
+    latents = torch.randn(2, 4, 8, 8, generator=Generator().manual_seed(0))
+    expected = peer(**arguments, latents=latents).images
+    bundle = build_engines(tiny_model, lora, 0.02, ["onnxruntime", "openvino"], tmp_path / "bundle")
+    for engine in ("eager", "onnxruntime", "openvino"):
+        with SmoothPipeline.from_engines(bundle, engine) as pipe:
+            made = pipe(**arguments, latents=latents).images
+            assert pipe.engine == engine
+            together = pipe.invert(made, ["dog", "red apple"], num_inference_steps=10, output_type="np").images
+            alone = pipe.invert(made[1], "red apple", num_inference_steps=10, output_type="np").images
+        assert -10 * np.log10(np.mean((made - expected) ** 2) + 1e-20) >= 40
+        assert np.abs(together[1:] - alone).max() <= 1e-3
