@@ -14,6 +14,8 @@ from smooth_rt.errors import SmoothRTError
 
 __all__ = ["main"]
 
+PIPE_WIDTH = 110
+
 
 def main(argv: list[str] | None = None) -> int:
     """Run one benchmark and return the exit code: 0 done, 2 something the user can act on (one line on stderr), 130
@@ -57,7 +59,8 @@ def _run(options: Options) -> None:
     if options.json:
         print(report.model_dump_json(indent=2))
         return
-    print_report(report, Console())
+    # A pipe has no width of its own; rich would take 80 and fold the figures.
+    print_report(report, Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH))
     for path in paths:
         print(f"wrote {path}")
 

@@ -55,8 +55,9 @@ def busy(now: Environment) -> str | None:
     if load is None or load <= BUSY_LOAD * now.usable_cores:
         return None
     return (
-        f"the machine is busy: load average {load:.2f} on {now.usable_cores} usable cores at the start; "
-        "times are too long and scatter, ratios within this run are safer"
+        f"the machine is busy: load average {load:.2f} on {now.usable_cores} usable cores at the start; trust "
+        "neither times nor ratios (waiting for a core slows torch's threads far more than others'); end the other work "
+        "and run again"
     )
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smooth_rt.errors import EngineError
 from smooth_rt.model import Model
 
 __all__ = ["diffusers_images", "diffusers_pipeline", "worst_psnr"]
@@ -33,19 +34,29 @@ def diffusers_pipeline(model: Model) -> Any:
 
 
 def diffusers_images(pipe: Any, prompt: str, latents: Tensor, steps: int, guidance_scale: float) -> np.ndarray:
-    """Images [N, H, W, 3] in 0..1 of one prompt from N latents [N, C, h, w]."""
+    """Images [N, H, W, 3] in 0..1 of one prompt from N latents [N, C, h, w].
+
+    Raises:
+        EngineError: diffusers or torch failed, such as for want of memory.
+    """
     factor = pipe.vae_scale_factor
-    with torch.inference_mode():
-        images = pipe(
-            prompt=prompt,
-            height=latents.shape[2] * factor,
-            width=latents.shape[3] * factor,
-            num_images_per_prompt=len(latents),
-            latents=latents,
-            num_inference_steps=steps,
-            guidance_scale=guidance_scale,
-            output_type="np",
-        ).images
+    try:
+        with torch.inference_mode():
+            images = pipe(
+                prompt=prompt,
+                height=latents.shape[2] * factor,
+                width=latents.shape[3] * factor,
+                num_images_per_prompt=len(latents),
+                latents=latents,
+                num_inference_steps=steps,
+                guidance_scale=guidance_scale,
+                output_type="np",
+            ).images
+    except (RuntimeError, MemoryError) as error:
+        said = str(error).strip().splitlines()
+        raise EngineError(
+            f"diffusers: failed at {len(latents)} images ({said[0] if said else error!r}); try a smaller --batch-sizes"
+        ) from error
     return np.asarray(images)
 
 
@@ -57,7 +68,13 @@ def worst_psnr(images: np.ndarray, reference: np.ndarray) -> float | None:
     Args:
         images: [N, H, W, 3] in 0..1.
         reference: of the same shape.
+
+    Raises:
+        EngineError: a value is not finite, so that nothing can be said about the pair.
     """
+    for array, name in ((images, "the engine's"), (reference, "diffusers'")):
+        if not np.isfinite(array).all():
+            raise EngineError(f"generate: {name} images are not finite; lower --guidance-scale or try another engine")
     squares = (images.astype(np.float64) - reference.astype(np.float64)) ** 2
     worst = float(squares.reshape(len(squares), -1).mean(axis=1).max())
     return None if worst == 0 else float(-10 * np.log10(worst))

@@ -1,0 +1,105 @@
+"""The command line: what is refused, in one line and with exit code 2, before anything is measured."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bench.__main__ import main
+from bench.options import parse
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--repeats", "0"], "--repeats 0: give a whole number of at least 1"),
+        (["--repeats", "many"], "--repeats"),
+        (["--warmup", "-1"], "--warmup -1"),
+        (["--frames", "1"], "--frames 1: give a whole number of at least 2"),
+        (["--num-inference-steps", "0"], "--num-inference-steps 0"),
+        (["--batch-sizes", "1,0"], "'1,0' is not a list of whole numbers of at least 1"),
+        (["--batch-sizes", "one"], "'one' is not a list"),
+        (["--batch-sizes", ""], "not a list"),
+        (["--engines", ","], "name at least one engine"),
+        (["--guidance-scale", "nan"], "--guidance-scale nan"),
+        (["--guidance-scale", "0.5"], "at least 1"),
+        (["--lora-strength", "inf"], "--lora-strength inf"),
+        (["--prompt", " "], "--prompt: empty"),
+        (["--speed", "high"], "unrecognized arguments"),
+        (["--engines", "quantum"], "engine 'quantum': unknown"),
+        (["--engines", "eager,tensorrt"], "engine 'tensorrt'"),
+    ],
+)
+def test_refused(
+    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model: Path
+) -> None:
+    output = tmp_path / "results"
+    assert main(["--quick", "--model", str(tiny_model), "--output", str(output), *arguments]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith("error: ")
+    assert words in said
+    assert not output.exists()
+
+
+def test_a_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    missing = tmp_path / "no-such-model"
+    assert main(["--quick", "--engines", "eager", "--model", str(missing), "--output", str(tmp_path / "out")]) == 2
+    assert str(missing) in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_size_that_is_no_multiple(tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model: Path) -> None:
+    arguments = ["--quick", "--engines", "eager", "--model", str(tiny_model), "--height", "13"]
+    assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    assert "height=13" in capsys.readouterr().err
+
+
+def test_an_output_under_a_file_is_refused_before_the_work(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model: Path
+) -> None:
+    (tmp_path / "file").write_text("")
+    assert main(["--quick", "--model", str(tiny_model), "--output", str(tmp_path / "file" / "out")]) == 2
+    assert "is a file" in capsys.readouterr().err
+
+
+def test_an_interruption_has_its_own_code(monkeypatch: pytest.MonkeyPatch, tmp_path: Path, tiny_model: Path) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("bench.measure.measure", interrupted)
+    assert main(["--quick", "--model", str(tiny_model), "--output", str(tmp_path / "out")]) == 130
+    assert not (tmp_path / "out").exists()
+
+
+def test_help_is_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    assert "--batch-sizes" in capsys.readouterr().out
+
+
+def test_quick_changes_only_what_was_not_asked_for() -> None:
+    options = parse(["--quick", "--repeats", "7"])
+    assert options is not None
+    assert (options.repeats, options.steps) == (7, 2)
+    assert options.engines is None
+
+
+def test_batch_sizes_are_sorted_and_said_once() -> None:
+    options = parse(["--batch-sizes", "4,1,4"])
+    assert options is not None
+    assert options.batch_sizes == (1, 4)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "lora"),
+    [
+        ([], "default"),
+        (["--model", "m"], None),
+        (["--lora", "none"], None),
+        (["--model", "m", "--lora", "l.safetensors"], "l.safetensors"),
+    ],
+)
+def test_the_lora_of_every_command(arguments: list[str], lora: str | None) -> None:
+    options = parse(arguments)
+    assert options is not None
+    assert options.lora == lora
