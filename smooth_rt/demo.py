@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 
 from smooth_rt import report, writers
 from smooth_rt.build import Built, ensure_engines
 from smooth_rt.demo_report import Outcome, Scene, Settings, command, describe, measure, media
 from smooth_rt.errors import InputError
+from smooth_rt.evaluation import examples
 from smooth_rt.pipeline import SmoothPipeline
 
 __all__ = ["Demo", "Settings", "run_demo"]
@@ -90,14 +88,8 @@ def run_demo(
 
 def _scene(model: str, built: Built, engine: str, settings: Settings) -> Scene:
     if model == "default":
-        folder = resources.files("smooth_rt") / "assets" / "examples"
-        listed = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
-        images = []
-        for record in listed[:2]:
-            with (folder / record["file"]).open("rb") as file:
-                images.append(Image.open(file).convert("RGB"))
-        captions = (listed[0]["caption"], listed[1]["caption"])
-        return Scene((images[0], images[1]), captions, captions[1])
+        first, second = examples()[:2]
+        return Scene((first.image(), second.image()), (first.caption, second.caption), second.caption)
     captions = ("a realistic dog", "a realistic cat")
     with SmoothPipeline.from_engines(built.bundle, engine) as pipe:
         made: Any = pipe(
