@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from contextlib import redirect_stdout
 from datetime import UTC, datetime
 
 from rich.console import Console
@@ -34,7 +35,7 @@ def main(argv: list[str] | None = None) -> int:
     except SmoothRTError as error:
         if "--debug" in arguments:
             raise
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
         return 2
     return 0
 
@@ -53,7 +54,8 @@ def _run(options: Options) -> None:
     if warning is not None:
         console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
     started, start = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
-    with console.status("starting") as status:
+    # Libraries print what they like; with --json stdout holds the report alone.
+    with redirect_stdout(sys.stderr if options.json else sys.stdout), console.status("starting") as status:
         report = measure(options, here, started, start, lambda words: status.update(escape(words)))
     paths = write_report(report, options.output)
     if options.json:
