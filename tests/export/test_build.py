@@ -114,8 +114,9 @@ def test_the_bundle_holds_what_it_lists_and_nothing_else(built: Any) -> None:
 
 def test_weights_are_whole_fp32_on_both_backends(built: Any, networks: Networks) -> None:
     weights = sum(p.numel() * 4 for p in networks["unet"].parameters())
-    for path in ("onnx/unet.onnx.data", "openvino/unet.bin"):
-        assert (built.bundle.path / path).stat().st_size >= 0.99 * weights
+    # The ONNX graph keeps its smallest tensors to itself; in fp16 the files would be half as large.
+    for paths in (("onnx/unet.onnx", "onnx/unet.onnx.data"), ("openvino/unet.bin",)):
+        assert sum((built.bundle.path / path).stat().st_size for path in paths) >= weights
 
 
 def test_progress_counts_to_the_end(built: Any) -> None:
@@ -296,7 +297,7 @@ def test_what_cannot_be_asked_for(
 
 def test_weights_in_another_dtype(run: Build, networks: Networks, target: Path) -> None:
     halved = copy.deepcopy(networks["unet"]).half()
-    with pytest.raises(InputError, match=r"unet: .* is torch\.float16 on cpu; load float32 on the CPU"):
+    with pytest.raises(InputError, match=r"unet: .* is torch\.float16 on cpu; load it in float32 on the CPU"):
         run(networks={**networks, "unet": halved})
     assert not target.exists()
 
