@@ -24,8 +24,6 @@ from engines.ort import OrtEngine
 from engines.select import architecture, backend_version
 from export import build
 from export.build import build_bundle
-from export.to_onnx import to_onnx
-from export.to_openvino import to_openvino
 
 Networks = dict[NetworkName, nn.Module]
 Build = Callable[..., Bundle]
@@ -138,25 +136,6 @@ def test_openvino_alone_leaves_no_onnx(ready_made: list[str], run: Build, target
     Bundle.open(target)
 
 
-def test_the_same_module_gives_the_same_graph(built: Any, networks: Networks, dims: Dims, tmp_path: Path) -> None:
-    path = tmp_path / "text_encoder.onnx"
-    to_onnx(networks["text_encoder"], contract("text_encoder", dims), dims, path)
-    for suffix in ("", ".data"):
-        assert digest_file(Path(f"{path}{suffix}")) == digest_file(
-            built.bundle.path / "onnx" / f"text_encoder.onnx{suffix}"
-        )
-
-
-def test_exporting_is_silent(
-    networks: Networks, dims: Dims, tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
-) -> None:
-    path = tmp_path / "text_encoder.onnx"
-    to_onnx(networks["text_encoder"], contract("text_encoder", dims), dims, path)
-    to_openvino(path, tmp_path / "text_encoder.xml")
-    assert capfd.readouterr() == ("", "")
-    assert list(recwarn) == []
-
-
 def test_a_graph_over_its_tolerance_is_not_published(
     ready_made: list[str], run: Build, networks: Networks, target: Path, previous: dict[str, str]
 ) -> None:
@@ -265,14 +244,6 @@ def test_a_module_that_cannot_be_exported(run: Build, networks: Networks, target
         run(networks={**networks, "text_encoder": Branching()})
     assert "\n" not in str(caught.value)
     assert list(target.parent.iterdir()) == []
-
-
-def test_a_graph_that_openvino_cannot_convert(tmp_path: Path) -> None:
-    (tmp_path / "unet.onnx").write_bytes(b"garbage")
-    with pytest.raises(EngineError, match="unet: openvino cannot convert it") as caught:
-        to_openvino(tmp_path / "unet.onnx", tmp_path / "ir" / "unet.xml")
-    assert "\n" not in str(caught.value)
-    assert not (tmp_path / "ir").exists()
 
 
 @pytest.mark.parametrize(
