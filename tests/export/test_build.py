@@ -126,6 +126,7 @@ def test_progress_counts_to_the_end(built: Any) -> None:
     assert {"unet: export", "unet: convert to openvino", "unet: verify openvino"} <= set(names)
 
 
+@pytest.mark.usefixtures("unverified")
 def test_openvino_alone_leaves_no_onnx(ready_made: list[str], run: Build, target: Path) -> None:
     steps: list[tuple[str, int, int]] = []
     bundle = run(backends=["openvino", "openvino"], progress=lambda *step: steps.append(step))
