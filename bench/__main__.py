@@ -42,16 +42,15 @@ def main(argv: list[str] | None = None) -> int:
 
 def _run(options: Options) -> None:
     # Imported here, so that --help and a bad option answer at once.
-    from bench.environment import busy, environment
+    from bench.environment import busy, environment, uneven
     from bench.measure import measure
     from bench.report import print_report, write_report
     from smooth_rt.writers import check_output
 
     check_output(options.output)
     here = environment()
-    warning = busy(here)
     console = Console(stderr=True)
-    if warning is not None:
+    for warning in filter(None, [busy(here), uneven(here)]):
         console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
     started, start = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     # Libraries print what they like; with --json stdout holds the report alone.

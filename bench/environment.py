@@ -12,7 +12,7 @@ import torch
 
 from bench.results import Environment
 
-__all__ = ["busy", "environment", "peak_memory"]
+__all__ = ["busy", "environment", "peak_memory", "uneven"]
 
 DISTRIBUTIONS = (
     "smooth-rt", "torch", "diffusers", "transformers", "peft", "numpy",
@@ -58,6 +58,18 @@ def busy(now: Environment) -> str | None:
         f"the machine is busy: load average {load:.2f} on {now.usable_cores} usable cores at the start; trust "
         "neither times nor ratios (waiting for a core slows torch's threads far more than others'); end the other work "
         "and run again"
+    )
+
+
+def uneven(now: Environment) -> str | None:
+    """A warning where torch has another number of threads than the other engines take, else None."""
+    torch_threads, others = now.threads["torch"], now.threads.get("openvino", now.usable_cores)
+    if torch_threads == others:
+        return None
+    said = ", ".join(f"{name}={value}" for name, value in now.thread_variables.items()) or "no variable says so"
+    return (
+        f"uneven threads: torch and diffusers run on {torch_threads}, the other engines on {others} ({said}); "
+        f"speed-ups over eager and diffusers are not fair; set OMP_NUM_THREADS={others} and run again"
     )
 
 

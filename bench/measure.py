@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 
 from bench.cases import PEER, Say, flop_per_row, measure_networks, measure_pipelines
-from bench.environment import busy
+from bench.environment import busy, uneven
 from bench.floor import matrix_rates
 from bench.options import Options
 from bench.results import Environment, GenerateResult, Report, Settings
@@ -50,7 +50,7 @@ def measure(options: Options, here: Environment, started: str, start: float, say
         environment=here,
         settings=settings,
         choices={name: f"{choice.backend}: {choice.reason}" for name, choice in asked.items()},
-        warnings=(*filter(None, [busy(here)]), *warnings, *_unlike(generated)),
+        warnings=(*filter(None, [busy(here), uneven(here)]), *warnings, *_unlike(generated)),
         matrix_rates=rates,
         networks=tuple(networks),
         morph=tuple(morphs),

@@ -7,7 +7,7 @@ import sys
 
 import torch
 
-from bench.environment import busy, environment
+from bench.environment import busy, environment, uneven
 
 
 def test_this_machine() -> None:
@@ -31,6 +31,17 @@ def test_an_idle_machine_is_not() -> None:
     idle = environment().model_copy(update={"usable_cores": 4, "load_average_1min": 0.9})
     assert busy(idle) is None
     assert busy(idle.model_copy(update={"load_average_1min": None})) is None
+
+
+def test_unlike_thread_counts_are_warned_about() -> None:
+    now = environment().model_copy(
+        update={"threads": {"torch": 1, "openvino": 2}, "thread_variables": {"OMP_NUM_THREADS": "1"}}
+    )
+    warning = uneven(now)
+    assert warning is not None
+    assert "OMP_NUM_THREADS=1" in warning
+    assert "set OMP_NUM_THREADS=2" in warning
+    assert uneven(now.model_copy(update={"threads": {"torch": 2, "openvino": 2}})) is None
 
 
 def test_a_fresh_process_does_not_bear_the_peak_of_its_parent() -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from bench.cases import MEASURED
-from bench.results import Report
+from bench.results import MorphResult, NetworkResult, Report
 
 ENGINES = {"eager", "onnxruntime"}
 
@@ -36,7 +36,8 @@ def test_every_output_was_compared_and_held(report: Report) -> None:
 
 def test_floors_follow_from_counted_flop_and_the_ceiling(report: Report) -> None:
     rate = report.ceiling.gflop_per_s * 1e9
-    for result in (*report.networks, *report.morph):
+    results: list[NetworkResult | MorphResult] = [*report.networks, *report.morph]
+    for result in results:
         assert result.flop > 0
         assert result.floor_s == pytest.approx(result.flop / rate)
         assert result.times_floor == pytest.approx(result.timing.median_s / result.floor_s)
