@@ -47,6 +47,7 @@ def smooth_lora(
     reg_weight: Annotated[float, typer.Option(help="The paper's lambda.")] = 1.0,
     reg_guidance: Annotated[float, typer.Option(help="Guidance of the regularised prediction; 1: none.")] = 1.0,
     svr_target: Annotated[str, typer.Option(help="scalar (the paper's), per-timestep or anchored.")] = "scalar",
+    svr_share: Annotated[float, typer.Option(help="Share of the model's own variation that anchored asks for.")] = 1.0,
     drop_prompt: Annotated[float, typer.Option(help="Share of empty prompts.")] = 0.0,
     resume: Resume = False,
     seed: Seed = 0,
@@ -67,6 +68,7 @@ def smooth_lora(
         reg_weight=reg_weight,
         reg_guidance=reg_guidance,
         svr_target=svr_target,
+        svr_share=svr_share,
         drop_prompt=drop_prompt,
     )
     loaded = load_model(model)

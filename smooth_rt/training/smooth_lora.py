@@ -39,6 +39,7 @@ class SmoothLoraConfig:
     reg_weight: float = 1.0
     reg_guidance: float = 1.0
     svr_target: str = "scalar"
+    svr_share: float = 1.0
     drop_prompt: float = 0.0
     calibration_steps: int = 60
 
@@ -81,7 +82,7 @@ def train_smooth_lora(
     scheduler = DDIMScheduler.from_config(model.scheduler_config)
     alphas = scheduler.alphas_cumprod
     prediction_type = scheduler.config.prediction_type
-    target = Target(config.svr_target, alphas)
+    target = Target(config.svr_target, alphas, share=config.svr_share)
     encode = _TextCache(model)
 
     def batch(stream: str, step: int) -> dict[str, Tensor]:

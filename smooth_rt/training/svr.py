@@ -25,7 +25,7 @@ Targets (`TARGETS`):
 `anchored`
     As `per-timestep`, but the means are measured on the model without its LoRA and then kept. A moving mean follows
     the network down: shrinking every `n` is the cheapest way to lower the penalty, and the images lose diversity. A
-    mean that stays makes shrinking as dear as growing.
+    mean that stays makes shrinking as dear as growing. `share` asks for that share of the measured means.
 """
 
 from __future__ import annotations
@@ -94,15 +94,19 @@ class Target:
     Args:
         kind: one of `TARGETS`.
         alphas_cumprod: [T], of the training schedule.
+        share: of the measured means that `anchored` asks for; above 0.
 
     Raises:
-        InputError: an unknown kind.
+        InputError: an unknown kind, or a share that is not above 0 or is given for another kind than `anchored`.
     """
 
-    def __init__(self, kind: str, alphas_cumprod: Tensor, bins: int = BINS) -> None:
+    def __init__(self, kind: str, alphas_cumprod: Tensor, bins: int = BINS, share: float = 1.0) -> None:
         if kind not in TARGETS:
             raise InputError(f"svr-target={kind!r}: unknown; choose from {', '.join(TARGETS)}")
+        if not share > 0 or (share != 1 and kind != "anchored"):
+            raise InputError(f"svr-share={share}: above 0, and for svr-target=anchored alone; leave it out otherwise")
         self.kind = kind
+        self.share = share
         bins = 1 if kind == "scalar" else bins
         log_snr = torch.log(alphas_cumprod / (1 - alphas_cumprod))
         share = (log_snr[0] - log_snr) / (log_snr[0] - log_snr[-1])
@@ -134,4 +138,4 @@ class Target:
         target = self.means[self.bin_of[timesteps]].to(norms.dtype)
         if self.kind == "scalar":
             return (norms - target).square().mean()
-        return (norms / target - 1).square().mean()
+        return (norms / (self.share * target) - 1).square().mean()

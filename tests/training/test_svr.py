@@ -125,6 +125,16 @@ def test_a_bin_that_was_never_met_takes_its_neighbours_mean() -> None:
     assert torch.isfinite(target.penalty(torch.ones(1000), torch.arange(1000)))
 
 
+def test_a_share_of_the_anchor_moves_the_least_penalty() -> None:
+    target = Target("anchored", torch.linspace(0.999, 0.005, 1000), share=0.5)
+    timesteps = torch.zeros(1, dtype=torch.long)
+    target.update(torch.tensor([4.0]), timesteps)
+    assert target.penalty(torch.tensor([2.0]), timesteps).item() == 0.0
+    assert target.penalty(torch.tensor([4.0]), timesteps).item() == 1.0
+    with pytest.raises(InputError, match=r"svr-share=0\.5: .*anchored alone"):
+        Target("scalar", torch.linspace(0.9, 0.1, 10), share=0.5)
+
+
 def test_an_unknown_target_names_the_choices() -> None:
     with pytest.raises(InputError, match=r"svr-target='none'.*scalar, per-timestep"):
         Target("none", torch.linspace(0.9, 0.1, 10))
