@@ -53,3 +53,22 @@ def test_each_run_is_charged_to_its_own_candidate() -> None:
         {"fast": lambda: work(1.0), "slow": lambda: work(5.0)}, repeats=2, warmup=3, clock=lambda: now[0], settle=0
     )
     assert seconds == {"fast": [1.0, 1.0], "slow": [5.0, 5.0]}
+
+
+def test_a_short_run_follows_an_untimed_one_of_its_own() -> None:
+    now = [0.0]
+    calls: list[str] = []
+
+    def work(name: str, cost: float) -> None:
+        calls.append(name)
+        now[0] += cost
+
+    seconds = interleave(
+        {"short": lambda: work("s", 0.25), "long": lambda: work("l", 8.0)},
+        repeats=2,
+        warmup=1,
+        clock=lambda: now[0],
+        settle=0,
+    )
+    assert "".join(calls) == "sllssssl"
+    assert seconds == {"short": [0.25, 0.25], "long": [8.0, 8.0]}
