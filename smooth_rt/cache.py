@@ -10,7 +10,7 @@ from engines.bundle import Bundle
 from smooth_rt.build import cache_root
 from smooth_rt.errors import BundleError, EngineError, SmoothRTError
 
-__all__ = ["Entry", "examine", "list_bundles", "prune"]
+__all__ = ["Entry", "examine", "find", "list_bundles", "prune"]
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,12 @@ class Entry:
     size: int
     bundle: Bundle | None
     fault: str | None
+
+
+def find(bundle: Path) -> Path:
+    """The folder that is meant: `bundle` itself, or the one of that name in the cache."""
+    cached = cache_root() / "bundles" / bundle
+    return cached if not bundle.exists() and cached.is_dir() else bundle
 
 
 def list_bundles(root: Path | None = None, verify: bool = False) -> list[Entry]:

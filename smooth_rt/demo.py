@@ -12,7 +12,7 @@ import torch
 
 from smooth_rt import report, writers
 from smooth_rt.build import Built, ensure_engines
-from smooth_rt.demo_report import Outcome, Scene, Settings, command, describe, measure, media
+from smooth_rt.demo_report import EditScene, Outcome, Scene, Settings, command, describe, measure, media
 from smooth_rt.errors import InputError
 from smooth_rt.evaluation import examples
 from smooth_rt.pipeline import SmoothPipeline
@@ -87,18 +87,24 @@ def run_demo(
 
 
 def _scene(model: str, built: Built, engine: str, settings: Settings) -> Scene:
+    """The shipped images for the default model; for any other, two that it makes itself."""
     if model == "default":
-        first, second = examples()[:2]
-        return Scene((first.image(), second.image()), (first.caption, second.caption), second.caption)
+        shipped = {example.path.stem: example for example in examples()}
+        dog, panda, heart = (shipped[name] for name in ("dog-face", "panda-face", "red-heart"))
+        edits = (
+            EditScene(dog.image(), dog.caption, "dog face on pink background"),
+            EditScene(heart.image(), heart.caption, "red heart on blue background"),
+        )
+        # Tried by eye: above these the small model's colours saturate.
+        return Scene((dog.image(), panda.image()), (dog.caption, panda.caption), edits, 5.0, 3.5)
     captions = ("a realistic dog", "a realistic cat")
     with SmoothPipeline.from_engines(built.bundle, engine) as pipe:
         made: Any = pipe(
             list(captions),
             num_inference_steps=settings.num_inference_steps,
-            guidance_scale=settings.guidance_scale,
             generator=[torch.Generator().manual_seed(seed) for seed in settings.seeds],
         ).images
-    return Scene((made[0], made[1]), captions, captions[1])
+    return Scene((made[0], made[1]), captions, (EditScene(made[0], *captions),))
 
 
 def _jobs(pipe: SmoothPipeline, variant: str, scene: Scene, settings: Settings, progress: Progress) -> Outcome:
@@ -129,7 +135,7 @@ def _jobs(pipe: SmoothPipeline, variant: str, scene: Scene, settings: Settings, 
             scene.captions[0],
             frames=settings.frames,
             generator=noise,
-            guidance_scale=settings.guidance_scale,
+            guidance_scale=scene.guidance_scale,
             **common,
         ),
     )
@@ -137,11 +143,11 @@ def _jobs(pipe: SmoothPipeline, variant: str, scene: Scene, settings: Settings, 
     timed(
         "edit",
         lambda: pipe.edit(
-            [scene.images[0]],
-            scene.edit_prompt,
-            scene.captions[0],
+            [edit.image for edit in scene.edits],
+            [edit.prompt for edit in scene.edits],
+            [edit.source_prompt for edit in scene.edits],
             edit_strength=settings.edit_strength,
-            guidance_scale=settings.guidance_scale,
+            guidance_scale=scene.edit_guidance_scale,
             **common,
         ),
     )

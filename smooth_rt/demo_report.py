@@ -18,7 +18,18 @@ from PIL import Image
 from smooth_rt import __version__, report, writers
 from smooth_rt.metrics import Istd, istd, psnr
 
-__all__ = ["Outcome", "Scene", "Settings", "command", "describe", "environment", "measure", "media", "table"]
+__all__ = [
+    "EditScene",
+    "Outcome",
+    "Scene",
+    "Settings",
+    "command",
+    "describe",
+    "environment",
+    "measure",
+    "media",
+    "table",
+]
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "numpy", "pillow")
 MORPHS = {"images": "Two images", "seeds": "Two seeds"}
@@ -29,19 +40,32 @@ class Settings:
     """How much the demo computes. Frames and steps are those of each morph."""
 
     frames: int = 16
-    num_inference_steps: int = 50
-    guidance_scale: float = 7.5
+    num_inference_steps: int = 25
     seeds: tuple[int, int] = (1, 2)
     edit_strength: float = 0.8
 
 
 @dataclass(frozen=True)
+class EditScene:
+    """An image, what it shows, and what it shall show."""
+
+    image: Image.Image
+    source_prompt: str
+    prompt: str
+
+
+@dataclass(frozen=True)
 class Scene:
-    """What the demo shows: two images with their captions, and the prompt that the first is edited to."""
+    """What the demo shows: two images with their captions, edits, and the guidance that suits the model.
+
+    The first image is also the one that is inverted, and its caption the prompt of the two seeds.
+    """
 
     images: tuple[Image.Image, Image.Image]
     captions: tuple[str, str]
-    edit_prompt: str
+    edits: tuple[EditScene, ...]
+    guidance_scale: float = 7.5
+    edit_guidance_scale: float = 7.5
 
 
 @dataclass
@@ -80,15 +104,15 @@ def measure(outcomes: Sequence[Outcome], scene: Scene) -> list[dict[str, Any]]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
-    """The rows of `measure` as the page and the terminal show them."""
+    """The rows of `measure` as the page and the terminal show them, in columns that fit both."""
     return [
         {
-            "Model": report.VARIANTS[row["variant"]],
-            "Engine": row["engine"],
-            **{f"{name}, s": f"{value:.2f}" for name, value in row["seconds"].items()},
-            **{f"ISTD, {name}": f"{value:.3f}" for name, value in row["istd"].items()},
-            "Inversion PSNR": f"{row['inversion_psnr_db']:.2f} dB",
-            "Same as": "" if row["same_as"] is None else f"{row['same_as']}: {_decibels(row['same_as_psnr_db'])}",
+            "model": row["variant"],
+            "engine": row["engine"],
+            **{f"{name} s": f"{value:.2f}" for name, value in row["seconds"].items()},
+            **{f"ISTD {name}": f"{value:.1f}" for name, value in row["istd"].items()},
+            "PSNR dB": f"{row['inversion_psnr_db']:.2f}",
+            "like the first": "" if row["same_as"] is None else _decibels(row["same_as_psnr_db"]),
         }
         for row in rows
     ]
@@ -104,7 +128,10 @@ def _decibels(value: float | None) -> str:
 
 def _shown(outcomes: Sequence[Outcome]) -> dict[str, Outcome]:
     """The outcome of each variant that is shown: that of the first engine."""
-    return {outcome.variant: outcome for outcome in reversed(outcomes)}
+    shown: dict[str, Outcome] = {}
+    for outcome in outcomes:
+        shown.setdefault(outcome.variant, outcome)
+    return shown
 
 
 def media(outcomes: Sequence[Outcome], scene: Scene) -> dict[str, bytes]:
@@ -117,7 +144,8 @@ def media(outcomes: Sequence[Outcome], scene: Scene) -> dict[str, bytes]:
             files[f"morph-{name}-{variant}.mp4"] = writers.encode_mp4(frames)
             files[f"morph-{name}-{variant}.webp"] = writers.encode_webp(writers.there_and_back(frames))
         files[f"inversion-{variant}.png"] = writers.encode_png(outcome.images["inversion"][0])
-        files[f"edit-{variant}.png"] = writers.encode_png(outcome.images["edit"][0])
+        for i, image in enumerate(outcome.images["edit"], 1):
+            files[f"edit-{i}-{variant}.png"] = writers.encode_png(image)
     return files
 
 
@@ -180,10 +208,13 @@ def describe(
         {variant: outcome.images["inversion"][0] for variant, outcome in shown.items()},
         {row["variant"]: row["inversion_psnr_db"] for row in reversed(rows)},
     )
-    after = {variant: outcome.images["edit"][0] for variant, outcome in shown.items()}
+    edits = [
+        report.Edit(e.source_prompt, e.prompt, e.image, {v: outcome.images["edit"][i] for v, outcome in shown.items()})
+        for i, e in enumerate(scene.edits)
+    ]
     engines = list(dict.fromkeys(outcome.engine for outcome in outcomes))
     lead = (
-        "Two images turn into each other, a real image is inverted and rebuilt, and it is edited by prompt, "
+        "Two images turn into each other, a real image is inverted and rebuilt, and images are edited by prompt, "
         f"{'with and without the Smooth-LoRA, ' if len(shown) > 1 else ''}on engines built on the spot "
         f"({', '.join(engines)}). The pictures are those of {engines[0]}; {settings.num_inference_steps} DDIM steps."
     )
@@ -193,7 +224,7 @@ def describe(
         version=__version__,
         morphs=morphs,
         inversions=[inversion],
-        edits=[report.Edit(scene.captions[0], scene.edit_prompt, scene.images[0], after)],
+        edits=edits,
         rows=table(rows),
         environment=environment(),
         commands=[typed],

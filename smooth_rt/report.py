@@ -230,7 +230,10 @@ def _table(rows: Sequence[Mapping[str, str]]) -> str:
     head = "".join(cell("th", column, column) for column in columns)
     body = "".join("<tr>" + "".join(cell("td", c, row[c]) for c in columns) + "</tr>" for row in rows)
     table = f'<div class="card wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
-    text = "What ran where, and how it went. Times hold every network of a job and nothing of the export."
+    text = (
+        "What ran where, and how it went: seconds of each job without the building of engines, ISTD of each morph, "
+        "PSNR of the inversion, and the PSNR of the worst image against the same seed on the first engine."
+    )
     return _section("results", "Results", text, table)
 
 

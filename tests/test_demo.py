@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from smooth_rt import cli, demo
-from smooth_rt.demo_report import Outcome, Scene, Settings, command, media, table
+from smooth_rt.demo_report import EditScene, Outcome, Scene, Settings, command, describe, media, table
 from smooth_rt.errors import InputError
 from smooth_rt.lora import Lora, LoraLayer, write_lora
 
@@ -78,8 +78,8 @@ def test_page_shows_the_numbers_and_loads_nothing(ran: tuple[demo.Demo, list[str
     text = ran[0].page.read_text(encoding="utf-8")
     assert not re.search(r'(?:src|href)="(?!data:)', text)
     for row in ran[0].rows:
-        assert f"{row['inversion_psnr_db']:.2f} dB" in text
-        assert f"{row['istd']['seeds']:.3f}" in text
+        assert f"PSNR {row['inversion_psnr_db']:.2f} dB" in text or row["same_as"] is not None
+        assert f'<td class="number">{row["istd"]["seeds"]:.1f}</td>' in text
     assert "openvino, onnxruntime" in text
 
 
@@ -110,7 +110,7 @@ def outcome(variant: str, engine: str, change: int) -> Outcome:
 
 
 def test_measure_counts_by_hand() -> None:
-    scene = Scene((picture(0), picture(200)), ("a", "b"), "b")
+    scene = Scene((picture(0), picture(200)), ("a", "b"), ())
     outcomes = [outcome("base", "openvino", 0), outcome("base", "onnxruntime", 0), outcome("base", "eager", 1)]
     rows = demo.measure(outcomes, scene)
     # Distances of 100 and 50 grey levels over 16 x 16 x 3 values; their standard deviation is half the difference.
@@ -120,14 +120,32 @@ def test_measure_counts_by_hand() -> None:
     assert rows[1]["same_as_psnr_db"] is None
     assert rows[2]["same_as_psnr_db"] == pytest.approx(20 * np.log10(255), rel=1e-6)
     shown = table(rows)
-    assert [row["Same as"] for row in shown] == ["", "openvino: identical", "openvino: 48.1 dB"]
+    assert [row["like the first"] for row in shown] == ["", "identical", "48.1 dB"]
 
 
 def test_pictures_are_those_of_the_first_engine() -> None:
-    scene = Scene((picture(0), picture(200)), ("a", "b"), "b")
+    scene = Scene((picture(0), picture(200)), ("a", "b"), ())
     files = media([outcome("smooth", "openvino", 0), outcome("smooth", "onnxruntime", 90)], scene)
     sheet = np.asarray(Image.open(io.BytesIO(files["morph-seeds-smooth.png"])))
     assert sheet[5, 5].tolist() == [0, 0, 0]
+
+
+def test_scene_of_the_default_model() -> None:
+    scene = demo._scene("default", None, "openvino", Settings())  # type: ignore[arg-type]
+    assert {image.size for image in (*scene.images, *(edit.image for edit in scene.edits))} == {(64, 64)}
+    assert all(edit.source_prompt != edit.prompt for edit in scene.edits)
+
+
+def test_each_edit_stands_with_its_prompts() -> None:
+    edits = tuple(EditScene(picture(7), f"source {i}", f"target {i}") for i in range(2))
+    scene = Scene((picture(0), picture(200)), ("a", "b"), edits)
+    found = outcome("base", "openvino", 0)
+    found.images["edit"] = [picture(30), picture(60)]
+    page = describe([found], scene, demo.measure([found], scene), Settings(), "smooth-rt demo")
+    assert [(e.source_prompt, e.prompt, e.after["base"].getpixel((0, 0))) for e in page.edits] == [
+        ("source 0", "target 0", (30, 30, 30)), ("source 1", "target 1", (60, 60, 60)),
+    ]  # fmt: skip
+    assert {"edit-1-base.png", "edit-2-base.png"} <= set(media([found], scene))
 
 
 def test_command_says_what_is_not_the_default() -> None:

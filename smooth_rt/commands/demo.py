@@ -32,11 +32,8 @@ def demo(
     watch = Stopwatch()
     with build_progress() as progress:
         made = run_demo(output, options.model, options.chosen_lora, options.lora_strength, engines, small, progress)
-    return {
-        "command": "demo",
-        "page": str(made.page),
-        "seconds": watch.seconds,
-        "reused": made.reused,
-        "files": [str(path) for path in made.files],
-        "results": made.rows if options.json else table(made.rows),
-    }
+    found: dict[str, Any] = {"command": "demo", "page": str(made.page), "seconds": watch.seconds}
+    if options.json:
+        return {**found, "reused": made.reused, "files": [str(path) for path in made.files], "results": made.rows}
+    told = ", ".join(f"{name} {'reused from the cache' if kept else 'built'}" for name, kept in made.reused.items())
+    return {**found, "engines": told, "files": f"{len(made.files)} in {output}", "results": table(made.rows)}

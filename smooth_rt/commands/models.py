@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smooth_rt.commands.options import ModelOptions
+from smooth_rt.commands.options import ModelOptions, OutputOptions
 from smooth_rt.commands.running import Stopwatch, build_progress
 from smooth_rt.errors import InputError
 
@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 __all__ = ["build_engine", "fuse", "inspect_engines", "list_engines", "prune_engines", "verify_engines"]
 
 Output = Annotated[Path, typer.Option(help="The folder to write.", show_default=False)]
-Bundles = Annotated[list[Path], typer.Argument(metavar="BUNDLE...", help="Folders of built engines.")]
+Bundles = Annotated[
+    list[Path],
+    typer.Argument(metavar="BUNDLE...", help="Folders of built engines, or names that `engines list` shows."),
+]
 
 
 def fuse(options: ModelOptions, output: Output) -> dict[str, Any]:
@@ -75,34 +78,38 @@ def build_engine(
     }
 
 
-def list_engines() -> dict[str, Any]:
+def list_engines(options: OutputOptions) -> dict[str, Any]:
     """The bundles of the cache, and whether they can be used."""
     from smooth_rt.build import cache_root
     from smooth_rt.cache import list_bundles
 
-    return {"cache": str(cache_root()), "bundles": [_row(entry) for entry in list_bundles()]}
+    rows = [_row(entry) for entry in list_bundles()]
+    if not options.json:
+        rows = [{key: value for key, value in row.items() if key != "path"} for row in rows]
+    return {"cache": str(cache_root()), "bundles": rows}
 
 
 def inspect_engines(bundle: Annotated[Path, typer.Argument(metavar="BUNDLE")]) -> dict[str, Any]:
     """What a bundle holds: its source, graphs, keys, versions and parity errors."""
     from engines.bundle import Bundle
+    from smooth_rt.cache import find
 
-    found: dict[str, Any] = Bundle.open(bundle, verify=False).manifest.model_dump(mode="json")
+    found: dict[str, Any] = Bundle.open(find(bundle), verify=False).manifest.model_dump(mode="json")
     return {"bundle": str(bundle), **found}
 
 
 def verify_engines(bundles: Bundles) -> dict[str, Any]:
     """Compare every file with the manifest's digests, and the backends' versions with the installed ones."""
     from engines.bundle import Bundle
-    from smooth_rt.cache import examine
+    from smooth_rt.cache import examine, find
     from smooth_rt.errors import BundleError
 
-    for path in bundles:
+    for path in map(find, bundles):
         Bundle.open(path, verify=True)
         fault = examine(path, verify=False).fault
         if fault is not None:
             raise BundleError(f"{path}: {fault}")
-    return {"verified": [str(path) for path in bundles]}
+    return {"verified": [str(find(path)) for path in bundles]}
 
 
 def prune_engines(
@@ -119,6 +126,7 @@ def _row(entry: Entry) -> dict[str, Any]:
     source = entry.bundle.source if entry.bundle is not None else None
     lora = source.lora if source is not None else None
     return {
+        "name": entry.path.name,
         "path": str(entry.path),
         "model": source.model if source is not None else None,
         "lora": f"{lora.source} at {lora.strength:g}" if lora is not None else None,

@@ -33,9 +33,10 @@ def show(result: Mapping[str, Any], as_json: bool) -> None:
 
 
 def _table(console: Any, name: str, rows: list[Mapping[str, Any]]) -> None:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=name, title_justify="left")
+    table = Table(title=name, title_justify="left", box=box.SIMPLE, padding=(0, 1), pad_edge=False)
     for column in rows[0]:
         numeric = all(isinstance(row[column], (int, float)) for row in rows)
         table.add_column(column, justify="right" if numeric else "left", overflow="fold")
