@@ -37,9 +37,9 @@ def _table(console: Any, name: str, rows: list[Mapping[str, Any]]) -> None:
     from rich.table import Table
 
     table = Table(title=name, title_justify="left", box=box.SIMPLE, padding=(0, 1), pad_edge=False)
-    for column in rows[0]:
+    for place, column in enumerate(rows[0]):
         numeric = all(isinstance(row[column], (int, float)) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold")
+        table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=place == 0)
     for row in rows:
         table.add_row(*(_text(value) for value in row.values()))
     console.print(table)
