@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import struct
 import sys
@@ -18,6 +19,7 @@ import pytest
 from PIL import Image
 
 from smooth_rt import cli
+from smooth_rt.commands.show import show
 from smooth_rt.pipeline import SmoothPipeline
 
 FAST = ["--num-inference-steps", "2"]
@@ -369,3 +371,18 @@ def test_version(run: Any) -> None:
     code, out, _ = run("--version")
     assert code == 0
     assert out.strip()
+
+
+def test_tables_keep_words_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    rows = [{"engine": "onnxruntime", "seconds": f"{value:.2f}", "name": "ab" * 16} for value in (1.5, 12.25)]
+    show({"command": "x", "results": rows, "left": None, "share": math.nan, "kept": True}, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "results:"
+    assert [line.split() for line in lines[-4:-2]] == [
+        ["onnxruntime", "1.50", "ab" * 16], ["onnxruntime", "12.25", "ab" * 16],
+    ]  # fmt: skip
+    assert lines[-4].index("1.50") == lines[-3].index("12.25") + 1
+    assert lines[-2:] == ["share: nan", "kept: yes"]
+    show({"command": "x", "share": math.nan, "rows": [{"a": math.inf}]}, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"command": "x", "share": None, "rows": [{"a": None}]}

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
 __all__ = ["finite", "show"]
+
+LONGEST_WORD = 32
 
 
 def show(result: Mapping[str, Any], as_json: bool) -> None:
@@ -36,10 +39,15 @@ def _table(console: Any, name: str, rows: list[Mapping[str, Any]]) -> None:
     from rich import box
     from rich.table import Table
 
-    table = Table(title=name, title_justify="left", box=box.SIMPLE, padding=(0, 1), pad_edge=False)
-    for place, column in enumerate(rows[0]):
-        numeric = all(isinstance(row[column], (int, float)) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left", overflow="fold", no_wrap=place == 0)
+    console.print(f"{name}:")
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    for column in rows[0]:
+        cells = [_text(row[column]) for row in rows]
+        numeric = all(re.fullmatch(r"-?[\d.]+(e[-+]\d+)?( \w+)?", cell) for cell in cells if cell)
+        # Words stay whole where they can; a digest or a path may break.
+        longest = max(len(word) for text in (column, *cells) for word in [*text.split(), ""])
+        justify: Any = "right" if numeric else "left"
+        table.add_column(column, justify=justify, overflow="fold", min_width=min(longest, LONGEST_WORD))
     for row in rows:
         table.add_row(*(_text(value) for value in row.values()))
     console.print(table)
