@@ -95,8 +95,8 @@ def _scene(model: str, built: Built, engine: str, settings: Settings) -> Scene:
             EditScene(dog.image(), dog.caption, "dog face on pink background"),
             EditScene(heart.image(), heart.caption, "red heart on blue background"),
         )
-        # Tried by eye: above these the small model's colours saturate.
-        return Scene((dog.image(), panda.image()), (dog.caption, panda.caption), edits, 5.0, 3.5)
+        # Tried by eye: above this the small model's colours saturate.
+        return Scene((dog.image(), panda.image()), (dog.caption, panda.caption), edits, 3.0, 3.0)
     captions = ("a realistic dog", "a realistic cat")
     with SmoothPipeline.from_engines(built.bundle, engine) as pipe:
         made: Any = pipe(
