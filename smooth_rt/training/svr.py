@@ -109,8 +109,8 @@ class Target:
         self.share = share
         bins = 1 if kind == "scalar" else bins
         log_snr = torch.log(alphas_cumprod / (1 - alphas_cumprod))
-        share = (log_snr[0] - log_snr) / (log_snr[0] - log_snr[-1])
-        self.bin_of = (share * bins).long().clamp(max=bins - 1)
+        place = (log_snr[0] - log_snr) / (log_snr[0] - log_snr[-1])
+        self.bin_of = (place * bins).long().clamp(max=bins - 1)
         self.means = torch.zeros(bins, dtype=torch.float64)
         self.counts = torch.zeros(bins, dtype=torch.float64)
 
