@@ -205,6 +205,8 @@ class SmoothPipeline:
         scaled = latents / self.scaling_factor
         parts = self._calls("vae_decoder", len(scaled), scaled[0, 0].numel())
         pixels = torch.cat([self._run("vae_decoder", latent_sample=scaled[part]) for part in parts])
+        if not bool(torch.isfinite(pixels).all()):
+            raise EngineError(f"decode: the VAE's images are not finite on {self.engine}; its weights may be damaged")
         return to_images((pixels / 2 + 0.5).clamp(0, 1), output_type)
 
     def draw_noise(
@@ -269,7 +271,7 @@ class SmoothPipeline:
             if not bool(torch.isfinite(latents).all()):
                 raise EngineError(
                     f"step {i + 1} of {len(steps)} (timestep {step.timestep}): the latents are not finite on "
-                    f"{self.engine}; lower guidance_scale, or try engine eager"
+                    f"{self.engine}; lower guidance_scale, or check the model's weights"
                 )
             if callback_on_step_end is not None:
                 answer = callback_on_step_end(self, i, step.timestep, {"latents": latents})

@@ -60,7 +60,7 @@ class Schedule:
 
         try:
             scheduler = DDIMScheduler.from_config(dict(config))
-        except (NotImplementedError, TypeError, ValueError) as error:
+        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             raise ModelError(f"scheduler_config: {error}; give one that diffusers' DDIMScheduler reads") from error
         read = scheduler.config
         for name in ("clip_sample", "thresholding"):
@@ -72,6 +72,8 @@ class Schedule:
                 f"it is one of {', '.join(get_args(PredictionType))}"
             )
         train = int(read["num_train_timesteps"])
+        if train < 1:
+            raise ModelError(f"scheduler_config: num_train_timesteps is {train}; give the number of training steps")
         count = num_inference_steps
         if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= train:
             raise InputError(f"num_inference_steps={count!r}: give a whole number from 1 to {train}")

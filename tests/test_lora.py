@@ -262,8 +262,9 @@ def test_layers_that_do_not_fit_leave_the_unet_as_it_was(tiny_model: Path, tmp_p
 def test_fusing_needs_pristine_fp32_weights_and_a_finite_strength(tiny_model: Path, tmp_path: Path) -> None:
     unet = new_unet(tiny_model)
     lora = read_lora(saved(authors(pairs(unet)), tmp_path))
-    with pytest.raises(InputError, match="nan"):
-        fuse(unet, lora, float("nan"))
+    for strength in (float("nan"), float("-inf"), 1e9):
+        with pytest.raises(InputError, match=f"{strength}: give a number from -100 to 100"):
+            fuse(unet, lora, strength)
     refusal(lambda: fuse(new_unet(tiny_model).half(), lora), "float16")
     fuse(unet, lora, 0.5)
     assert fused_with(unet) == (lora.digest, 0.5)

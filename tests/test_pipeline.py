@@ -216,11 +216,20 @@ def test_latents_that_stop_being_finite_name_the_step(pipe: SmoothPipeline, monk
         pipe("dog", num_inference_steps=5, generator=seeds(1))
 
 
+def test_images_that_are_not_finite_are_refused(pipe: SmoothPipeline) -> None:
+    latents = torch.full((1, 4, 8, 8), float("inf"))
+    with pytest.raises(EngineError, match="decode: the VAE's images are not finite on eager"):
+        pipe.decode(latents)
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ({"height": 20}, "height=20: give a multiple of 8; the nearest is 16"),
         ({"height": 22}, "the nearest is 24"),
+        ({"height": 1_000_000}, "height=1000000: give at most 10000 pixels a side"),
+        ({"height": 10**22 + 4}, "give a multiple of 8"),
+        ({"num_images_per_prompt": 10**8}, "num_images_per_prompt=100000000: give a whole number from 1 to 10000"),
         ({"width": 0}, "width=0: give a multiple of 8; the nearest is 8"),
         ({"width": 16.0}, "width=16.0"),
         ({"num_inference_steps": 0}, "num_inference_steps=0"),

@@ -104,6 +104,8 @@ def test_an_offset_that_leads_beyond_the_last_timestep() -> None:
         ({"thresholding": True}, "thresholding"),
         ({"prediction_type": "flow"}, "flow"),
         ({"beta_schedule": "linear-ish"}, "linear-ish"),
+        ({"num_train_timesteps": 0}, "num_train_timesteps"),
+        ({"num_train_timesteps": -5}, "scheduler_config: "),
     ],
 )
 def test_a_configuration_that_does_not_fit(change: dict[str, Any], said: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -18,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["fuse", "fuse_to_folder", "fused_with"]
 
 MARK = "smooth_rt_fused"
+LARGEST_STRENGTH = 100.0  # beyond it nothing of the model is left
 
 
 def fuse(unet: nn.Module, lora: Lora, strength: float = 1.0) -> None:
@@ -27,15 +27,15 @@ def fuse(unet: nn.Module, lora: Lora, strength: float = 1.0) -> None:
 
     Args:
         unet: a UNet2DConditionModel as loaded, in fp32.
-        strength: 1.0 is the LoRA as trained, 0.0 leaves the model as it was; any finite number.
+        strength: 1.0 is the LoRA as trained, 0.0 leaves the model as it was; from -100 to 100.
 
     Raises:
-        InputError: `strength` is not finite.
+        InputError: `strength` is out of its range.
         ModelError: a key matches nothing in the UNet or its shape does not fit (the line names the key), the UNet is
             not in fp32, or a LoRA was fused into it before.
     """
-    if not math.isfinite(strength):
-        raise InputError(f"LoRA strength {strength}: not a finite number; 1.0 is the LoRA as trained")
+    if not abs(strength) <= LARGEST_STRENGTH:  # so written that NaN is refused too
+        raise InputError(f"LoRA strength {strength}: give a number from -100 to 100; 1.0 is the LoRA as trained")
     if fused_with(unet) is not None:
         raise ModelError(f"{lora.source}: this UNet has a LoRA fused in already; load the model again")
     modules = dict(unet.named_modules())

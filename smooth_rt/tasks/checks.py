@@ -11,8 +11,13 @@ from torch import Generator, Tensor
 
 from engines.contract import Dims
 from smooth_rt.errors import InputError
+from smooth_rt.images import MAX_SIDE
+
+# More in one call is a slip of the keyboard: the noise alone would fill the memory.
+MOST_IMAGES = 10_000
 
 __all__ = [
+    "MOST_IMAGES",
     "as_prompts",
     "choice",
     "embeds",
@@ -61,9 +66,9 @@ def fraction(value: float, name: str) -> float:
 
 
 def number_of(value: int, name: str, least: int) -> int:
-    """A whole number, at least `least`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise InputError(f"{name}={value!r}: give a whole number of at least {least}")
+    """A whole number of images, from `least` to `MOST_IMAGES`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST_IMAGES:
+        raise InputError(f"{name}={value!r}: give a whole number from {least} to {MOST_IMAGES}")
     return value
 
 
@@ -85,8 +90,10 @@ def image_size(height: int | None, width: int | None, dims: Dims) -> tuple[int, 
         multiple = dims.image_multiple
         whole = isinstance(value, int) and not isinstance(value, bool)
         if not whole or value < 1 or value % multiple:
-            nearest = max(1, round(value / multiple)) * multiple if whole else multiple
+            nearest = max(1, (value + (multiple - 1) // 2) // multiple) * multiple if whole else multiple
             raise InputError(f"{name}={value!r}: give a multiple of {multiple}; the nearest is {nearest}")
+        if value > MAX_SIDE:
+            raise InputError(f"{name}={value!r}: give at most {MAX_SIDE} pixels a side")
         sizes.append(value)
     return sizes[0], sizes[1]
 

@@ -103,7 +103,8 @@ def test_frames_do_not_depend_on_the_batch_size(eager: SmoothPipeline) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"frames": 1}, "frames=1: give a whole number of at least 2"),
+        ({"frames": 1}, "frames=1: give a whole number from 2 to 10000"),
+        ({"frames": 10**11}, "frames=100000000000: give a whole number from 2 to 10000"),
         ({"frames": 2.5}, "frames=2.5"),
         ({"prompts": None}, "prompts: missing; give one for both ends, or two"),
         ({"prompts": ["a", "b", "c"]}, "prompts: 3 for 2 ends"),
