@@ -216,8 +216,10 @@ def build_command(path: Path | None = None, source: Source | None = None, backen
     words = ["smooth-rt", "build-engine"]
     if source is not None:
         words += ["--model", source.model]
+        # Left out, --lora is the shipped one where the model is the default.
+        words += ["--lora", "none" if source.lora is None else source.lora.source]
         if source.lora is not None:
-            words += ["--lora", source.lora.source, "--lora-strength", f"{source.lora.strength:g}"]
+            words += ["--lora-strength", f"{source.lora.strength:g}"]
     if backends:
         words += ["--backend", ",".join(backends)]
     if path is not None:

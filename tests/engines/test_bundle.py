@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from engines import select
-from engines.bundle import Bundle, engine_key
+from engines.bundle import Bundle, build_command, engine_key
 from engines.contract import NETWORKS, Dims
 from engines.errors import BundleError, EngineError
 from engines.manifest import LoraSource, Source, digest_json
@@ -249,3 +249,11 @@ def test_digest_json_ignores_order_and_refuses_nan() -> None:
 
 def test_the_bundles_networks_are_the_contracts(bundle_folder: Path) -> None:
     assert [record.network for record in Bundle.open(bundle_folder).manifest.engines] == list(NETWORKS)
+
+
+@pytest.mark.parametrize("lora", [None, LoraSource(source="some/lora", digest="2" * 64, strength=0.5)])
+def test_the_mending_command_names_the_lora(bundle_folder: Path, lora: LoraSource | None) -> None:
+    source = Bundle.open(bundle_folder).source.model_copy(update={"model": "default", "lora": lora})
+    # Without --lora, the command would add the shipped one to the default model.
+    wanted = "--lora none" if lora is None else "--lora some/lora --lora-strength 0.5"
+    assert build_command(None, source) == f"smooth-rt build-engine --model default {wanted}"
