@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 a fault of the program; 2 something that the user can act 
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -16,6 +17,7 @@ from typing import Annotated, Any
 import typer
 
 from smooth_rt.commands import demo, evaluate, models, tasks, train
+from smooth_rt.commands.checked import CheckedCommand
 from smooth_rt.commands.options import flattened
 from smooth_rt.commands.show import show
 from smooth_rt.errors import SmoothRTError
@@ -36,17 +38,17 @@ app = typer.Typer(
 def _group(name: str, text: str, commands: Sequence[tuple[str, Callable[..., Any]]]) -> None:
     group = typer.Typer(help=text)
     for command, function in commands:
-        group.command(command)(flattened(function))
+        group.command(command, cls=CheckedCommand)(flattened(function))
     app.add_typer(group, name=name)
 
 
-app.command("demo")(flattened(demo.demo))
-app.command("generate")(flattened(tasks.generate))
-app.command("interpolate")(flattened(tasks.interpolate))
-app.command("invert")(flattened(tasks.invert))
-app.command("edit")(flattened(tasks.edit))
-app.command("fuse")(flattened(models.fuse))
-app.command("build-engine")(flattened(models.build_engine))
+app.command("demo", cls=CheckedCommand)(flattened(demo.demo))
+app.command("generate", cls=CheckedCommand)(flattened(tasks.generate))
+app.command("interpolate", cls=CheckedCommand)(flattened(tasks.interpolate))
+app.command("invert", cls=CheckedCommand)(flattened(tasks.invert))
+app.command("edit", cls=CheckedCommand)(flattened(tasks.edit))
+app.command("fuse", cls=CheckedCommand)(flattened(models.fuse))
+app.command("build-engine", cls=CheckedCommand)(flattened(models.build_engine))
 _group(
     "engines",
     "Bundles of built engines: list, inspect, verify, prune.",
@@ -121,7 +123,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
-        print(_line(error), file=sys.stderr)
+        print(_line(error, arguments), file=sys.stderr)
         return 2 if isinstance(error, (SmoothRTError, UsageError)) else 1
     # typer turns an interrupt, too, into the exit code that it returns here.
     if result == INTERRUPTED:
@@ -133,13 +135,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _line(error: Exception) -> str:
-    """One line for any error, whatever its message holds."""
+def _line(error: Exception, arguments: Sequence[str]) -> str:
+    """One line for any error, whatever its message holds. A parameter at its start is named as the option typed."""
     if isinstance(error, UsageError):
         where = f"; see `{error.ctx.command_path} --help`" if error.ctx is not None else ""
         return f"error: {' '.join(error.format_message().split()).rstrip('.')}{where}"
     said = " ".join(str(error).split())
     if isinstance(error, SmoothRTError):
+        parameter = re.match(r"([a-z]+(?:_[a-z]+)*)=", said)
+        option = f"--{parameter[1].replace('_', '-')}" if parameter else ""
+        if parameter and any(argument.split("=")[0] == option for argument in arguments):
+            said = option + said[len(parameter[1]) :]
         return f"error: {said}"
     return f"error: {type(error).__name__}: {said}; a fault of the program: rerun with --debug and report it"
 

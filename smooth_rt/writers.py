@@ -31,6 +31,7 @@ __all__ = [
 ]
 
 SHOWN_SIDE = 256  # small frames are enlarged to about this many pixels in films, which players do not scale well
+SHOWN_NAME = 60  # characters of a path that is too long, in a message
 GAP = 2  # pixels between the images of a contact sheet
 
 
@@ -38,9 +39,19 @@ def check_output(folder: str | Path) -> Path:
     """Whether files can be written under `folder`, asked before a long computation. Creates nothing.
 
     Raises:
-        InputError: a part of the path is a file, or the nearest folder that exists is not writable.
+        InputError: a part of the path is a file, the nearest folder that exists is not writable, or the system refuses
+            the path: a name in it is too long, say.
     """
     folder = Path(folder)
+    try:
+        return _check_parts(folder)
+    except OSError as error:
+        named = str(folder)
+        named = named if len(named) <= SHOWN_NAME else f"{named[:SHOWN_NAME]}..."
+        raise InputError(f"{named}: {_reason(error)}") from error
+
+
+def _check_parts(folder: Path) -> Path:
     for part in (folder, *folder.parents):
         if part.is_dir():
             if not os.access(part, os.W_OK | os.X_OK):

@@ -191,10 +191,10 @@ BETWEEN = ["interpolate", "--prompt", "dog", "--seeds", 1, 2]
     ("arguments", "said"),
     [
         ([*GENERATE, "--height", 15], "height=15: give a multiple of"),
-        ([*GENERATE, "--num-inference-steps", 0], "num_inference_steps=0"),
-        ([*GENERATE, "--guidance-scale", "nan"], "guidance_scale=nan"),
+        ([*GENERATE, "--num-inference-steps", 0], "error: --num-inference-steps=0: "),
+        ([*GENERATE, "--guidance-scale", "nan"], "error: --guidance-scale=nan: "),
         ([*GENERATE, "--seed", 2**65], "does not fit into 64 bits"),
-        ([*GENERATE, "--num-images-per-prompt", 0], "num_images_per_prompt=0"),
+        ([*GENERATE, "--num-images-per-prompt", 0], "error: --num-images-per-prompt=0: "),
         (["generate"], "--prompt: missing"),
         ([*BETWEEN, "--frames", 1], "frames=1"),
         (["interpolate", "--prompt", "dog"], "give two images, --seeds A B, or --prompt twice"),
@@ -210,8 +210,11 @@ BETWEEN = ["interpolate", "--prompt", "dog", "--seeds", 1, 2]
         (["invert", "HUGE", "--prompt", "a"], "too large"),
         (["edit", "PICTURE", "--prompt", "a"], "eq15 needs what each image shows now"),
         (["edit", "PICTURE"], "--prompt: missing"),
-        (["edit", "PICTURE", "--prompt", "a", "--edit-method", "sdedit", "--edit-strength", 2], "edit_strength=2"),
-        (["edit", "PICTURE", "--prompt", "a", "--edit-method", "x"], "edit_method='x' is unknown"),
+        (
+            ["edit", "PICTURE", "--prompt", "a", "--edit-method", "sdedit", "--edit-strength", 2],
+            "error: --edit-strength=2",
+        ),
+        (["edit", "PICTURE", "--prompt", "a", "--edit-method", "x"], "error: --edit-method='x' is unknown"),
     ],
 )
 def test_bad_input(opened: list[Any], run: Any, tmp_path: Path, picture: Path, arguments: list[Any], said: str) -> None:

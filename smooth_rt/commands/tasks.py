@@ -19,6 +19,8 @@ if TYPE_CHECKING:
 
 __all__ = ["edit", "generate", "interpolate", "invert"]
 
+MOST_SHOWN = 10**6  # steps of a progress bar; a number that no float holds is refused by the schedule
+
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="May be given several times.", show_default=False)]
 Method = Annotated[str, typer.Option(help="ddim, ddim-without-text or negative-prompt.")]
 
@@ -78,7 +80,8 @@ def interpolate(
     if not images and seeds is None and len(prompt or []) < 2:
         raise InputError("interpolate: what between? give two images, --seeds A B, or --prompt twice")
     if images and seeds is not None:
-        raise InputError("--seeds: two images bring their own noise; give the images or the seeds")
+        named = ", ".join(map(str, images))
+        raise InputError(f"--seeds: takes two values and no images, got {named} too; give the images or the seeds")
     steps = options.num_inference_steps * (2 if images else 1)
     with open_pipeline(options) as pipe, step_progress("interpolate", steps) as on_step:
         watch = Stopwatch()
@@ -155,8 +158,15 @@ def edit(
     check_output(options.output)
     if not prompt:
         raise InputError("--prompt: missing; give what the image shall show")
+    _check_count("--prompt", prompt, images)
+    if edit_method == "eq15" and not source_prompt:
+        raise InputError("--source-prompt: missing; eq15 needs what each image shows now")
+    _check_count("--source-prompt", source_prompt, images)
+    # NaN is in no range.
+    if not 0 <= edit_strength <= 1:
+        raise InputError(f"--edit-strength={edit_strength}: give a number from 0 to 1")
     steps = options.num_inference_steps
-    steps = int(steps * edit_strength) if edit_method == "sdedit" else 2 * steps
+    steps = int(min(steps, MOST_SHOWN) * edit_strength) if edit_method == "sdedit" else 2 * steps
     with open_pipeline(options) as pipe, step_progress("edit", steps) as on_step:
         watch = Stopwatch()
         result = pipe.edit(
@@ -177,6 +187,11 @@ def edit(
     originals = _originals(images, made[0])
     files = _write(options.output, {"before": originals, "after": made})
     return {"command": "edit", **described(pipe, options), "seconds": seconds, "files": files}
+
+
+def _check_count(option: str, given: Sequence[str] | None, images: Sequence[Path]) -> None:
+    if given and len(given) not in (1, len(images)):
+        raise InputError(f"{option}: {len(given)} for {len(images)} images; give one for all or one each")
 
 
 def _pictures(images: Images) -> list[Image]:

@@ -114,7 +114,8 @@ def parse(tensors: dict[str, Tensor], source: str, shown: str, config: dict[str,
 def _locate(source: str) -> Path:
     if source == "default":
         if not default_lora().is_file():
-            raise ModelError(f"default LoRA: {default_lora()} is missing; install smooth-rt again or name a LoRA")
+            mend = "install smooth-rt again, name a LoRA, or give `--lora none`"
+            raise ModelError(f"default LoRA: {default_lora()} is missing; {mend}")
         return default_lora()
     path = Path(source).expanduser()
     if path.suffix in PICKLES:
