@@ -5,6 +5,7 @@ Exit codes: 0 done; 1 a fault of the program; 2 something that the user can act 
 
 from __future__ import annotations
 
+import errno
 import logging
 import re
 import sys
@@ -123,6 +124,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if debug:
             traceback.print_exc()
+        # The program's own file names are short: such a path was typed.
+        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+            error = SmoothRTError(f"{str(error.filename)[:60]}...: {error.strerror}; give a shorter path")
         print(_line(error, arguments), file=sys.stderr)
         return 2 if isinstance(error, (SmoothRTError, UsageError)) else 1
     # typer turns an interrupt, too, into the exit code that it returns here.

@@ -100,6 +100,12 @@ def test_an_output_with_too_long_a_name(
     assert list(empty_folder.iterdir()) == []
 
 
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_an_input_with_too_long_a_name(capsys: pytest.CaptureFixture[str], command: str) -> None:
+    line = refused(capsys, ["engines", command, "a" * 300])
+    assert line == f"error: {'a' * 60}...: File name too long; give a shorter path"
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [

@@ -324,7 +324,7 @@ def test_debug_shows_where_an_error_was_raised(opened: list[Any], run: Any, tmp_
     code, _, err = run(*GENERATE, "--height", 15, "--output", tmp_path / "out", "--debug")
     assert code == 2
     assert "Traceback" in err
-    assert err.splitlines()[-1].startswith("error: height=15")
+    assert err.splitlines()[-1].startswith("error: --height=15")
 
 
 def test_engines_of_an_empty_cache(run: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
