@@ -95,8 +95,11 @@ def _scene(model: str, built: Built, engine: str, settings: Settings) -> Scene:
             EditScene(dog.image(), dog.caption, "dog face on pink background"),
             EditScene(heart.image(), heart.caption, "red heart on blue background"),
         )
-        # Tried by eye: above this the small model's colours saturate.
-        return Scene((dog.image(), panda.image()), (dog.caption, panda.caption), edits, 3.0, 3.0)
+        images, captions = (dog.image(), panda.image()), (dog.caption, panda.caption)
+        # Tried by eye: guided more, the small model's colours saturate; edited with less, a colour comes half-way.
+        return Scene(
+            images, captions, "sunflower on pink background", edits, guidance_scale=3.0, edit_guidance_scale=5.0
+        )
     captions = ("a realistic dog", "a realistic cat")
     with SmoothPipeline.from_engines(built.bundle, engine) as pipe:
         made: Any = pipe(
@@ -104,7 +107,7 @@ def _scene(model: str, built: Built, engine: str, settings: Settings) -> Scene:
             num_inference_steps=settings.num_inference_steps,
             generator=[torch.Generator().manual_seed(seed) for seed in settings.seeds],
         ).images
-    return Scene((made[0], made[1]), captions, (EditScene(made[0], *captions),))
+    return Scene((made[0], made[1]), captions, captions[0], (EditScene(made[0], *captions),))
 
 
 def _jobs(pipe: SmoothPipeline, variant: str, scene: Scene, settings: Settings, progress: Progress) -> Outcome:
@@ -132,7 +135,7 @@ def _jobs(pipe: SmoothPipeline, variant: str, scene: Scene, settings: Settings, 
     timed(
         "seeds",
         lambda: pipe.interpolate(
-            scene.captions[0],
+            scene.prompt,
             frames=settings.frames,
             generator=noise,
             guidance_scale=scene.guidance_scale,

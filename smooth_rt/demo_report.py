@@ -41,7 +41,7 @@ class Settings:
 
     frames: int = 16
     num_inference_steps: int = 25
-    seeds: tuple[int, int] = (1, 2)
+    seeds: tuple[int, int] = (3, 5)
     edit_strength: float = 0.8
 
 
@@ -58,11 +58,12 @@ class EditScene:
 class Scene:
     """What the demo shows: two images with their captions, edits, and the guidance that suits the model.
 
-    The first image is also the one that is inverted, and its caption the prompt of the two seeds.
+    The first image is also the one that is inverted; `prompt` is that of the morph between two seeds.
     """
 
     images: tuple[Image.Image, Image.Image]
     captions: tuple[str, str]
+    prompt: str
     edits: tuple[EditScene, ...]
     guidance_scale: float = 7.5
     edit_guidance_scale: float = 7.5
@@ -192,7 +193,7 @@ def describe(
     shown = _shown(outcomes)
     captions = {
         "images": f"“{scene.captions[0]}” to “{scene.captions[1]}”, both inverted first",
-        "seeds": f"“{scene.captions[0]}”, seed {settings.seeds[0]} to seed {settings.seeds[1]}",
+        "seeds": f"“{scene.prompt}”, seed {settings.seeds[0]} to seed {settings.seeds[1]}",
     }
     morphs = []
     for name, title in MORPHS.items():

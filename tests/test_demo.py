@@ -110,7 +110,7 @@ def outcome(variant: str, engine: str, change: int) -> Outcome:
 
 
 def test_measure_counts_by_hand() -> None:
-    scene = Scene((picture(0), picture(200)), ("a", "b"), ())
+    scene = Scene((picture(0), picture(200)), ("a", "b"), "c", ())
     outcomes = [outcome("base", "openvino", 0), outcome("base", "onnxruntime", 0), outcome("base", "eager", 1)]
     rows = demo.measure(outcomes, scene)
     # Distances of 100 and 50 grey levels over 16 x 16 x 3 values; their standard deviation is half the difference.
@@ -124,7 +124,7 @@ def test_measure_counts_by_hand() -> None:
 
 
 def test_pictures_are_those_of_the_first_engine() -> None:
-    scene = Scene((picture(0), picture(200)), ("a", "b"), ())
+    scene = Scene((picture(0), picture(200)), ("a", "b"), "c", ())
     files = media([outcome("smooth", "openvino", 0), outcome("smooth", "onnxruntime", 90)], scene)
     sheet = np.asarray(Image.open(io.BytesIO(files["morph-seeds-smooth.png"])))
     assert sheet[5, 5].tolist() == [0, 0, 0]
@@ -138,7 +138,7 @@ def test_scene_of_the_default_model() -> None:
 
 def test_each_edit_stands_with_its_prompts() -> None:
     edits = tuple(EditScene(picture(7), f"source {i}", f"target {i}") for i in range(2))
-    scene = Scene((picture(0), picture(200)), ("a", "b"), edits)
+    scene = Scene((picture(0), picture(200)), ("a", "b"), "c", edits)
     found = outcome("base", "openvino", 0)
     found.images["edit"] = [picture(30), picture(60)]
     page = describe([found], scene, demo.measure([found], scene), Settings(), "smooth-rt demo")
