@@ -13,6 +13,7 @@ Stages, each resumable and each skipped when its result is there:
 
 from __future__ import annotations
 
+import re
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -315,6 +316,9 @@ def _write_assets(out: Path, model: Path, scenes: EmojiScenes) -> None:
     # float16 there, StableDiffusionPipeline.from_pretrained(folder) would mix the two and fail.
     text_config = partial / "model" / "text_encoder" / "config.json"
     text_config.write_text(text_config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
+    # diffusers notes where it loaded a network from; that folder means nothing to anyone else.
+    for path in (partial / "model").glob("*/config.json"):
+        path.write_text(re.sub(r'\n *"_name_or_path": .*', "", path.read_text()))
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(model / "tokenizer" / name, partial / "model" / "tokenizer" / name)
     write_examples(scenes, partial / "examples")

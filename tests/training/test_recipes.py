@@ -38,6 +38,8 @@ def test_tiny_leaves_a_model_that_diffusers_samples(tmp_path: Path, emoji: Path)
     weights = load_file(assets / "model" / "unet" / "diffusion_pytorch_model.safetensors")
     assert {value.dtype for value in weights.values()} == {torch.float16}
     assert {"vocab.json", "merges.txt"} <= {path.name for path in (assets / "model" / "tokenizer").iterdir()}
+    written = [path.read_text() for path in (assets / "model").rglob("*.json")]
+    assert not any(str(tmp_path) in text for text in written)
     tokenizer = pipe.tokenizer
     assert tokenizer.model_max_length == 12
     ids = tokenizer("a 猫 dog").input_ids
