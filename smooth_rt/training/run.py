@@ -61,6 +61,8 @@ class Run:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise InputError(f"steps={self.steps}: a run needs at least 1 step")
+        # As a checkpoint holds them: a tuple comes back from JSON as a list, and must not look like another setting.
+        self.settings = json.loads(json.dumps(self.settings))
         self.parameters = {
             f"{name}.{key}": p for name, m in self.modules.items() for key, p in m.named_parameters() if p.requires_grad
         }
@@ -165,7 +167,7 @@ class Run:
         except (OSError, SafetensorError) as error:
             raise ModelError(f"{path}: unreadable ({error}); delete it to resume from the one before") from error
         settings = json.loads(metadata["settings"])
-        if settings != json.loads(json.dumps(self.settings)):
+        if settings != self.settings:
             changed = [k for k in {*settings, *self.settings} if settings.get(k) != self.settings.get(k)]
             raise InputError(f"{path}: made with other settings ({', '.join(sorted(changed))}); name another folder")
         self.step = int(metadata["step"])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from diffusers import DDIMScheduler
@@ -143,7 +142,7 @@ def train_smooth_lora(
         {"unet": unet},
         steps,
         config.lr,
-        _plain(asdict(config)),
+        asdict(config),
         warmup=50,
         ema_decay=0.99,
         save_every=200,
@@ -166,10 +165,6 @@ def train_smooth_lora(
     run.fit(step_fn, {200: write, **(every or {})})
     write(run.step)
     return path
-
-
-def _plain(settings: dict[str, Any]) -> dict[str, Any]:
-    return {key: list(value) if isinstance(value, tuple) else value for key, value in settings.items()}
 
 
 def _goal(latents: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:

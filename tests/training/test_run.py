@@ -64,10 +64,10 @@ def test_a_folder_in_use_needs_resume(tmp_path: Path) -> None:
 
 
 def test_other_settings_are_named(tmp_path: Path) -> None:
-    run, model = start(tmp_path)
+    run, model = start(tmp_path, settings={"channels": (16, 32)})
     run.fit(loss_of(model), quiet=True)
     with pytest.raises(InputError, match=r"other settings \(seed\)"):
-        start(tmp_path, resume=True, settings={"seed": 1})
+        start(tmp_path, resume=True, settings={"seed": 1, "channels": (16, 32)})
 
 
 def test_a_damaged_checkpoint_is_named(tmp_path: Path) -> None:
