@@ -12,13 +12,14 @@ from pathlib import Path
 
 from engines.errors import BundleError
 
-__all__ = ["BUNDLE_ENTRIES", "staging"]
+__all__ = ["BUNDLE_ENTRIES", "abandoned", "staging"]
 
 # All that lies at the top of a bundle. A folder with anything else in it is somebody's own and is never replaced.
 BUNDLE_ENTRIES = frozenset({"manifest.json", "config", "onnx", "openvino"})
 
 _OURS: set[Path] = set()  # partial folders that this process is working in
 _PUBLISH_TRIES = 3
+_PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old)-(?P<pid>\d+)")
 
 
 @contextmanager
@@ -43,7 +44,8 @@ def staging(target: Path, needed: int | None = None) -> Iterator[Path]:
     try:
         _check_replaceable(target)
         made = _make_parents(target.parent)
-        _sweep(target)
+        for left in abandoned(target.parent, target.name):
+            shutil.rmtree(left, ignore_errors=True)
         free = shutil.disk_usage(target.parent).free
         if needed is not None and free < needed:
             raise BundleError(
@@ -97,17 +99,24 @@ def _remove_empty(folder: Path) -> None:
         return  # somebody has put something there meanwhile
 
 
-def _sweep(target: Path) -> None:
-    """Remove what dead processes left; bring back a bundle whose swap was cut off half-way."""
-    pattern = re.compile(rf"\.{re.escape(target.name)}\.(partial|old)-(\d+)")
-    for sibling in target.parent.iterdir():
-        found = pattern.fullmatch(sibling.name)
-        if not found or sibling in _OURS or _alive(int(found[2])):
+def abandoned(folder: Path, name: str | None = None) -> list[Path]:
+    """What builds that died left in `folder`: of the target `name` alone, or of every one.
+
+    A bundle whose swap was cut off half-way is brought back first. What a living process works in is left alone.
+    """
+    left = []
+    for sibling in sorted(folder.iterdir()):
+        found = _PARTIAL.fullmatch(sibling.name)
+        if not found or (name is not None and found["name"] != name):
             continue
-        if found[1] == "old" and not target.exists():
+        if sibling in _OURS or _alive(int(found["pid"])):
+            continue
+        target = sibling.with_name(found["name"])
+        if found["kind"] == "old" and not target.exists():
             sibling.rename(target)
         else:
-            shutil.rmtree(sibling, ignore_errors=True)
+            left.append(sibling)
+    return left
 
 
 def _alive(pid: int) -> bool:

@@ -65,7 +65,8 @@ def ensure_engines(
     """A bundle of the model's engines with the LoRA fused in; reused where one stands that is whole and still fits.
 
     A bundle in the place that is damaged, made from other weights, another LoRA or strength, or by another version of
-    a backend is built anew and replaced. Which of it happened, and why, is logged on "smooth_rt".
+    a backend is built anew and replaced. One that lacks a backend is built anew with what it had and what it lacked,
+    so that nobody's engines go. Which of it happened, and why, is logged on "smooth_rt".
 
     Args:
         model: as `load_model` takes it, or a model as it returned it (the LoRA is then fused into its UNet).
@@ -85,6 +86,7 @@ def ensure_engines(
     if not math.isfinite(lora_strength):
         raise InputError(f"LoRA strength {lora_strength}: not a finite number; 1.0 is the LoRA as trained")
     from engines.bundle import LoraSource, Source
+    from engines.select import availability
     from smooth_rt.lora import Lora, fused_with, read_lora
     from smooth_rt.model import Model, load_model
 
@@ -96,15 +98,18 @@ def ensure_engines(
     if adapter is not None:
         record = LoraSource(source=adapter.source, digest=adapter.digest, strength=lora_strength)
     source = Source(model=loaded.source, revision=loaded.revision, digests=loaded.digests, lora=record)
-    target = cache_root() / "bundles" / _cache_key(source, wanted, precision) if output is None else output
+    target = cache_root() / "bundles" / _cache_key(source, precision) if output is None else output
 
-    found = _fitting(target, source, wanted, precision)
-    if not isinstance(found, str):
-        reason = f"{target}: verified; made from the same weights by the installed versions"
-        LOG.info("reusing engines: %s", reason)
-        return Built(found, True, reason)
-    LOG.info("building engines for %s: %s", ", ".join(wanted), found)
-    return Built(_build(loaded, adapter, source, wanted, target, progress, precision), False, found)
+    there = _open(target)
+    fault = there if isinstance(there, str) else there.misfit(source, wanted, precision)
+    if isinstance(there, str) or fault is not None:
+        if not isinstance(there, str) and there.misfit(source, (), precision) is None:
+            wanted += [name for name in there.backends if name not in wanted and availability(name) is None]
+        LOG.info("building engines for %s: %s", ", ".join(wanted), fault)
+        return Built(_build(loaded, adapter, source, wanted, target, progress, precision), False, str(fault))
+    reason = f"{target}: verified; made from the same weights by the installed versions"
+    LOG.info("reusing engines: %s", reason)
+    return Built(there, True, reason)
 
 
 def _build(
@@ -144,22 +149,22 @@ def _checked(backends: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(backends))
 
 
-def _cache_key(source: Source, backends: Sequence[str], precision: str) -> str:
-    """What decides the bundle's content. Versions are not in it: a new version's bundle takes the old one's place."""
+def _cache_key(source: Source, precision: str) -> str:
+    """What decides the graphs. Backends and their versions are not in it: a bundle holds engines of several backends,
+    and a new version's take the place of the old one's."""
     from engines.bundle import digest_json
 
     lora = None if source.lora is None else [source.lora.digest, source.lora.strength]
-    return digest_json([source.digests, lora, sorted(backends), precision])[:32]
+    return digest_json([source.digests, lora, precision])[:32]
 
 
-def _fitting(target: Path, source: Source, backends: Sequence[str], precision: str) -> Bundle | str:
-    """The bundle at `target` if it is whole and still what is asked for, else why not."""
+def _open(target: Path) -> Bundle | str:
+    """The bundle at `target`, else why there is none that can be used."""
     from engines.bundle import Bundle
 
     if not target.exists():
         return f"{target}: not built yet"
     try:
-        bundle = Bundle.open(target)
+        return Bundle.open(target)
     except BundleError as error:
         return str(error)
-    return bundle.misfit(source, backends, precision) or bundle

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.bundle import Bundle
+from engines.staging import abandoned
 from smooth_rt.build import cache_root
 from smooth_rt.errors import BundleError, EngineError, SmoothRTError
 
@@ -41,7 +42,7 @@ def list_bundles(root: Path | None = None, verify: bool = False) -> list[Entry]:
 
 def examine(path: Path, verify: bool = True) -> Entry:
     """The bundle at `path`, and what is wrong with it, if anything: damaged, or stale on one of its backends."""
-    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    size = _size(path)
     try:
         bundle = Bundle.open(path, verify)
     except BundleError as error:
@@ -55,13 +56,20 @@ def examine(path: Path, verify: bool = True) -> Entry:
     return Entry(path, size, bundle, fault)
 
 
+def _size(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+
+
 def prune(root: Path | None = None, every: bool = False) -> list[Entry]:
-    """Remove the bundles that cannot be used, or `every` one; returns what was removed.
+    """Remove the bundles that cannot be used, or `every` one, and what builds that died left; returns what was removed.
 
     Raises:
         SmoothRTError: a folder cannot be removed.
     """
+    folder = cache_root() / "bundles" if root is None else root
+    left = abandoned(folder) if folder.is_dir() else []
     removed = [entry for entry in list_bundles(root) if every or entry.fault is not None]
+    removed += [Entry(path, _size(path), None, "left by a build that died") for path in left]
     for entry in removed:
         try:
             shutil.rmtree(entry.path)

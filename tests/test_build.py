@@ -107,27 +107,48 @@ def test_same_wishes_reuse(
     assert builds == []
 
 
-@pytest.mark.parametrize("change", ["strength", "no LoRA", "backends", "scheduler"])
+@pytest.mark.parametrize("change", ["strength", "no LoRA", "scheduler"])
 def test_other_wishes_build_elsewhere(
     builds: list[dict[str, Any]], first: tuple[Path, Built], tiny_model: Path, lora: Path, tmp_path: Path, change: str
 ) -> None:
-    model, adapter, strength, backends = tiny_model, lora, 0.6, BACKENDS
+    model, adapter, strength = tiny_model, lora, 0.6
     if change == "strength":
         strength = 0.7
-    elif change == "backends":
-        backends = ["onnxruntime", "openvino"]
     elif change == "scheduler":
         model = shutil.copytree(tiny_model, tmp_path / "model")
         path = model / "scheduler" / "scheduler_config.json"
         path.write_text(path.read_text().replace('"epsilon"', '"v_prediction"'))
-    built = ensure_engines(model, None if change == "no LoRA" else adapter, strength, backends)
+    built = ensure_engines(model, None if change == "no LoRA" else adapter, strength, BACKENDS)
     assert not built.reused
     assert len(builds) == 1
     assert builds[0]["target"].name != first[1].bundle.path.name
-    assert builds[0]["backends"] == backends
+    assert builds[0]["backends"] == BACKENDS
     assert builds[0]["precision"] == "fp32"
     recorded = builds[0]["source"].lora
     assert (None if recorded is None else recorded.strength) == (None if change == "no LoRA" else strength)
+
+
+def test_a_bundle_of_more_backends_serves_fewer(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOOTH_RT_CACHE", str(tmp_path))
+    one = ensure_engines(tiny_model, backends=["openvino"])
+    both = ensure_engines(tiny_model, backends=["onnxruntime"])
+    assert (one.reused, both.reused) == (False, False)
+    assert "not built for onnxruntime" in both.reason
+    assert both.bundle.path == one.bundle.path
+    assert set(both.bundle.backends) == {"onnxruntime", "openvino"}
+    for names in (["openvino"], ["onnxruntime"], ["openvino", "onnxruntime"]):
+        assert ensure_engines(tiny_model, backends=names).reused
+
+
+def test_a_backend_that_left_the_machine_is_not_built_again(
+    builds: list[dict[str, Any]], tiny_model: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    missing = "not installed"
+    monkeypatch.setattr("engines.select.availability", lambda name: missing if name == "onnxruntime" else None)
+    ensure_engines(tiny_model, lora, 0.6, ["openvino"])
+    assert [call["backends"] for call in builds] == [["openvino"]]
 
 
 def flip_a_byte(bundle: Path) -> None:
