@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ __all__ = [
     "NETWORK_PARTS",
     "SUPPORTED",
     "Parts",
+    "download",
     "first_line",
     "quiet",
     "read_file",
@@ -35,9 +36,20 @@ __all__ = [
 
 HUB_ID = re.compile(r"\w[\w.-]*/\w[\w.-]*")
 SUPPORTED = "supported are Stable Diffusion 1.x and 2.x"
+NAME_CONFIG = "name a diffusers folder or hub id of its architecture with --model-config (in Python: config=)"
 NETWORK_PARTS = ("text_encoder", "unet", "vae")
+# Both are the same parts; other pipelines of theirs (inpainting, depth) have another UNet.
+PIPELINES = ("StableDiffusionPipeline", "StableDiffusionImg2ImgPipeline")
 CLASSES = {"text_encoder": "CLIPTextModel", "unet": "UNet2DConditionModel", "vae": "AutoencoderKL"}
 WEIGHTS = {"text_encoder": "model", "unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model"}
+# Parts of model_index.json beside the networks, and those of them that nothing here needs.
+TOKENIZERS = ("CLIPTokenizer", "CLIPTokenizerFast")
+UNUSED_PARTS = ("scheduler", "safety_checker", "feature_extractor", "image_encoder")
+CONFIG_FILES = (
+    "model_index.json", "scheduler/scheduler_config.json", "tokenizer/*", "text_encoder/config.json",
+    "unet/config.json", "vae/config.json",
+)  # fmt: skip
+LONGEST_SAID = 140  # characters of a library's message inside one of ours
 # Conditions other than text and time, by the key of the UNet's config that asks for them.
 UNSUPPORTED_CONDITIONS = (
     "addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim",
@@ -60,20 +72,37 @@ def read_hub(source: str, revision: str | None = None) -> Parts:
     Raises:
         ModelError: the hub cannot be reached and has not been before, or as `read_folder`.
     """
-    from huggingface_hub import snapshot_download
-
     # Named one by one: these repositories hold each weight in several formats and precisions.
-    patterns = ["model_index.json", "scheduler/scheduler_config.json", "tokenizer/*"]
+    patterns = list(CONFIG_FILES)
     for name, stem in WEIGHTS.items():
-        files = ("config.json", f"{stem}.safetensors", f"{stem}-*.safetensors", f"{stem}.safetensors.index.json")
+        files = (f"{stem}.safetensors", f"{stem}-*.safetensors", f"{stem}.safetensors.index.json")
         patterns += [f"{name}/{file}" for file in files]
-    try:
-        folder = Path(snapshot_download(source, revision=revision, allow_patterns=patterns))
-    except Exception as error:  # the hub's client lets its HTTP library's exceptions through
-        raise ModelError(
-            f"{source}: no such folder, and the hub did not give it ({first_line(error)}); pass a diffusers folder"
-        ) from error
+    folder = download(source, patterns, "pass a diffusers folder", revision)
     return read_folder(folder, source, folder.name)
+
+
+def download(source: str, patterns: Sequence[str], advice: str, revision: str | None = None) -> Path:
+    """The files of hub repository `source` that fit `patterns`, as a folder of the hub's cache.
+
+    Raises:
+        ModelError: the hub does not give them; `advice` says what to do instead.
+    """
+    from huggingface_hub import errors, snapshot_download
+
+    try:
+        return Path(snapshot_download(source, revision=revision, allow_patterns=list(patterns)))
+    except Exception as error:  # the hub's client lets its HTTP library's exceptions through
+        if isinstance(error, errors.GatedRepoError):
+            said = "it is gated: accept its terms there and run `hf auth login`"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            said = "it has none of this name, or it is private"
+        elif isinstance(error, errors.RevisionNotFoundError):
+            said = f"it has no revision {revision}"
+        elif isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
+            said = "it cannot be reached, and nothing was downloaded before"
+        else:
+            said = first_line(error)
+        raise ModelError(f"{source}: no such file or folder, and the hub did not give it ({said}); {advice}") from error
 
 
 def read_folder(folder: Path, source: str, revision: str | None = None) -> Parts:
@@ -85,9 +114,8 @@ def read_folder(folder: Path, source: str, revision: str | None = None) -> Parts
     import diffusers
     import transformers
 
-    scheduler_config = _read_json(folder, "scheduler/scheduler_config.json")
-    configs = {name: _read_json(folder, f"{name}/config.json") for name in NETWORK_PARTS}
-    _check_architecture(source, folder, configs)
+    _check_folder(source, folder)
+    scheduler_config = _read_json(source, folder, "scheduler/scheduler_config.json")
     if not any((folder / "tokenizer" / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise ModelError(f"{folder}: tokenizer/tokenizer.json (or vocab.json) is missing; download the folder again")
     networks: dict[str, Any] = {}
@@ -95,9 +123,11 @@ def read_folder(folder: Path, source: str, revision: str | None = None) -> Parts
         for name in NETWORK_PARTS:
             variant = _check_weights(folder, name)
             library = transformers if name == "text_encoder" else diffusers
+            # transformers names a weight of another shape in a report that it prints, and here in `info`.
+            lenient = {"ignore_mismatched_sizes": True} if library is transformers else {}
             try:
                 networks[name], info = getattr(library, CLASSES[name]).from_pretrained(
-                    folder / name, use_safetensors=True, variant=variant, output_loading_info=True
+                    folder / name, use_safetensors=True, variant=variant, output_loading_info=True, **lenient
                 )
             except Exception as error:  # whatever the library makes of a broken folder
                 raise ModelError(
@@ -107,6 +137,10 @@ def read_folder(folder: Path, source: str, revision: str | None = None) -> Parts
             if info["missing_keys"]:
                 missing = sorted(info["missing_keys"])[0]
                 raise ModelError(f"{folder / name}: the weight {missing} is missing; download the folder again")
+            if info["mismatched_keys"]:
+                key, found, wanted = sorted(info["mismatched_keys"])[0]
+                shapes = f"the weight {key} is {list(found)}, not {list(wanted)} as its config says"
+                raise ModelError(f"{folder / name}: cannot be loaded ({shapes}); download it again")
         try:
             tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
         except Exception as error:  # the tokenizer's library raises bare Exception
@@ -114,8 +148,12 @@ def read_folder(folder: Path, source: str, revision: str | None = None) -> Parts
     return Parts(tokenizer, networks, scheduler_config, revision)
 
 
-def read_file(path: Path, config: Path | None = None) -> Parts:
-    """The parts of a single-file checkpoint; `config` is a diffusers folder of its architecture (else the hub's).
+def read_file(path: Path, config: str | Path | None = None) -> Parts:
+    """The parts of a single-file checkpoint.
+
+    Args:
+        config: a diffusers folder of its architecture or a hub id, of which only the configs and the tokenizer are
+            read. None: diffusers guesses the architecture from the weights and asks the hub.
 
     Raises:
         ModelError: the file is no complete safetensors checkpoint, or does not fit `config`.
@@ -123,27 +161,30 @@ def read_file(path: Path, config: Path | None = None) -> Parts:
     if path.suffix != ".safetensors":
         raise ModelError(f"{path}: only .safetensors checkpoints are loaded, pickles never; convert it first")
     _open_safetensors(path)
-    if config is not None:
-        configs = {name: _read_json(config, f"{name}/config.json") for name in NETWORK_PARTS}
-        _check_architecture(str(config), config, configs)
+    folder = None if config is None else _config_folder(str(config))
+    given: dict[str, Any] = dict.fromkeys(UNUSED_PARTS[1:])
+    if folder is not None:
+        given |= {"config": str(folder), "local_files_only": True}
     with quiet():
         from diffusers import StableDiffusionPipeline
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-        given = {} if config is None else {"config": str(config), "local_files_only": True}
         try:
             pipe = StableDiffusionPipeline.from_single_file(str(path), **given)
+        except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
+            raise ModelError(f"{path}: holds no configs, and the hub did not give them; {NAME_CONFIG}") from error
         except NotImplementedError as error:  # torch's word for moving a weight that was never filled
             raise ModelError(
                 f"{path}: a weight of the UNet or the VAE is missing; name a complete checkpoint"
             ) from error
         except Exception as error:  # whatever the libraries make of it
-            advice = "pass config=FOLDER, a diffusers folder of its architecture" if config is None else "check both"
+            advice = f"if it is one, {NAME_CONFIG}" if config is None else f"check that {config} is of its architecture"
             raise ModelError(
                 f"{path}: not loaded as a Stable Diffusion checkpoint ({first_line(error)}); {advice}"
             ) from error
     networks = {name: getattr(pipe, name) for name in NETWORK_PARTS}
-    if config is None:
-        _check_architecture(str(path), path, {"unet": dict(pipe.unet.config), "vae": dict(pipe.vae.config)})
+    if folder is None:
+        _check_architecture(str(path), {"unet": dict(pipe.unet.config), "vae": dict(pipe.vae.config)})
     for name, module in networks.items():
         unset = next((key for key, tensor in module.state_dict().items() if tensor.is_meta), None)
         if unset is not None:
@@ -151,9 +192,38 @@ def read_file(path: Path, config: Path | None = None) -> Parts:
     return Parts(pipe.tokenizer, networks, dict(pipe.scheduler.config))
 
 
-def _check_architecture(source: str, folder: Path, configs: dict[str, dict[str, Any]]) -> None:
-    if (folder / "text_encoder_2").exists():
-        raise ModelError(f"{source}: has a second text encoder; {SUPPORTED}")
+def _config_folder(config: str) -> Path:
+    """The folder that `config` names, checked; a hub id is downloaded, without its weights."""
+    folder = Path(config).expanduser()
+    if not folder.is_dir():
+        if not HUB_ID.fullmatch(config):
+            raise ModelError(f"{config}: no such folder; as a checkpoint's config, name a diffusers folder or a hub id")
+        folder = download(config, CONFIG_FILES, "name a diffusers folder as the checkpoint's config")
+    _check_folder(config, folder)
+    return folder
+
+
+def _check_folder(source: str, folder: Path) -> None:
+    """Whether a diffusers folder is, by what its index and its configs say, a model that is supported."""
+    index = _read_json(source, folder, "model_index.json")
+    pipeline = index.get("_class_name")
+    if pipeline not in PIPELINES:
+        raise ModelError(f"{source}: model_index.json names {pipeline!r}, not {PIPELINES[0]!r}; {SUPPORTED}")
+    # A part is [library, class], or [None, None] where an optional one is left out; other values are settings.
+    parts = {name: entry[-1] for name, entry in index.items() if isinstance(entry, list) and entry}
+    wanted = {**{name: (one,) for name, one in CLASSES.items()}, "tokenizer": TOKENIZERS}
+    for name, classes in wanted.items():
+        if parts.get(name) not in classes:
+            found = f"names {parts[name]!r} as {name}" if name in parts else f"names no {name}"
+            raise ModelError(f"{source}: model_index.json {found}, not {classes[0]!r}; {SUPPORTED}")
+    other = next((name for name in parts if name not in (*wanted, *UNUSED_PARTS) and parts[name] is not None), None)
+    if other is not None:
+        raise ModelError(f"{source}: model_index.json names a {other} too ({parts[other]}); {SUPPORTED}")
+    configs = {name: _read_json(source, folder, f"{name}/config.json") for name in NETWORK_PARTS}
+    _check_architecture(source, configs)
+
+
+def _check_architecture(source: str, configs: dict[str, dict[str, Any]]) -> None:
     for name, config in configs.items():
         found = config.get("_class_name") or (config.get("architectures") or [CLASSES[name]])[0]
         if found != CLASSES[name]:
@@ -193,13 +263,13 @@ def _open_safetensors(path: Path) -> None:
         raise ModelError(f"{path}: truncated or damaged ({first_line(error)}); download it again") from error
 
 
-def _read_json(folder: Path, name: str) -> dict[str, Any]:
+def _read_json(source: str, folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
-        holds = ", ".join([*NETWORK_PARTS, "tokenizer", "scheduler"])
-        raise ModelError(f"{folder}: {name} is missing; a diffusers folder holds {holds}") from error
+        holds = ", ".join(["model_index.json", *NETWORK_PARTS, "tokenizer", "scheduler"])
+        raise ModelError(f"{source}: {name} is missing; a diffusers folder holds {holds}") from error
     except (OSError, ValueError) as error:
         raise ModelError(f"{path}: not readable JSON ({first_line(error)}); download it again") from error
     if not isinstance(value, dict):
@@ -208,9 +278,14 @@ def _read_json(folder: Path, name: str) -> dict[str, Any]:
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of what a library said, to stand inside one of ours."""
-    said = str(error).strip().splitlines()
-    return said[0].rstrip(". ") if said else type(error).__name__
+    """The first line of what a library said, or its first sentence, at most LONGEST_SAID, to stand inside ours."""
+    lines = str(error).strip().splitlines()
+    said = " ".join(lines[0].split()) if lines else type(error).__name__
+    if len(said) > LONGEST_SAID:
+        said = re.split(r"(?<=[.!?]) (?=[A-Z(])", said)[0]
+    if len(said) > LONGEST_SAID:
+        return f"{said[:LONGEST_SAID].rstrip()}..."
+    return f"unknown or missing: {said}" if isinstance(error, KeyError) else said.rstrip(".: ")
 
 
 @contextlib.contextmanager

@@ -15,6 +15,7 @@ from smooth_rt.build import Built, ensure_engines
 from smooth_rt.demo_report import EditScene, Outcome, Scene, Settings, command, describe, measure, media
 from smooth_rt.errors import InputError
 from smooth_rt.evaluation import examples
+from smooth_rt.model import load_model
 from smooth_rt.pipeline import SmoothPipeline
 
 __all__ = ["Demo", "Settings", "run_demo"]
@@ -42,6 +43,7 @@ def run_demo(
     engines: Sequence[str] = ("openvino", "onnxruntime"),
     small: bool = False,
     progress: Progress | None = None,
+    config: str | None = None,
 ) -> Demo:
     """Build the bundles, run the jobs on every engine with and without the LoRA, write the page and its files.
 
@@ -52,6 +54,7 @@ def run_demo(
         engines: backends; the pictures are those of the first, the others are compared with it.
         small: fewer steps and frames, for a quick check that all parts work.
         progress: called as `progress(stage, done, total)`.
+        config: for a single-file checkpoint, as in `load_model`.
 
     Raises:
         InputError: no engine, or a path that cannot be written; both before anything is computed.
@@ -71,7 +74,9 @@ def run_demo(
         def show(stage: str, done: int, total: int, variant: str = variant) -> None:
             report_progress(f"building {variant}: {stage}", done, total)
 
-        built[variant] = ensure_engines(model, chosen, lora_strength, sorted(engines), None, show)
+        # Loaded for each: a LoRA is fused into the model itself.
+        source = model if config is None else load_model(model, config=config)
+        built[variant] = ensure_engines(source, chosen, lora_strength, sorted(engines), None, show)
     scene = _scene(model, built["base"], engines[0], settings)
     outcomes = []
     for variant, found in built.items():

@@ -21,14 +21,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smooth_rt.errors import InputError
+from smooth_rt.ranges import MAX_SIDE
 
-__all__ = ["MAX_PIXELS", "MAX_SIDE", "MIN_SIDE", "ImageLike", "Images", "OutputType", "as_list", "read", "to_images"]
+__all__ = ["MAX_PIXELS", "MIN_SIDE", "ImageLike", "Images", "OutputType", "as_list", "read", "to_images"]
 
 ImageLike: TypeAlias = "str | os.PathLike[str] | Image.Image | NDArray[Any] | Tensor"
 Images: TypeAlias = "list[Image.Image] | NDArray[np.float32] | Tensor"
 OutputType = Literal["pil", "np", "pt", "latent"]
 
-MAX_SIDE = 10_000  # pixels
 MAX_PIXELS = 100_000_000
 MIN_SIDE = 4  # pixels; below it there is nothing to enlarge
 

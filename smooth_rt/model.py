@@ -49,6 +49,11 @@ class PipelineConfig:
     scheduler_config: dict[str, Any]
     scaling_factor: float
 
+    @property
+    def sampling_config(self) -> dict[str, Any]:
+        """`scheduler_config` as diffusers' StableDiffusionPipeline corrects it: x0 is not clipped, the offset is 1."""
+        return {**self.scheduler_config, "clip_sample": False, "steps_offset": 1}
+
 
 @dataclass
 class Model:
@@ -88,9 +93,9 @@ class Model:
         """Write a complete diffusers folder (fp32 safetensors), whole or not at all.
 
         Raises:
-            InputError: `folder` exists and is not empty, or the disk refuses. BundleError: `folder` lies under a file.
+            InputError: `folder` exists and is not empty, is a file or lies under one, or the disk refuses.
         """
-        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if folder.is_dir() and any(folder.iterdir()):
             raise InputError(f"{folder}: holds something already; name a new or an empty folder")
         import diffusers
 
@@ -108,8 +113,8 @@ class Model:
             "unet": ["diffusers", "UNet2DConditionModel"],
             "vae": ["diffusers", "AutoencoderKL"],
         }
-        with staging(folder) as partial, quiet():
-            try:
+        try:
+            with staging(folder) as partial, quiet():
                 for name in NETWORK_PARTS:
                     getattr(self, name).save_pretrained(partial / name, safe_serialization=True)
                 _save_tokenizer(self.tokenizer, partial / "tokenizer")
@@ -117,10 +122,12 @@ class Model:
                 scheduler_config = {**self.scheduler_config, "_class_name": scheduler_class}
                 _write_json(partial / "scheduler" / "scheduler_config.json", scheduler_config)
                 _write_json(partial / "model_index.json", index)
-            except (OSError, SafetensorError) as error:
-                raise InputError(
-                    f"{folder}: cannot be written ({first_line(error)}); free space or name another folder"
-                ) from error
+        except BundleError as error:  # no bundle is written here, and it is the path or the disk that is at fault
+            raise InputError(f"model folder {error}") from error
+        except SafetensorError as error:
+            raise InputError(
+                f"model folder {folder}: cannot be written ({first_line(error)}); free space or name another folder"
+            ) from error
 
 
 def default_model() -> Path:
@@ -142,23 +149,26 @@ def load_model(
         model: "default" (shipped with the project), a diffusers folder, a hub id such as
             "stable-diffusion-v1-5/stable-diffusion-v1-5", or a single-file checkpoint (.safetensors).
         revision: branch, tag or commit of a hub id.
-        config: for a single-file checkpoint, a diffusers folder of the same architecture; its weights are not read.
-            Without it the configs are asked of the hub.
+        config: for a single-file checkpoint, a diffusers folder or a hub id of the same architecture; its weights are
+            not read. Without it the configs are asked of the hub.
 
     Raises:
+        InputError: `config` is given with another kind of model.
         ModelError: nothing is there, a part is missing, damaged or not safetensors, or the architecture is another.
     """
     source = str(model)
+    path = Path(source).expanduser()
+    if source != "default" and path.is_file():
+        return _assemble(source, read_file(path, config))
+    if config is not None:
+        raise InputError(f"{source}: is no file; --model-config (in Python: config=) is for a .safetensors checkpoint")
     if source == "default":
         folder = default_model()
         if not folder.is_dir():
             raise ModelError(f"default model: {folder} is missing; install smooth-rt again or name a model")
         return _assemble(source, read_folder(folder, source))
-    path = Path(source).expanduser()
     if path.is_dir():
         return _assemble(source, read_folder(path, source))
-    if path.is_file():
-        return _assemble(source, read_file(path, None if config is None else Path(config).expanduser()))
     if not HUB_ID.fullmatch(source) or path.suffix in (".safetensors", ".ckpt"):
         raise ModelError(f"{source}: no such folder or file; name a diffusers folder, a checkpoint or a hub id")
     return _assemble(source, read_hub(source, revision))

@@ -15,27 +15,35 @@ if TYPE_CHECKING:
 __all__ = ["open_model", "reopen_model"]
 
 
-def open_model(model: str | Path, lora: str | Path | None, lora_strength: float) -> Model:
-    """Load a model and fuse a LoRA into it, unless that is None.
+def open_model(
+    model: str | Path | Model, lora: str | Path | None, lora_strength: float, config: str | Path | None = None
+) -> Model:
+    """Load a model, unless it is one already, and fuse a LoRA into its UNet, unless that is None.
+
+    Args:
+        config: as in `load_model`.
 
     Raises:
         ModelError: the model or the LoRA cannot be read or does not fit.
     """
-    loaded = load_model(model)
+    loaded = model if isinstance(model, Model) else load_model(model, config=config)
     if lora is not None:
         fuse(loaded.unet, read_lora(lora), lora_strength)
     return loaded
 
 
-def reopen_model(bundle: Bundle) -> Model:
+def reopen_model(bundle: Bundle, config: str | Path | None = None) -> Model:
     """The model that a bundle was made from, with its LoRA, proved to be the same by digest.
+
+    Args:
+        config: as in `load_model`, where the bundle was made from a single-file checkpoint.
 
     Raises:
         BundleError: the model or the LoRA has changed since.
         ModelError: it is gone.
     """
     source = bundle.source
-    loaded = load_model(source.model, revision=source.revision)
+    loaded = load_model(source.model, revision=source.revision, config=config)
     changed = [name for name, digest in source.digests.items() if loaded.digests.get(name) != digest]
     if changed:
         raise BundleError(

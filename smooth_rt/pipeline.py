@@ -19,10 +19,11 @@ from engines.bundle import Bundle
 from engines.contract import NETWORKS, Dims, NetworkName, contract
 from engines.eager import EagerEngine, torch_networks
 from engines.select import BACKENDS, Choice, choose
-from smooth_rt.errors import EngineError, InputError
+from smooth_rt.errors import EngineError
 from smooth_rt.images import ImageLike, Images, OutputType, read, to_images
-from smooth_rt.model import Model, PipelineConfig, read_config
+from smooth_rt.model import Model, PipelineConfig, load_model, read_config
 from smooth_rt.opening import open_model, reopen_model
+from smooth_rt.ranges import check
 from smooth_rt.schedule import Schedule, Step, ddim_step
 from smooth_rt.tasks import checks
 from smooth_rt.tasks.edit import edit
@@ -78,8 +79,7 @@ class SmoothPipeline:
     ) -> None:
         self._engines = dict(engines)
         self.tokenizer: Any = config.tokenizer
-        # As diffusers' StableDiffusionPipeline corrects it: x0 of a latent is not clipped, the offset is 1.
-        self.scheduler_config = {**config.scheduler_config, "clip_sample": False, "steps_offset": 1}
+        self.scheduler_config = config.sampling_config
         self.scaling_factor = config.scaling_factor
         self.dims = dims
         self.source = source
@@ -96,54 +96,68 @@ class SmoothPipeline:
     @classmethod
     def from_pretrained(
         cls,
-        model: str | Path = "default",
+        model: str | Path | Model = "default",
         lora: str | Path | None = None,
         lora_strength: float = 1.0,
         engine: str = "auto",
         batch_size: int | str = "auto",
         progress: Callable[[str, int, int], None] | None = None,
+        config: str | Path | None = None,
     ) -> Self:
         """Load a model, fuse a Smooth-LoRA, and open it on an engine, which is built into the cache when needed.
 
         Args:
-            model: "default" (shipped), a diffusers folder, a hub id or a single-file .safetensors checkpoint.
+            model: "default" (shipped), a diffusers folder, a hub id or a single-file .safetensors checkpoint; or what
+                `load_model` returned, into whose UNet the LoRA is then fused.
             lora: None, "default" (shipped, for the default model), a file, a folder or a hub id.
             lora_strength: the factor that the LoRA is fused at; 1 is as trained.
             engine: "auto" (the fastest that can run; logged), "eager", "onnxruntime" or "openvino".
             batch_size: see the class.
             progress: called as `progress(stage, done, total)` while engines are built.
+            config: for a single-file checkpoint, as in `load_model`.
 
         Raises:
+            InputError: an option is out of its range; said before the model is loaded.
             ModelError: the model or the LoRA cannot be read or does not fit.
             EngineError: the named engine cannot run here.
             ParityError: a built engine differs from the torch module.
         """
+        check(lora_strength=lora_strength, engine=engine, batch_size=batch_size)
         choice = choose(engine, BACKENDS)
         if choice.backend != "eager":
             from smooth_rt.build import build_engines
 
+            model = model if isinstance(model, Model) else load_model(model, config=config)
             bundle = build_engines(model, lora, lora_strength, [choice.backend], None, progress)
             return cls._open(bundle, choice, batch_size)
-        return cls._eager(open_model(model, lora, lora_strength), choice, batch_size)
+        return cls._eager(open_model(model, lora, lora_strength, config), choice, batch_size)
 
     @classmethod
-    def from_engines(cls, bundle: str | Path | Bundle, engine: str = "auto", batch_size: int | str = "auto") -> Self:
+    def from_engines(
+        cls,
+        bundle: str | Path | Bundle,
+        engine: str = "auto",
+        batch_size: int | str = "auto",
+        config: str | Path | None = None,
+    ) -> Self:
         """Open a bundle that `smooth-rt build-engine` wrote.
 
         Args:
             bundle: its folder, which is verified first, or an open `Bundle`.
             engine: "auto", a backend of the bundle, or "eager": the torch weights that the bundle was made from.
             batch_size: see the class.
+            config: for "eager", where the bundle was made from a single-file checkpoint; as in `load_model`.
 
         Raises:
             BundleError: the bundle is missing, damaged or stale, or its torch weights are gone or have changed.
             EngineError: the named engine is not in the bundle or cannot run here.
         """
+        check(engine=engine, batch_size=batch_size)
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
         choice = choose(engine, opened.backends)
         if choice.backend != "eager":
             return cls._open(opened, choice, batch_size)
-        return cls._eager(reopen_model(opened), choice, batch_size)
+        return cls._eager(reopen_model(opened, config), choice, batch_size)
 
     @classmethod
     def _open(cls, bundle: Bundle, choice: Choice, batch_size: int | str) -> Self:
@@ -166,8 +180,7 @@ class SmoothPipeline:
 
     @batch_size.setter
     def batch_size(self, value: int | str) -> None:
-        if isinstance(value, bool) or not (value == "auto" or (isinstance(value, int) and value >= 1)):
-            raise InputError(f"batch_size={value!r}: give a whole number of at least 1, or 'auto'")
+        check(batch_size=value)
         self._batch_size = value
 
     def schedule(self, num_inference_steps: int) -> Schedule:

@@ -52,7 +52,8 @@ class Schedule:
         computed by diffusers itself.
 
         Raises:
-            InputError: `num_inference_steps` is not a whole number in 1..num_train_timesteps.
+            InputError: `num_inference_steps` is not a whole number in 1..num_train_timesteps (less steps_offset where
+                timestep_spacing is "leading").
             ModelError: the configuration clips or thresholds x0 (made for pixels, not for latents), or diffusers
                 cannot read it.
         """
@@ -75,8 +76,13 @@ class Schedule:
         if train < 1:
             raise ModelError(f"scheduler_config: num_train_timesteps is {train}; give the number of training steps")
         count = num_inference_steps
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= train:
-            raise InputError(f"num_inference_steps={count!r}: give a whole number from 1 to {train}")
+        # "leading" spacing adds the offset to every timestep: with a step for each, the first would be none.
+        offset = read["steps_offset"] if read["timestep_spacing"] == "leading" else 0
+        most = max(1, train - max(0, offset))
+        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
+            raise InputError(
+                f"num_inference_steps={count!r}: give a whole number from 1 to {most}, as the model allows"
+            )
         scheduler.set_timesteps(count)
         timesteps = [int(t) for t in scheduler.timesteps]
         if timesteps[0] >= train:

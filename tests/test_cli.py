@@ -10,6 +10,7 @@ import struct
 import sys
 import zlib
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +21,36 @@ from PIL import Image
 
 from smooth_rt import cli
 from smooth_rt.commands.show import show
+from smooth_rt.model import Model, load_model
 from smooth_rt.pipeline import SmoothPipeline
 
 FAST = ["--num-inference-steps", "2"]
 
 
 @pytest.fixture(scope="module")
-def eager(tiny_model: Path) -> Iterator[SmoothPipeline]:
-    with SmoothPipeline.from_pretrained(tiny_model, engine="eager") as pipe:
+def tiny(tiny_model: Path) -> Model:
+    return load_model(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def eager(tiny: Model) -> Iterator[SmoothPipeline]:
+    with SmoothPipeline.from_pretrained(tiny, engine="eager") as pipe:
         yield pipe
 
 
 @pytest.fixture
-def opened(eager: SmoothPipeline, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
+def opened(tiny: Model, eager: SmoothPipeline, monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
     """The command line opens the same pipeline each time; the list holds what it asked for."""
     asked: list[tuple[Any, ...]] = []
 
-    def from_pretrained(*args: Any, **_: Any) -> SmoothPipeline:
-        asked.append(args)
+    def from_pretrained(model: Model, *args: Any, **_: Any) -> SmoothPipeline:
+        asked.append((model.source, *args))
         return eager
 
+    def load_model(source: str, **_: Any) -> Model:
+        return replace(tiny, source=source)
+
+    monkeypatch.setattr("smooth_rt.model.load_model", load_model)
     monkeypatch.setattr(SmoothPipeline, "from_pretrained", from_pretrained)
     monkeypatch.setattr(SmoothPipeline, "close", lambda _: None)
     return asked

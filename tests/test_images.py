@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 
 from smooth_rt.errors import InputError
-from smooth_rt.images import MAX_SIDE, as_list, read, to_images
+from smooth_rt.images import as_list, read, to_images
+from smooth_rt.ranges import MAX_SIDE
 
 RAMP = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
 EXPECTED = torch.from_numpy(RAMP).permute(2, 0, 1)[None] / 255

@@ -116,14 +116,16 @@ def test_save_under_a_file_or_on_a_full_disk_leaves_nothing(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "file").write_text("")
-    with pytest.raises(BundleError, match="is a file"):
-        model.save(tmp_path / "file" / "model")
+    for path in (tmp_path / "file" / "model", tmp_path / "file"):
+        with pytest.raises(InputError, match=rf"^model folder {path}: .*is a file") as error:
+            model.save(path)
+        assert "bundle" not in message(error)
 
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(model.vae, "save_pretrained", full)
-    with pytest.raises(InputError, match="No space left") as error:
+    with pytest.raises(InputError, match=rf"^model folder {tmp_path}/model: the disk is full") as error:
         model.save(tmp_path / "model")
     message(error)
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

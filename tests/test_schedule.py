@@ -92,9 +92,14 @@ def test_a_wrong_number_of_steps(steps: Any) -> None:
 
 
 def test_an_offset_that_leads_beyond_the_last_timestep() -> None:
-    with pytest.raises(InputError, match="fewer steps"):
-        Schedule.from_config({**BASE, "steps_offset": 1}, 1000)
+    offset = {**BASE, "steps_offset": 1}
+    with pytest.raises(InputError, match=r"num_inference_steps=1000: give a whole number from 1 to 999"):
+        Schedule.from_config(offset, 1000)
+    assert Schedule.from_config(offset, 999).timesteps[0] == 999
     assert Schedule.from_config(BASE, 1000).timesteps[0] == 999
+    assert Schedule.from_config({**offset, "timestep_spacing": "trailing"}, 1000).timesteps[0] == 999
+    with pytest.raises(InputError, match=r"num_inference_steps=500: with steps_offset 10 .* give fewer steps"):
+        Schedule.from_config({**BASE, "steps_offset": 10}, 500)
 
 
 @pytest.mark.parametrize(

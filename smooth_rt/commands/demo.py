@@ -22,16 +22,22 @@ def demo(
     small: Annotated[bool, typer.Option("--small", help="Fewer steps and frames, to see that all parts work.")] = False,
 ) -> dict[str, Any]:
     """Build engines, morph, invert and edit with and without the Smooth-LoRA, and write one page."""
-    from smooth_rt.writers import check_output
-
-    check_output(output)
     from smooth_rt.demo import run_demo
     from smooth_rt.demo_report import table
 
     engines = [name.strip() for name in engine.split(",") if name.strip()]
     watch = Stopwatch()
     with build_progress() as progress:
-        made = run_demo(output, options.model, options.chosen_lora, options.lora_strength, engines, small, progress)
+        made = run_demo(
+            output,
+            options.model,
+            options.chosen_lora,
+            options.lora_strength,
+            engines,
+            small,
+            progress,
+            options.model_config,
+        )
     found: dict[str, Any] = {"command": "demo", "page": str(made.page), "seconds": watch.seconds}
     if options.json:
         return {**found, "reused": made.reused, "files": [str(path) for path in made.files], "results": made.rows}

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 import typer
 
@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["inversion", "istd"]
 
+Result = TypeVar("Result")
+
 
 def istd(
     options: RunOptions,
@@ -29,37 +31,34 @@ def istd(
     batch: Annotated[int, typer.Option(help="Prompts sampled together.")] = 4,
 ) -> dict[str, Any]:
     """ISTD, mean step and diversity over prompts, without and with the LoRA, from the same noises."""
-    from smooth_rt.writers import check_output
-
-    check_output(options.output)
     from smooth_rt.evaluation import measure_istd, read_prompts
 
     texts = read_prompts(prompts)[:limit]
     rows: list[dict[str, Any]] = []
-    for name, chosen, pipe in _variants(options):
-        watch = Stopwatch()
-        with item_progress(f"ISTD, {name}") as progress:
-            found = measure_istd(
-                pipe,
-                texts,
-                frames=frames,
-                seed=options.seed,
-                num_inference_steps=options.num_inference_steps,
-                guidance_scale=7.5 if options.guidance_scale is None else options.guidance_scale,
-                height=options.height,
-                width=options.width,
-                prompts_per_batch=batch,
-                progress=progress,
-            )
+    for name, found, told in _measured(
+        options,
+        "ISTD",
+        lambda pipe, progress: measure_istd(
+            pipe,
+            texts,
+            frames=frames,
+            seed=options.seed,
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=7.5 if options.guidance_scale is None else options.guidance_scale,
+            height=options.height,
+            width=options.width,
+            prompts_per_batch=batch,
+            progress=progress,
+        ),
+    ):
         rows.append(
             {
                 "variant": name,
-                **described(pipe, chosen),
+                **told,
                 "istd": found.istd.istd,
                 "mean_step": found.istd.mean_step,
                 "istd_over_mean_step": found.istd.istd_over_mean_step,
                 "diversity": found.diversity,
-                "seconds": watch.seconds,
                 "per_prompt": list(found.istd.per_prompt),
             }
         )
@@ -78,44 +77,49 @@ def inversion(
     batch: Annotated[int, typer.Option(help="Images inverted together.")] = 16,
 ) -> dict[str, Any]:
     """How near images come to themselves after inversion and sampling back, without and with the LoRA."""
-    from smooth_rt.writers import check_output
-
-    check_output(options.output)
     from smooth_rt.evaluation import captioned, examples, measure_inversion
 
     images = examples() if data is None else captioned(data)
     rows: list[dict[str, Any]] = []
-    for name, chosen, pipe in _variants(options):
-        watch = Stopwatch()
-        with item_progress(f"inversion, {name}") as progress:
-            rebuilt, bound = measure_inversion(
-                pipe,
-                images,
-                method=method,
-                num_inference_steps=options.num_inference_steps,
-                guidance_scale=options.guidance_scale,
-                height=options.height,
-                width=options.width,
-                images_per_batch=batch,
-                progress=progress,
-            )
-        shared = {**described(pipe, chosen), "seconds": watch.seconds}
+    for name, (rebuilt, bound), told in _measured(
+        options,
+        "inversion",
+        lambda pipe, progress: measure_inversion(
+            pipe,
+            images,
+            method=method,
+            num_inference_steps=options.num_inference_steps,
+            guidance_scale=options.guidance_scale,
+            height=options.height,
+            width=options.width,
+            images_per_batch=batch,
+            progress=progress,
+        ),
+    ):
         if not rows:
-            rows.append({"variant": "VAE bound", **shared, **_means(bound)})
-        rows.append({"variant": name, **shared, **_means(rebuilt)})
+            rows.append({"variant": "VAE bound", **told, **_means(bound)})
+        rows.append({"variant": name, **told, **_means(rebuilt)})
     setup = {"images": len(images), "method": method, "steps": options.num_inference_steps}
     return _finish(options, "inversion", {"command": "evaluate inversion", **setup}, rows, ())
 
 
-def _variants(options: RunOptions) -> Iterator[tuple[str, RunOptions, SmoothPipeline]]:
-    """The model without and with its LoRA, one after the other; of a bundle, what it holds."""
+def _measured(
+    options: RunOptions, title: str, measure: Callable[[SmoothPipeline, Callable[[int, int], None]], Result]
+) -> Iterator[tuple[str, Result, dict[str, Any]]]:
+    """`measure` of the model without and with its LoRA, one after the other; of a bundle, of what it holds.
+
+    Yields the variant's name, what was measured and what of the run is told.
+    """
     plain = replace(options, lora="none")
     named = {"bundle": options} if options.engines is not None else {"base": plain}
     if options.engines is None and options.chosen_lora is not None:
         named["smooth"] = options
     for name, chosen in named.items():
-        with open_pipeline(chosen) as pipe:
-            yield name, chosen, pipe
+        with open_pipeline(chosen) as pipe, item_progress(f"{title}, {name}") as progress:
+            watch = Stopwatch()
+            found = measure(pipe, progress)
+            told = {**described(pipe, chosen), "seconds": watch.seconds}
+        yield name, found, told
 
 
 def _means(found: Sequence[Reconstruction]) -> dict[str, float | None]:

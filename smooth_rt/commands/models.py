@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from smooth_rt.commands.options import ModelOptions, OutputOptions
-from smooth_rt.commands.running import Stopwatch, build_progress
+from smooth_rt.commands.running import Stopwatch, build_progress, opened_model
 from smooth_rt.errors import InputError
 
 if TYPE_CHECKING:
@@ -25,16 +25,12 @@ Bundles = Annotated[
 
 def fuse(options: ModelOptions, output: Output) -> dict[str, Any]:
     """Fuse a LoRA into a model and write a complete diffusers folder."""
-    from smooth_rt.writers import check_output
-
     if options.chosen_lora is None:
         raise InputError("--lora: missing; name the LoRA to fuse")
-    check_output(output)
     from smooth_rt.lora import fuse_to_folder, read_lora
-    from smooth_rt.model import load_model
 
     lora = read_lora(options.chosen_lora)
-    written = fuse_to_folder(load_model(options.model), lora, options.lora_strength, output)
+    written = fuse_to_folder(opened_model(options), lora, options.lora_strength, output)
     named = {"model": options.model, "lora": options.chosen_lora, "lora_strength": options.lora_strength}
     return {"command": "fuse", **named, "layers": len(lora.layers), "output": str(written)}
 
@@ -47,16 +43,13 @@ def build_engine(
     ] = None,
 ) -> dict[str, Any]:
     """Export every network, compare it with PyTorch and write a bundle of engines."""
-    from smooth_rt.writers import check_output
-
-    if output is not None:
-        check_output(output)
     backends = [name.strip() for name in backend.split(",") if name.strip()]
     from smooth_rt.build import ensure_engines
 
     watch = Stopwatch()
     with build_progress() as progress:
-        built = ensure_engines(options.model, options.chosen_lora, options.lora_strength, backends, output, progress)
+        model = options.model if options.model_config is None else opened_model(options)
+        built = ensure_engines(model, options.chosen_lora, options.lora_strength, backends, output, progress)
     parity = [
         {
             "network": record.network,

@@ -10,6 +10,8 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from smooth_rt.ranges import RANGES, check
+
 __all__ = ["ModelOptions", "OutputOptions", "RunOptions", "flattened"]
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
@@ -31,6 +33,14 @@ class ModelOptions(OutputOptions):
     model: Annotated[
         str, typer.Option(help="'default' (shipped), a diffusers folder, a hub id or a .safetensors checkpoint.")
     ] = "default"
+    model_config: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FOLDER_OR_HUB_ID",
+            help="For a .safetensors checkpoint: where its configs and tokenizer are. Left out: the hub is asked.",
+            show_default=False,
+        ),
+    ] = None
     lora: Annotated[
         str | None,
         typer.Option(
@@ -79,7 +89,8 @@ class RunOptions(ModelOptions):
 def flattened(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` as a typer callback in which each field of its option dataclass is an option of its own.
 
-    A function without such a parameter still gets --json and --debug.
+    Before anything else is done, the values are held against `smooth_rt.ranges`. A function without such a parameter
+    still gets --json and --debug, and checks its values itself.
     """
     hints = get_type_hints(function, include_extras=True)
     name: str | None = next((name for name, hint in hints.items() if is_dataclass(hint)), None)
@@ -96,6 +107,8 @@ def flattened(function: Callable[..., Any]) -> Callable[..., Any]:
     shared = [inspect.Parameter(f.name, keyword, default=f.default, annotation=grouped[f.name]) for f in ordered]
 
     def command(**values: Any) -> Any:
+        if name is not None:
+            check(**{option: value for option, value in values.items() if option in RANGES and value is not None})
         chosen = {field.name: values.pop(field.name) for field in fields(group)}
         return function(**values) if name is None else function(**values, **{name: group(**chosen)})
 

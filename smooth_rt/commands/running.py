@@ -5,18 +5,32 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from smooth_rt.commands.options import ModelOptions, RunOptions
 from smooth_rt.errors import InputError
+from smooth_rt.ranges import check
 
 if TYPE_CHECKING:
     from rich.progress import Progress
     from torch import Generator
 
+    from engines.contract import Dims
+    from smooth_rt.model import Model, PipelineConfig
     from smooth_rt.pipeline import SmoothPipeline, StepCallback
 
-__all__ = ["Stopwatch", "build_progress", "described", "generators", "item_progress", "open_pipeline", "step_progress"]
+__all__ = [
+    "Stopwatch",
+    "build_progress",
+    "described",
+    "generators",
+    "item_progress",
+    "open_pipeline",
+    "opened_model",
+    "run",
+]
+
+Result = TypeVar("Result")
 
 
 class Stopwatch:
@@ -76,21 +90,68 @@ def build_progress() -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
+def run(
+    options: RunOptions, command: str, steps: int, job: Callable[[SmoothPipeline, dict[str, Any]], Result]
+) -> tuple[Result, dict[str, Any]]:
+    """Do a job on the pipeline that the options name: what it gives, and what of the run its command tells.
+
+    Args:
+        steps: how many denoising steps the job takes in all, for the progress bar.
+        job: called with the pipeline and the arguments that every task takes.
+    """
+    with open_pipeline(options) as pipe, step_progress(command, steps) as on_step:
+        watch = Stopwatch()
+        made = job(
+            pipe,
+            {
+                "height": options.height,
+                "width": options.width,
+                "num_inference_steps": options.num_inference_steps,
+                "callback_on_step_end": on_step,
+            },
+        )
+        return made, {"command": command, **described(pipe, options), "seconds": watch.seconds}
+
+
+def opened_model(options: ModelOptions) -> Model:
+    """The model that the options name, without its LoRA."""
+    from smooth_rt.model import load_model
+
+    return load_model(options.model, config=options.model_config)
+
+
 def open_pipeline(options: RunOptions) -> SmoothPipeline:
     """The pipeline that the options name: a bundle, or a model with its LoRA, on an engine.
 
     Raises:
-        InputError: a bundle is named together with a model or a LoRA.
+        InputError: a bundle is named together with a model or a LoRA, or an option does not fit the model. That is
+            said before an engine is built or opened.
     """
     from smooth_rt.pipeline import SmoothPipeline
 
     if options.engines is not None:
         refuse_model(options)
-        return SmoothPipeline.from_engines(options.engines, options.engine)
+        from engines.bundle import Bundle
+        from smooth_rt.model import read_config
+
+        bundle = Bundle.open(options.engines)
+        _check_fit(options, read_config(bundle.config), bundle.dims)
+        return SmoothPipeline.from_engines(bundle, options.engine, config=options.model_config)
+    model = opened_model(options)
+    _check_fit(options, model.config(), model.dims)
     with build_progress() as progress:
         return SmoothPipeline.from_pretrained(
-            options.model, options.chosen_lora, options.lora_strength, options.engine, progress=progress
+            model, options.chosen_lora, options.lora_strength, options.engine, progress=progress
         )
+
+
+def _check_fit(options: RunOptions, config: PipelineConfig, dims: Dims) -> None:
+    """Check what the model's own sizes and timesteps decide."""
+    from smooth_rt.schedule import Schedule
+    from smooth_rt.tasks.checks import image_size
+
+    image_size(options.height, options.width, dims)
+    Schedule.from_config(config.sampling_config, options.num_inference_steps)
 
 
 def refuse_model(options: ModelOptions) -> None:
@@ -108,8 +169,7 @@ def generators(seeds: range | tuple[int, ...]) -> list[Generator]:
     import torch
 
     for seed in seeds:
-        if not -(2**63) <= seed < 2**64:
-            raise InputError(f"seed {seed}: does not fit into 64 bits; give a smaller one")
+        check(seed=seed)
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from smooth_rt.commands.options import RunOptions
-from smooth_rt.commands.running import Stopwatch, described, generators, open_pipeline, step_progress
+from smooth_rt.commands.running import generators, run
 from smooth_rt.errors import InputError
 
 if TYPE_CHECKING:
@@ -32,28 +32,23 @@ def generate(
     num_images_per_prompt: Annotated[int, typer.Option(help="Images of each prompt.")] = 1,
 ) -> dict[str, Any]:
     """Images from prompts, as PNG."""
-    from smooth_rt.writers import check_output
-
-    check_output(options.output)
     if not prompt:
         raise InputError("--prompt: missing; give at least one")
-    count = len(prompt) * max(1, num_images_per_prompt)
-    with open_pipeline(options) as pipe, step_progress("generate", options.num_inference_steps) as on_step:
-        watch = Stopwatch()
-        result = pipe(
+    noise = generators(range(options.seed, options.seed + len(prompt) * num_images_per_prompt))
+    result, told = run(
+        options,
+        "generate",
+        options.num_inference_steps,
+        lambda pipe, shared: pipe(
             prompt,
-            height=options.height,
-            width=options.width,
-            num_inference_steps=options.num_inference_steps,
             guidance_scale=7.5 if options.guidance_scale is None else options.guidance_scale,
             negative_prompt=negative_prompt,
             num_images_per_prompt=num_images_per_prompt,
-            generator=generators(range(options.seed, options.seed + count)),
-            callback_on_step_end=on_step,
-        )
-        seconds = watch.seconds
-    files = _write(options.output, {"image": _pictures(result.images)})
-    return {"command": "generate", **described(pipe, options), "seconds": seconds, "files": files}
+            generator=noise,
+            **shared,
+        ),
+    )
+    return {**told, "files": _write(options.output, {"image": _pictures(result.images)})}
 
 
 def interpolate(
@@ -70,40 +65,35 @@ def interpolate(
     fps: Annotated[int, typer.Option(help="Frames a second of the films.", min=1, max=120)] = 12,
 ) -> dict[str, Any]:
     """Frames between two images, two seeds or two prompts, as PNG, MP4 and animated WebP."""
-    from smooth_rt.writers import check_output
-
-    check_output(options.output)
-    import numpy as np
-
-    from smooth_rt.metrics import istd
-
     if not images and seeds is None and len(prompt or []) < 2:
         raise InputError("interpolate: what between? give two images, --seeds A B, or --prompt twice")
     if images and seeds is not None:
         named = ", ".join(map(str, images))
         raise InputError(f"--seeds: takes two values and no images, got {named} too; give the images or the seeds")
-    steps = options.num_inference_steps * (2 if images else 1)
-    with open_pipeline(options) as pipe, step_progress("interpolate", steps) as on_step:
-        watch = Stopwatch()
-        noise: Any = None if images else generators(seeds) if seeds is not None else generators((options.seed,))[0]
-        result = pipe.interpolate(
+    noise: Any = None if images else generators(seeds) if seeds is not None else generators((options.seed,))[0]
+    result, told = run(
+        options,
+        "interpolate",
+        options.num_inference_steps * (2 if images else 1),
+        lambda pipe, shared: pipe.interpolate(
             prompt,
             images or None,
             frames=frames,
             method=method,
             generator=noise,
-            height=options.height,
-            width=options.width,
-            num_inference_steps=options.num_inference_steps,
             guidance_scale=options.guidance_scale,
-            callback_on_step_end=on_step,
-        )
-        seconds = watch.seconds
+            **shared,
+        ),
+    )
+    import numpy as np
+
+    from smooth_rt.metrics import istd
+
     made = _pictures(result.images)
     files = _write(options.output, {"frame": made}, film="morph", fps=fps)
     smooth = istd([np.stack([np.asarray(image) for image in made])])
     found = {"istd": smooth.istd, "mean_step": smooth.mean_step, "distances": list(smooth.distances[0])}
-    return {"command": "interpolate", **described(pipe, options), "seconds": seconds, **found, "files": files}
+    return {**told, **found, "files": files}
 
 
 def invert(
@@ -113,33 +103,25 @@ def invert(
     method: Method = "ddim",
 ) -> dict[str, Any]:
     """Turn images into noise and back: reconstructions as PNG, the noise as safetensors."""
-    from smooth_rt.writers import check_output
-
-    check_output(options.output)
+    result, told = run(
+        options,
+        "invert",
+        2 * options.num_inference_steps,
+        lambda pipe, shared: pipe.invert(
+            images, prompt, method=method, guidance_scale=options.guidance_scale, **shared
+        ),
+    )
     import numpy as np
     from safetensors.torch import save
 
     from smooth_rt.metrics import psnr
 
-    with open_pipeline(options) as pipe, step_progress("invert", 2 * options.num_inference_steps) as on_step:
-        watch = Stopwatch()
-        result = pipe.invert(
-            images,
-            prompt,
-            method=method,
-            height=options.height,
-            width=options.width,
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
-            callback_on_step_end=on_step,
-        )
-        seconds = watch.seconds
     made = _pictures(result.images)
     originals = _originals(images, made[0])
     quality = [psnr(np.asarray(a), np.asarray(b)) for a, b in zip(originals, made, strict=True)]
     noise = {"noise.safetensors": save({"latents": result.latents.contiguous()})}
     files = _write(options.output, {"original": originals, "reconstruction": made}, more=noise)
-    return {"command": "invert", **described(pipe, options), "seconds": seconds, "psnr": quality, "files": files}
+    return {**told, "psnr": quality, "files": files}
 
 
 def edit(
@@ -153,40 +135,32 @@ def edit(
     edit_strength: Annotated[float, typer.Option(help="0..1: share of the steps under the new prompt.")] = 0.8,
 ) -> dict[str, Any]:
     """Edit images by prompt, as PNG."""
-    from smooth_rt.writers import check_output
-
-    check_output(options.output)
     if not prompt:
         raise InputError("--prompt: missing; give what the image shall show")
     _check_count("--prompt", prompt, images)
     if edit_method == "eq15" and not source_prompt:
         raise InputError("--source-prompt: missing; eq15 needs what each image shows now")
     _check_count("--source-prompt", source_prompt, images)
-    # NaN is in no range.
-    if not 0 <= edit_strength <= 1:
-        raise InputError(f"--edit-strength={edit_strength}: give a number from 0 to 1")
+    targets, noise = prompt, generators(range(options.seed, options.seed + len(images)))
     steps = options.num_inference_steps
-    steps = int(min(steps, MOST_SHOWN) * edit_strength) if edit_method == "sdedit" else 2 * steps
-    with open_pipeline(options) as pipe, step_progress("edit", steps) as on_step:
-        watch = Stopwatch()
-        result = pipe.edit(
+    result, told = run(
+        options,
+        "edit",
+        int(min(steps, MOST_SHOWN) * edit_strength) if edit_method == "sdedit" else 2 * steps,
+        lambda pipe, shared: pipe.edit(
             images,
-            prompt,
+            targets,
             source_prompt,
             edit_method=edit_method,
             edit_strength=edit_strength,
-            height=options.height,
-            width=options.width,
-            num_inference_steps=options.num_inference_steps,
             guidance_scale=7.5 if options.guidance_scale is None else options.guidance_scale,
-            generator=generators(range(options.seed, options.seed + len(images))),
-            callback_on_step_end=on_step,
-        )
-        seconds = watch.seconds
+            generator=noise,
+            **shared,
+        ),
+    )
     made = _pictures(result.images)
     originals = _originals(images, made[0])
-    files = _write(options.output, {"before": originals, "after": made})
-    return {"command": "edit", **described(pipe, options), "seconds": seconds, "files": files}
+    return {**told, "files": _write(options.output, {"before": originals, "after": made})}
 
 
 def _check_count(option: str, given: Sequence[str] | None, images: Sequence[Path]) -> None:

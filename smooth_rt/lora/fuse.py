@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from smooth_rt.errors import InputError, ModelError
+from smooth_rt.errors import ModelError
 from smooth_rt.lora.read import Lora, LoraLayer
+from smooth_rt.ranges import check
 
 if TYPE_CHECKING:
     from smooth_rt.model import Model
@@ -17,7 +18,6 @@ if TYPE_CHECKING:
 __all__ = ["fuse", "fuse_to_folder", "fused_with"]
 
 MARK = "smooth_rt_fused"
-LARGEST_STRENGTH = 100.0  # beyond it nothing of the model is left
 
 
 def fuse(unet: nn.Module, lora: Lora, strength: float = 1.0) -> None:
@@ -34,8 +34,7 @@ def fuse(unet: nn.Module, lora: Lora, strength: float = 1.0) -> None:
         ModelError: a key matches nothing in the UNet or its shape does not fit (the line names the key), the UNet is
             not in fp32, or a LoRA was fused into it before.
     """
-    if not abs(strength) <= LARGEST_STRENGTH:  # so written that NaN is refused too
-        raise InputError(f"LoRA strength {strength}: give a number from -100 to 100; 1.0 is the LoRA as trained")
+    check(lora_strength=strength)
     if fused_with(unet) is not None:
         raise ModelError(f"{lora.source}: this UNet has a LoRA fused in already; load the model again")
     modules = dict(unet.named_modules())
@@ -56,7 +55,7 @@ def fuse_to_folder(model: Model, lora: Lora, strength: float, output: Path) -> P
     """Fuse into `model` (which is changed) and write the whole as a diffusers folder, or nothing.
 
     Raises:
-        InputError, BundleError: `output` holds something already, lies under a file or cannot be written.
+        InputError: `output` holds something already, lies under a file or cannot be written.
         ModelError: as `fuse`.
     """
     fuse(model.unet, lora, strength)

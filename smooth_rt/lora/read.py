@@ -23,7 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from smooth_rt.checkpoint import HUB_ID, first_line
+from smooth_rt.checkpoint import HUB_ID, download, first_line
 from smooth_rt.errors import ModelError
 from smooth_rt.model import default_lora
 
@@ -132,19 +132,7 @@ def _locate(source: str) -> Path:
         raise ModelError(f"{path}: holds none of {', '.join(WEIGHT_FILES)}; name the file")
     if not HUB_ID.fullmatch(source) or path.suffix == ".safetensors":
         raise ModelError(f"{source}: no such file or folder; name a .safetensors file, a folder or a hub id")
-    return _download(source)
-
-
-def _download(source: str) -> Path:
-    from huggingface_hub import snapshot_download
-
-    try:
-        folder = Path(snapshot_download(source, allow_patterns=[*WEIGHT_FILES, "adapter_config.json"]))
-    except Exception as error:  # the hub's client lets its HTTP library's exceptions through
-        raise ModelError(
-            f"{source}: no such file or folder, and the hub did not give it ({first_line(error)}); pass a file"
-        ) from error
-    return _locate(str(folder))
+    return _locate(str(download(source, [*WEIGHT_FILES, "adapter_config.json"], "pass a file")))
 
 
 def _split(key: str, shown: str) -> tuple[str, str]:

@@ -1,8 +1,10 @@
-"""Checks of what a caller hands a task. Each says in one line what is wrong and what would be right."""
+"""Checks of what a caller hands a task that need the model's sizes, or are of prompts and tensors.
+
+Each says in one line what is wrong and what would be right. `smooth_rt.ranges` checks what needs no model.
+"""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,24 +13,9 @@ from torch import Generator, Tensor
 
 from engines.contract import Dims
 from smooth_rt.errors import InputError
-from smooth_rt.images import MAX_SIDE
+from smooth_rt.ranges import check
 
-# More in one call is a slip of the keyboard: the noise alone would fill the memory.
-MOST_IMAGES = 10_000
-
-__all__ = [
-    "MOST_IMAGES",
-    "as_prompts",
-    "choice",
-    "embeds",
-    "fraction",
-    "guidance",
-    "image_size",
-    "latents",
-    "number_of",
-    "one_each",
-    "per_image",
-]
+__all__ = ["as_prompts", "embeds", "image_size", "latents", "one_each", "per_image"]
 
 
 def as_prompts(prompts: str | Sequence[str], name: str = "prompt") -> list[str]:
@@ -51,35 +38,6 @@ def one_each(prompts: str | Sequence[str] | None, count: int, name: str, of: str
     return found
 
 
-def guidance(scale: float) -> float:
-    """A finite guidance scale."""
-    if isinstance(scale, bool) or not isinstance(scale, (int, float)) or not math.isfinite(scale):
-        raise InputError(f"guidance_scale={scale!r}: give a finite number, such as 7.5 (1 is no guidance)")
-    return float(scale)
-
-
-def fraction(value: float, name: str) -> float:
-    """A number in 0..1."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value <= 1:
-        raise InputError(f"{name}={value!r}: give a number from 0 to 1")
-    return float(value)
-
-
-def number_of(value: int, name: str, least: int) -> int:
-    """A whole number of images, from `least` to `MOST_IMAGES`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not least <= value <= MOST_IMAGES:
-        raise InputError(f"{name}={value!r}: give a whole number from {least} to {MOST_IMAGES}")
-    return value
-
-
-def choice(value: str, name: str, known: Sequence[str]) -> str:
-    """One of `known`; underscores may stand for dashes."""
-    found = value.replace("_", "-") if isinstance(value, str) else value
-    if found not in known:
-        raise InputError(f"{name}={value!r} is unknown; it is one of {', '.join(known)}")
-    return found
-
-
 def image_size(height: int | None, width: int | None, dims: Dims) -> tuple[int, int]:
     """Height and width in pixels; None is the size that the model was trained at."""
     sizes = []
@@ -87,13 +45,11 @@ def image_size(height: int | None, width: int | None, dims: Dims) -> tuple[int, 
         if value is None:
             sizes.append(dims.sample_size * dims.vae_factor)
             continue
+        check(**{name: value})
         multiple = dims.image_multiple
-        whole = isinstance(value, int) and not isinstance(value, bool)
-        if not whole or value < 1 or value % multiple:
-            nearest = max(1, (value + (multiple - 1) // 2) // multiple) * multiple if whole else multiple
+        if value % multiple:
+            nearest = max(1, (value + (multiple - 1) // 2) // multiple) * multiple
             raise InputError(f"{name}={value!r}: give a multiple of {multiple}; the nearest is {nearest}")
-        if value > MAX_SIDE:
-            raise InputError(f"{name}={value!r}: give at most {MAX_SIDE} pixels a side")
         sizes.append(value)
     return sizes[0], sizes[1]
 

@@ -16,6 +16,7 @@ from torch import Generator, Tensor
 
 from smooth_rt.errors import InputError
 from smooth_rt.images import ImageLike, Images, OutputType, as_list
+from smooth_rt.ranges import check
 from smooth_rt.schedule import add_noise
 from smooth_rt.tasks import checks
 from smooth_rt.tasks.generate import guided
@@ -24,9 +25,7 @@ from smooth_rt.tasks.inversion import invert
 if TYPE_CHECKING:
     from smooth_rt.pipeline import SmoothPipeline, StepCallback
 
-__all__ = ["EDIT_METHODS", "Edit", "edit"]
-
-EDIT_METHODS = ("eq15", "sdedit")
+__all__ = ["Edit", "edit"]
 
 
 @dataclass(frozen=True)
@@ -78,10 +77,7 @@ def edit(
         InputError: an argument is out of its range, an image cannot be read, or the numbers differ.
         EngineError: a network failed, or the latents stopped being finite (the step is named).
     """
-    checks.choice(edit_method, "edit_method", EDIT_METHODS)
-    strength = checks.fraction(edit_strength, "edit_strength")
-    scale = checks.guidance(guidance_scale)
-    checks.choice(output_type, "output_type", ("pil", "np", "pt", "latent"))
+    check(edit_method=edit_method, edit_strength=edit_strength, guidance_scale=guidance_scale, output_type=output_type)
     schedule = pipe.schedule(num_inference_steps)
     height, width = checks.image_size(height, width, pipe.dims)
     found = as_list(images)
@@ -92,11 +88,11 @@ def edit(
         noise = pipe.draw_noise(len(found), height, width, generator)
         uncond = pipe.encode_prompt(checks.one_each(negative_prompts, len(found), "negative_prompts", "images"))
         # As in diffusers' image-to-image pipeline; the level is that from which the first step taken starts.
-        taken = schedule.steps[len(schedule.steps) - int(len(schedule.steps) * strength) :]
+        taken = schedule.steps[len(schedule.steps) - int(len(schedule.steps) * edit_strength) :]
         latents = pipe.encode_image(found, height, width)
         if taken:
             latents = add_noise(latents, noise, taken[0].alpha_from)
-        predict = guided(pipe, pipe.encode_prompt(targets), uncond, scale)
+        predict = guided(pipe, pipe.encode_prompt(targets), uncond, guidance_scale)
         final = pipe.denoise(latents, taken, predict, callback_on_step_end)
         return Edit(pipe.decode(final, output_type), final)
 
@@ -108,10 +104,10 @@ def edit(
         pipe, found, source_prompts, method="negative-prompt", height=height, width=width,
         num_inference_steps=num_inference_steps, reconstruct=False, callback_on_step_end=callback_on_step_end,
     )  # fmt: skip
-    before = guided(pipe, inverted.prompt_embeds, inverted.negative_prompt_embeds, scale)
-    after = guided(pipe, pipe.encode_prompt(targets), inverted.negative_prompt_embeds, scale)
+    before = guided(pipe, inverted.prompt_embeds, inverted.negative_prompt_embeds, guidance_scale)
+    after = guided(pipe, pipe.encode_prompt(targets), inverted.negative_prompt_embeds, guidance_scale)
     # (1 - 0.7) * 50 is a hair above 15 in floating point, and would move the switch by a step.
-    switch = round((1 - strength) * num_inference_steps, 6)
+    switch = round((1 - edit_strength) * num_inference_steps, 6)
 
     def predict_eq15(latents: Tensor, index: int, timestep: int) -> Tensor:
         return (before if index < switch else after)(latents, index, timestep)

@@ -10,6 +10,7 @@ from torch import Generator, Tensor
 
 from smooth_rt.errors import InputError
 from smooth_rt.images import Images, OutputType
+from smooth_rt.ranges import check
 from smooth_rt.tasks import checks
 
 if TYPE_CHECKING:
@@ -70,19 +71,17 @@ def generate(
         InputError: an argument is out of its range or contradicts another.
         EngineError: a network failed, or the latents stopped being finite (the step is named).
     """
-    scale = checks.guidance(guidance_scale)
-    checks.number_of(num_images_per_prompt, "num_images_per_prompt", 1)
-    checks.choice(output_type, "output_type", ("pil", "np", "pt", "latent"))
+    check(num_images_per_prompt=num_images_per_prompt, guidance_scale=guidance_scale, output_type=output_type)
     schedule = pipe.schedule(num_inference_steps)
     if latents is None or height is not None or width is not None:
         height, width = checks.image_size(height, width, pipe.dims)
-    cond, uncond = embed_pair(pipe, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, scale)
+    cond, uncond = embed_pair(pipe, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale)
     cond, uncond = (embeds.repeat_interleave(num_images_per_prompt, dim=0) for embeds in (cond, uncond))
     if latents is None:
         noise = pipe.draw_noise(len(cond), height, width, generator)
     else:
         noise = checks.latents(latents, len(cond), pipe.dims, height, width)
-    final = pipe.denoise(noise, schedule.steps, guided(pipe, cond, uncond, scale), callback_on_step_end)
+    final = pipe.denoise(noise, schedule.steps, guided(pipe, cond, uncond, guidance_scale), callback_on_step_end)
     return Generation(pipe.decode(final, output_type), final)
 
 

@@ -15,9 +15,10 @@ from torch import Generator, Tensor
 
 from smooth_rt.errors import InputError
 from smooth_rt.images import ImageLike, Images, OutputType, as_list
+from smooth_rt.ranges import check
 from smooth_rt.tasks import checks
 from smooth_rt.tasks.generate import embed_pair, guided
-from smooth_rt.tasks.inversion import METHODS, invert
+from smooth_rt.tasks.inversion import invert
 
 if TYPE_CHECKING:
     from smooth_rt.pipeline import SmoothPipeline, StepCallback
@@ -112,8 +113,7 @@ def interpolate(
         InputError: an argument is out of its range, an image cannot be read, or there are not two ends.
         EngineError: a network failed, or the latents stopped being finite (the step is named).
     """
-    checks.number_of(frames, "frames", 2)
-    checks.choice(output_type, "output_type", ("pil", "np", "pt", "latent"))
+    check(frames=frames, output_type=output_type)
     schedule = pipe.schedule(num_inference_steps)
     if images is not None:
         if generator is not None or latents is not None or negative_prompt is not None:
@@ -121,7 +121,6 @@ def interpolate(
         both = as_list(images)
         if len(both) != 2:
             raise InputError(f"images: {len(both)}; give the two ends")
-        method = checks.choice(method, "method", tuple(METHODS))
         inverted = invert(
             pipe, both, prompts, method=method, height=height, width=width, num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale, reconstruct=False, callback_on_step_end=callback_on_step_end,
@@ -131,7 +130,8 @@ def interpolate(
     else:
         if prompts is None:
             raise InputError("prompts: missing; give one for both ends, or two")
-        scale = 7.5 if guidance_scale is None else checks.guidance(guidance_scale)
+        scale = 7.5 if guidance_scale is None else guidance_scale
+        check(guidance_scale=scale)
         texts = checks.one_each(prompts, 2, "prompts", "ends")
         noise = _noise_ends(pipe, len(checks.as_prompts(prompts)) == 2, generator, latents, height, width)
         cond, uncond = embed_pair(pipe, texts, negative_prompt, None, None, scale)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from smooth_rt.errors import InputError
 from smooth_rt.images import ImageLike, Images, OutputType, as_list
+from smooth_rt.ranges import check, choice
 from smooth_rt.tasks import checks
 from smooth_rt.tasks.generate import guided
 from smooth_rt.tasks.inversion import ddim, negative_prompt
@@ -107,9 +108,9 @@ def invert(
         InputError: an argument is out of its range, an image cannot be read, or the numbers differ.
         EngineError: a network failed, or the latents stopped being finite (the step is named).
     """
-    chosen = METHODS[checks.choice(method, "method", tuple(METHODS))]
-    scale = chosen.guidance_scale if guidance_scale is None else checks.guidance(guidance_scale)
-    checks.choice(output_type, "output_type", ("pil", "np", "pt", "latent"))
+    chosen = METHODS[choice("method", method, tuple(METHODS))]
+    scale = chosen.guidance_scale if guidance_scale is None else guidance_scale
+    check(guidance_scale=scale, output_type=output_type)
     schedule = pipe.schedule(num_inference_steps)
     height, width = checks.image_size(height, width, pipe.dims)
     found = as_list(images)

@@ -1,0 +1,157 @@
+"""What can be said of an option without a model is said before one is loaded, by one table, wherever it is given."""
+
+from __future__ import annotations
+
+import inspect
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from smooth_rt import cli, ranges
+from smooth_rt.errors import EngineError, InputError, SmoothRTError
+from smooth_rt.pipeline import SmoothPipeline
+from smooth_rt.tasks.edit import edit
+from smooth_rt.tasks.generate import generate
+from smooth_rt.tasks.interpolate import interpolate
+from smooth_rt.tasks.inversion import METHODS, invert
+
+GENERATE = ["generate", "--prompt", "dog"]
+BETWEEN = ["interpolate", "--prompt", "dog", "--seeds", "1", "2"]
+INVERT = ["invert", "a.png", "--prompt", "dog"]
+EDIT = ["edit", "a.png", "--prompt", "dog", "--edit-method", "sdedit"]
+
+
+@pytest.fixture
+def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    def work(*_: Any, **__: Any) -> None:
+        raise AssertionError("began to work")
+
+    for place in (
+        "model.load_model",
+        "pipeline.load_model",
+        "opening.load_model",
+        "lora.read_lora",
+        "lora.read.safe_open",
+    ):
+        monkeypatch.setattr(f"smooth_rt.{place}", work)
+    monkeypatch.setattr("engines.bundle.Bundle.open", work)
+    monkeypatch.setattr("smooth_rt.build.ensure_engines", work)
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([*GENERATE, "--num-inference-steps", "0"], "--num-inference-steps=0: give a whole number of at least 1"),
+        ([*BETWEEN, "--num-inference-steps", "-3"], "--num-inference-steps=-3: "),
+        ([*INVERT, "--guidance-scale", "nan"], "--guidance-scale=nan: give a finite number"),
+        ([*EDIT, "--guidance-scale", "inf"], "--guidance-scale=inf: "),
+        ([*BETWEEN, "--frames", "1"], "--frames=1: give a whole number from 2 to 10000"),
+        ([*GENERATE, "--height", "0"], "--height=0: give a whole number of pixels, at least 1"),
+        ([*EDIT, "--width", "-64"], "--width=-64: "),
+        ([*GENERATE, "--width", "20000"], "--width=20000: give at most 10000 pixels a side"),
+        ([*GENERATE, "--seed", str(2**64)], f"--seed={2**64}: does not fit into 64 bits"),
+        ([*GENERATE, "--seed", str(2**64 - 1), "--num-images-per-prompt", "2"], f"--seed={2**64}: does not fit"),
+        (["interpolate", "--prompt", "a", "--seeds", "1", str(2**65)], f"--seeds={2**65}: does not fit"),
+        ([*GENERATE, "--lora-strength", "nan"], "--lora-strength=nan: give a number from -100 to 100"),
+        (["fuse", "--output", "o", "--lora-strength", "1e9"], "--lora-strength=1000000000.0: "),
+        (["build-engine", "--lora-strength", "inf"], "--lora-strength=inf: "),
+        ([*EDIT, "--edit-strength", "1.5"], "--edit-strength=1.5: give a number from 0 to 1"),
+        ([*GENERATE, "--engine", "abacus"], "engine 'abacus': unknown; choose from auto, eager"),
+        ([*GENERATE, "--engines", "bundle", "--engine", "abacus"], "engine 'abacus': unknown"),
+        (["demo", "--engine", "openvino,abacus"], "engine 'abacus': unknown"),
+        ([*INVERT, "--method", "magic"], "--method='magic' is unknown; it is one of ddim, ddim-without-text"),
+        ([*EDIT, "--edit-method", "brush"], "--edit-method='brush' is unknown; it is one of eq15, sdedit"),
+        ([*GENERATE, "--num-images-per-prompt", "0"], "--num-images-per-prompt=0: "),
+        (["evaluate", "istd", "--batch", "0"], "--batch=0: give a whole number from 1 to 10000"),
+        (["evaluate", "istd", "--frames", "1"], "--frames=1: "),
+        (["evaluate", "inversion", "--num-inference-steps", "0"], "--num-inference-steps=0: "),
+        ([*GENERATE, "--output", "file/out"], "file/out: file is a file, not a folder"),
+    ],
+)
+def test_a_command_says_it_before_it_loads_a_model(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: list[str],
+    said: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("")
+    assert cli.main(arguments) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {said}")
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("options", "kind", "said"),
+    [
+        ({"lora_strength": math.nan}, InputError, "lora_strength=nan"),
+        ({"lora_strength": "1"}, InputError, "lora_strength='1'"),
+        ({"batch_size": 0}, InputError, "batch_size=0: give a whole number of at least 1, or 'auto'"),
+        ({"batch_size": True}, InputError, "batch_size=True"),
+        ({"engine": "abacus"}, EngineError, "engine 'abacus': unknown"),
+    ],
+)
+def test_python_says_it_before_it_loads_a_model(options: dict[str, Any], kind: type[SmoothRTError], said: str) -> None:
+    with pytest.raises(kind, match=said):
+        SmoothPipeline.from_pretrained("default", "default", **options)
+    if "lora_strength" not in options:
+        with pytest.raises(kind, match=said):
+            SmoothPipeline.from_engines("bundle", **options)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--num-inference-steps", "1001"], "--num-inference-steps=1001: give a whole number from 1 to 999"),
+        (["--height", "15"], "--height=15: give a multiple of 8; the nearest is 16"),
+    ],
+)
+@pytest.mark.parametrize("command", [GENERATE, ["evaluate", "istd"]])
+def test_what_the_model_decides_is_said_before_an_engine_is_built(
+    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path,
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    command: list[str],
+    arguments: list[str],
+    said: str,
+) -> None:
+    def build(*_: Any, **__: Any) -> None:
+        raise AssertionError("began to build")
+
+    monkeypatch.setattr("smooth_rt.build.build_engines", build)
+    wanted = ["--model", str(tiny_model), "--engine", "onnxruntime", "--output", str(tmp_path / "out")]
+    assert cli.main([*command, *wanted, *arguments]) == 2
+    assert capsys.readouterr().err.splitlines()[-1].startswith(f"error: {said}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_table_knows_the_options_by_the_names_they_have() -> None:
+    assert tuple(METHODS) == ranges.INVERSION_METHODS
+    calls = (generate, interpolate, invert, edit, SmoothPipeline.from_pretrained)
+    named = {name for call in calls for name in inspect.signature(call).parameters}
+    assert set(ranges.RANGES) <= named | {"batch", "output", "seed", "seeds"}
+
+
+def test_what_is_in_its_range() -> None:
+    ranges.check(
+        num_inference_steps=1, guidance_scale=-2, frames=2, height=None, width=8, seed=-(2**63), seeds=(0, 2**64 - 1),
+        lora_strength=-100, edit_strength=0, engine="auto", batch_size="auto", method="ddim_without_text", batch=1,
+    )  # fmt: skip
+    for options in ({"guidance_scale": 10**400}, {"seed": 1.0}, {"height": True}, {"edit_strength": None}):
+        with pytest.raises(InputError, match=f"{next(iter(options))}="):
+            ranges.check(**options)
+
+
+def test_the_table_loads_nothing_heavy() -> None:
+    bad = ["generate", "--prompt", "a", "--num-inference-steps", "0"]
+    code = f"import sys; from smooth_rt.cli import main; assert main({bad}) == 2; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == 0
