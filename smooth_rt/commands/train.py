@@ -22,15 +22,17 @@ def tiny(
     unet_steps: Annotated[int, typer.Option(help="Steps of the UNet and text encoder.")] = 20000,
     resume: Resume = False,
     seed: Seed = 0,
+    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")] = "auto",
 ) -> dict[str, Any]:
     """Train the default model from nothing."""
-    from smooth_rt.training.tiny import TinyConfig, train_tiny
+    from smooth_rt.training.tiny import train_tiny
+    from smooth_rt.training.tiny_networks import TinyConfig
     from smooth_rt.writers import check_output
 
     check_output(output)
     check_output(data)
     chosen = tuple(stage.strip() for stage in stages.split(",") if stage.strip())
-    written = train_tiny(output, data, chosen, vae_steps, unet_steps, resume, TinyConfig(seed=seed))
+    written = train_tiny(output, data, chosen, vae_steps, unet_steps, resume, TinyConfig(seed=seed), device)
     return {"command": "train tiny", "output": str(written)}
 
 

@@ -180,7 +180,8 @@ class Run:
                 if f"exp_avg/{key}" in tensors:
                     names = ("step", "exp_avg", "exp_avg_sq")
                     state = {name: tensors[f"{name}/{key}"] for name in names}
-                    # Adam's moments must keep the parameter's memory layout for the fused kernel.
+                    # The fused kernel wants all of it where the parameter is, and the moments in its memory layout.
+                    state["step"] = state["step"].to(parameter.device)
                     for name in names[1:]:
                         state[name] = torch.empty_like(parameter).copy_(state[name])
                     self.optimizer.state[parameter] = state

@@ -14,7 +14,8 @@ from smooth_rt.lora import fuse, read_lora
 from smooth_rt.model import load_model
 from smooth_rt.training.data import EmojiScenes
 from smooth_rt.training.smooth_lora import SmoothLoraConfig, train_smooth_lora
-from smooth_rt.training.tiny import TinyConfig, train_tiny
+from smooth_rt.training.tiny import train_tiny, training_device
+from smooth_rt.training.tiny_networks import TinyConfig
 
 CONFIG = TinyConfig(
     size=16,
@@ -52,6 +53,14 @@ def test_stages_say_what_they_need(tmp_path: Path, emoji: Path) -> None:
         train_tiny(tmp_path, emoji, stages=("latents",), config=CONFIG)
     with pytest.raises(InputError, match=r"stage 'both': unknown; choose from tokenizer"):
         train_tiny(tmp_path, emoji, stages=("both",), config=CONFIG)
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path: Path, emoji: Path) -> None:
+    assert training_device("cpu") == torch.device("cpu")
+    for name, said in (("cuda:99", "GPUs here"), ("abacus", "unknown"), ("meta", "not supported")):
+        with pytest.raises(InputError, match=rf"device='{name}': .*{said}"):
+            train_tiny(tmp_path / "run", emoji, config=CONFIG, device=name)
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.parametrize("target", ["scalar", "per-timestep", "anchored"])
