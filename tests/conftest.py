@@ -1,4 +1,4 @@
-"""Fixtures: a model small enough to export in seconds, whose sizes differ from every usual default, and its pictures."""
+"""Fixtures: a model small enough to export in seconds, whose sizes differ from every usual default; its pictures."""
 
 from __future__ import annotations
 

@@ -17,7 +17,8 @@ pytestmark = [
 ]
 
 CONFIG = TinyConfig(
-    size=16, tokens=12, width=32, vae_channels=(16, 32), unet_channels=(16, 32, 32), vae_batch=2, unet_batch=2, pictures=8
+    size=16, tokens=12, width=32, vae_channels=(16, 32), unet_channels=(16, 32, 32), vae_batch=2, unet_batch=2,
+    pictures=8,
 )  # fmt: skip
 
 
