@@ -80,7 +80,7 @@ class Bundle:
         root = folder.resolve()
         for record in manifest.files:
             file = folder / record.path
-            if not file.resolve().is_relative_to(root):
+            if not _resolved(file, mend).is_relative_to(root):
                 raise BundleError(f"{file}: leads out of the bundle; {mend}")
             if not file.is_file():
                 raise BundleError(f"{file}: missing; {mend}")
@@ -180,6 +180,13 @@ class Bundle:
         if reason is not None:
             raise BundleError(f"{self.path}: {reason}")
         return open_engine(backend, contract(network, self.dims), self.path / record.file, record.hint)
+
+
+def _resolved(file: Path, mend: str) -> Path:
+    try:
+        return file.resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise BundleError(f"{file}: a link that leads nowhere; {mend}") from error
 
 
 def _complete(manifest: Manifest) -> tuple[str, ...]:

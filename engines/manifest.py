@@ -6,6 +6,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Self
 
@@ -35,7 +36,7 @@ __all__ = [
     "engine_key",
 ]
 
-FORMAT = 1
+FORMAT = 2  # 1 had keys without the model's sizes
 
 # Per symbol, the least and the greatest size that a graph takes (None: no bound), in units of the contract's symbol.
 Profile = dict[str, tuple[int, int | None]]
@@ -116,9 +117,10 @@ class EngineRecord(_Record):
     key: str
     parity: list[Parity]
 
-    def expected_key(self, source: Source) -> str:
-        """The key that this record has if its fields and `source` are what the graph was built from."""
+    def expected_key(self, source: Source, dims: Dims) -> str:
+        """The key that this record has if its fields, `source` and `dims` are what the graph was built from."""
         return engine_key(
+            dims=dims,
             graph=self.graph,
             weights=self.weights,
             source=source,
@@ -144,6 +146,8 @@ class Manifest(_Record):
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
+        if not self.engines:
+            raise ValueError("no engine is listed")
         digests = {file.path: file.sha256 for file in self.files}
         if len(digests) != len(self.files):
             raise ValueError("a file is listed twice")
@@ -156,7 +160,7 @@ class Manifest(_Record):
             for path, digest in {record.file: record.graph, **record.weights}.items():
                 if digests.get(path) != digest:
                     raise ValueError(f"{name}: {path} is not among the files with the same digest")
-            if record.key != record.expected_key(self.source):
+            if record.key != record.expected_key(self.source, self.dims):
                 raise ValueError(f"{name}: the key does not follow from the record")
         return self
 
@@ -175,6 +179,7 @@ def digest_json(value: Any) -> str:
 
 def engine_key(
     *,
+    dims: Dims,
     graph: str,
     weights: Mapping[str, str],
     source: Source,
@@ -188,6 +193,7 @@ def engine_key(
     """The key of a built graph: two that share it compute the same numbers and are valid in the same places.
 
     Args:
+        dims: the sizes of the model.
         graph: digest of the graph's file.
         weights: digests of its weight files; where they lie does not matter.
         source: digests of the model's components, and the LoRA's digest and strength; names do not matter.
@@ -198,6 +204,7 @@ def engine_key(
     """
     return digest_json(
         {
+            "dims": asdict(dims),
             "graph": graph,
             "weights": sorted(weights.values()),
             "model": source.digests,

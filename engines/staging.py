@@ -10,12 +10,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from engines.contract import NETWORKS
 from engines.errors import BundleError
 
-__all__ = ["BUNDLE_ENTRIES", "abandoned", "staging"]
+__all__ = ["BUNDLE_ENTRIES", "abandoned", "foreign", "staging"]
 
-# All that lies at the top of a bundle. A folder with anything else in it is somebody's own and is never replaced.
+# All that lies at the top of a bundle, and the files under its folders of graphs.
 BUNDLE_ENTRIES = frozenset({"manifest.json", "config", "onnx", "openvino"})
+_GRAPHS = re.compile(rf"({'|'.join(NETWORKS)})\.(onnx|onnx\.data|xml|bin)")
 
 _OURS: set[Path] = set()  # partial folders that this process is working in
 _PUBLISH_TRIES = 3
@@ -78,11 +80,26 @@ def _check_replaceable(target: Path) -> None:
         return
     if not target.is_dir():
         raise BundleError(f"{target}: is a file; name a folder")
-    foreign = sorted(entry.name for entry in target.iterdir() if entry.name not in BUNDLE_ENTRIES)
-    if foreign:
+    reason = foreign(target)
+    if reason is not None:
         raise BundleError(
-            f"{target}: is not a bundle (it holds {foreign[0]}) and will not be replaced; name a new or an empty folder"
+            f"{target}: is not a bundle ({reason}) and will not be replaced; name a new or an empty folder"
         )
+
+
+def foreign(folder: Path) -> str | None:
+    """Why `folder` is somebody's own and never replaced or removed; None: it is empty, or a bundle, even a damaged one.
+
+    A bundle has a manifest.json, whatever is in it, and holds nothing that a build does not write.
+    """
+    names = sorted(entry.name for entry in folder.iterdir())
+    strange = [name for name in names if name not in BUNDLE_ENTRIES]
+    for part in ("onnx", "openvino"):
+        if (folder / part).is_dir():
+            strange += sorted(f"{part}/{e.name}" for e in (folder / part).iterdir() if not _GRAPHS.fullmatch(e.name))
+    if strange:
+        return f"it holds {strange[0]}"
+    return "it has no manifest.json" if names and "manifest.json" not in names else None
 
 
 def _make_parents(parent: Path) -> list[Path]:
@@ -136,15 +153,13 @@ def _alive(pid: int) -> bool:
 def _publish(partial: Path, target: Path) -> None:
     old = target.with_name(f".{target.name}.old-{os.getpid()}")
     for attempt in range(_PUBLISH_TRIES):
-        swapped = False
         try:
             if target.exists():
                 target.rename(old)
-                swapped = True
             partial.rename(target)
             break
         except BaseException as error:
-            if swapped and not target.exists():
+            if old.exists() and not target.exists():
                 old.rename(target)
             # Another process published the same bundle between our two renames: take its place.
             taken = isinstance(error, OSError) and error.errno in (errno.ENOTEMPTY, errno.EEXIST, errno.ENOENT)
@@ -165,6 +180,8 @@ def _refusal(target: Path, error: OSError, needed: int | None) -> BundleError:
             free = "free space unknown"
         wanted = "more space" if needed is None else f"{_size(needed)} in all"
         return BundleError(f"{target}: the disk is full ({free}); this needs {wanted}: free some and try again")
-    what = error.strerror or str(error) or repr(error)
+    if error.errno is None:  # numpy's, where a write stops short
+        return BundleError(f"{target}: cannot be written ({error}); the disk may be full: free some and try again")
+    what = error.strerror or str(error)
     where = f" at {error.filename}" if error.filename and str(error.filename) != str(target) else ""
     return BundleError(f"{target}: cannot be written ({what}{where}); name another folder")

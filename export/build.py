@@ -182,7 +182,7 @@ class _Build:
             key="",
             parity=parity,
         )
-        return record.model_copy(update={"key": record.expected_key(self.source)})
+        return record.model_copy(update={"key": record.expected_key(self.source, self.dims)})
 
     def file(self, path: Path) -> FileRecord:
         """The record of a finished file; each is read once."""

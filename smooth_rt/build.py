@@ -33,11 +33,19 @@ class Built:
 
 
 def cache_root() -> Path:
-    """Where built engines are kept: SMOOTH_RT_CACHE, or the user's cache folder."""
+    """Where built engines are kept: SMOOTH_RT_CACHE, or the user's cache folder.
+
+    Raises:
+        InputError: it cannot be a folder, or not one that can be written to.
+    """
     from platformdirs import user_cache_path
 
     chosen = os.environ.get("SMOOTH_RT_CACHE")
-    return Path(chosen).expanduser() if chosen else user_cache_path("smooth-rt", appauthor=False)
+    root = Path(chosen).expanduser() if chosen else user_cache_path("smooth-rt", appauthor=False)
+    there = next(part for part in (root, *root.absolute().parents) if os.path.lexists(part))
+    if not there.is_dir():
+        raise InputError(f"SMOOTH_RT_CACHE={root}: {there} is not a folder; set SMOOTH_RT_CACHE to one")
+    return root
 
 
 def build_engines(

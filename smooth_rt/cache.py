@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.bundle import Bundle
-from engines.staging import abandoned
+from engines.staging import abandoned, foreign
 from smooth_rt.build import cache_root
 from smooth_rt.errors import BundleError, EngineError, SmoothRTError
 
@@ -23,6 +23,11 @@ class Entry:
     bundle: Bundle | None
     fault: str | None
 
+    @property
+    def ours(self) -> bool:
+        """Whether a build wrote this folder."""
+        return self.path.name.startswith(".") or foreign(self.path) is None
+
 
 def find(bundle: Path) -> Path:
     """The folder that is meant: `bundle` itself, or the one of that name in the cache."""
@@ -31,13 +36,14 @@ def find(bundle: Path) -> Path:
 
 
 def list_bundles(root: Path | None = None, verify: bool = False) -> list[Entry]:
-    """Every bundle under `root` (None: the cache), by path; `verify` compares digests too."""
+    """Every folder under `root` (None: the cache); `verify` compares digests too. Builds under way are left out."""
     folder = cache_root() / "bundles" if root is None else root
     if not folder.is_dir():
         return []
-    # Dotted names are builds under way.
+    left = [Entry(path, _size(path), None, "left by a build that died") for path in abandoned(folder)]
+    # Dotted names are builds, under way or dead.
     found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return [examine(path, verify) for path in found]
+    return [examine(path, verify) for path in found] + left
 
 
 def examine(path: Path, verify: bool = True) -> Entry:
@@ -63,16 +69,20 @@ def _size(path: Path) -> int:
 def prune(root: Path | None = None, every: bool = False) -> list[Entry]:
     """Remove the bundles that cannot be used, or `every` one, and what builds that died left; returns what was removed.
 
+    A folder that no build has written is left alone, whatever its fault.
+
     Raises:
-        SmoothRTError: a folder cannot be removed.
+        SmoothRTError: a folder cannot be removed; the others have been.
     """
-    folder = cache_root() / "bundles" if root is None else root
-    left = abandoned(folder) if folder.is_dir() else []
-    removed = [entry for entry in list_bundles(root) if every or entry.fault is not None]
-    removed += [Entry(path, _size(path), None, "left by a build that died") for path in left]
-    for entry in removed:
-        try:
-            shutil.rmtree(entry.path)
-        except OSError as error:
-            raise SmoothRTError(f"{entry.path}: cannot be removed ({error.strerror}); remove it by hand") from error
+    removed, refused = [], []
+    for entry in list_bundles(root):
+        if entry.ours and (every or entry.fault is not None):
+            try:
+                # A link was put here by somebody; what it leads to is theirs.
+                entry.path.unlink() if entry.path.is_symlink() else shutil.rmtree(entry.path)
+                removed.append(entry)
+            except OSError as error:
+                refused.append(f"{entry.path}: cannot be removed ({error.strerror}); remove it by hand")
+    if refused:
+        raise SmoothRTError("; ".join(refused))
     return removed

@@ -118,7 +118,7 @@ def bundle_folder(tmp_path: Path, write_graph: Callable[..., Path]) -> Path:
             key="",
             parity=[Parity(output="x", relative=0.0, max_abs=0.0, tolerance=1e-4, cases=1, worst={"batch": 1})],
         )
-        records.append(record.model_copy(update={"key": record.expected_key(source)}))
+        records.append(record.model_copy(update={"key": record.expected_key(source, DIMS)}))
     files = [
         FileRecord(path=p.relative_to(folder).as_posix(), size=p.stat().st_size, sha256=digest_file(p))
         for p in sorted(folder.rglob("*"))
@@ -139,7 +139,8 @@ def edit_manifest(bundle_folder: Path) -> Callable[[Callable[[dict[str, Any]], N
         change(content)
         source = Source.model_validate(content["source"])
         for record in content["engines"]:
-            record["key"] = EngineRecord.model_construct(**record).expected_key(source)
+            dims = Dims(**content["dims"])
+            record["key"] = EngineRecord.model_construct(**record).expected_key(source, dims)
         path.write_text(json.dumps(content))
 
     return edit

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -84,8 +85,8 @@ def test_no_bundle_at_all(tmp_path: Path) -> None:
         (b"[1, 2]", "not a bundle's manifest"),
         (b'{"name": "a web extension"}', "not a bundle's manifest"),
         (b'{"format": true}', "not a bundle's manifest"),
-        (b'{"format": 999}', "bundle format 999, this version reads format 1"),
-        (b'{"format": 1}', "Field required"),
+        (b'{"format": 999}', "bundle format 999, this version reads format 2"),
+        (b'{"format": 2}', "Field required"),
     ],
 )
 def test_a_manifest_that_is_none(bundle_folder: Path, content: bytes, said: str) -> None:
@@ -201,7 +202,9 @@ def test_misfit_says_what_differs(bundle_folder: Path) -> None:
     assert "built in fp32, not fp16" in str(bundle.misfit(own, ["onnxruntime"], "fp16"))
 
 
+DIMS = Dims(7, 16, 50, 4, 3, 2, 2, 8)
 BASE: dict[str, Any] = {
+    "dims": DIMS,
     "graph": "g",
     "weights": {"a.data": "w"},
     "source": Source(model="m", digests={"unet": "u"}, lora=LoraSource(source="l", digest="d", strength=1.0)),
@@ -217,6 +220,7 @@ BASE: dict[str, Any] = {
 @pytest.mark.parametrize(
     "change",
     [
+        {"dims": replace(DIMS, tokens=8)},
         {"graph": "h"},
         {"weights": {"a.data": "x"}},
         {"source": Source(model="m", digests={"unet": "v"}, lora=BASE["source"].lora)},
@@ -239,6 +243,29 @@ def test_all_that_can_change_the_numbers_changes_the_key(change: dict[str, Any])
 def test_names_and_places_do_not_change_the_key() -> None:
     moved = Source(model="n", revision="r", digests={"unet": "u"}, lora=BASE["source"].lora)
     assert engine_key(**{**BASE, "source": moved, "weights": {"b.data": "w"}}) == engine_key(**BASE)
+
+
+def test_a_manifest_without_engines_is_no_bundle(bundle_folder: Path, edit_manifest: Edit) -> None:
+    edit_manifest(lambda content: content.update(engines=[]))
+    with pytest.raises(BundleError, match="no engine is listed"):
+        Bundle.open(bundle_folder)
+
+
+def test_sizes_that_were_changed_are_noticed(bundle_folder: Path) -> None:
+    path = bundle_folder / "manifest.json"
+    content = json.loads(path.read_text())
+    content["dims"]["tokens"] += 1
+    path.write_text(json.dumps(content))
+    with pytest.raises(BundleError, match="the key does not follow"):
+        Bundle.open(bundle_folder)
+
+
+def test_a_link_to_itself_is_named(bundle_folder: Path) -> None:
+    graph = bundle_folder / "onnx" / "unet.onnx"
+    graph.unlink()
+    graph.symlink_to(graph)
+    with pytest.raises(BundleError, match=r"unet\.onnx: .*rebuild it with"):
+        Bundle.open(bundle_folder)
 
 
 def test_digest_json_ignores_order_and_refuses_nan() -> None:

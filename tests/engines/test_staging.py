@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from engines.errors import BundleError, SmoothRTError
-from engines.staging import staging
+from engines.staging import foreign, staging
 
 DEAD = 2**22 + 1  # above the greatest process number of Linux
 
@@ -123,6 +123,22 @@ def test_somebodys_own_folder_is_never_replaced(target: Path) -> None:
     with pytest.raises(BundleError, match=r"holds thesis\.tex.* will not be replaced"), staging(target):
         pytest.fail("the build began")
     assert content(target) == {"thesis.tex": "years of work"}
+
+
+@pytest.mark.parametrize("mine", ["onnx/my-yolo.onnx", "config/settings.ini", "openvino/unet.onnx.txt"])
+def test_a_folder_of_models_is_never_replaced(target: Path, mine: str) -> None:
+    (target / mine).parent.mkdir(parents=True)
+    (target / mine).write_text("mine")
+    with pytest.raises(BundleError, match="is not a bundle"):
+        publish(target, "new")
+    assert (target / mine).read_text() == "mine"
+    (target / "manifest.json").write_text("{}")
+    assert (foreign(target) is None) == mine.startswith("config")
+
+
+def test_a_write_that_stops_short_is_a_full_disk(target: Path) -> None:
+    with pytest.raises(BundleError, match="the disk may be full"):
+        publish(target, "half", OSError("problem writing element 5120 to file"))
 
 
 def test_an_empty_folder_is_taken(target: Path) -> None:
