@@ -1,4 +1,4 @@
-"""train tiny, train smooth-lora: both resumable; Ctrl-C saves the state first."""
+"""train tiny, train smooth-lora: both resumable; whatever stops them, the state is saved first."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import typer
 __all__ = ["smooth_lora", "tiny"]
 
 Output = Annotated[Path, typer.Option(help="Folder of the run: checkpoints, sample grids, result.", show_default=False)]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on with the run that the folder holds.")]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on with the run that the folder holds; steps and rates may differ.")
+]
 Seed = Annotated[int, typer.Option(help="Decides weights, pictures and noise.")]
 
 
@@ -20,6 +22,8 @@ def tiny(
     stages: Annotated[str, typer.Option(help="Comma-separated.")] = "tokenizer,vae,latents,unet,assets",
     vae_steps: Annotated[int, typer.Option(help="Steps of the autoencoder.")] = 3000,
     unet_steps: Annotated[int, typer.Option(help="Steps of the UNet and text encoder.")] = 20000,
+    vae_lr: Annotated[float, typer.Option(help="AdamW's rate for the autoencoder.")] = 1e-3,
+    unet_lr: Annotated[float, typer.Option(help="AdamW's rate for the UNet and text encoder.")] = 8e-4,
     resume: Resume = False,
     seed: Seed = 0,
     device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")] = "auto",
@@ -32,7 +36,8 @@ def tiny(
     check_output(output)
     check_output(data)
     chosen = tuple(stage.strip() for stage in stages.split(",") if stage.strip())
-    written = train_tiny(output, data, chosen, vae_steps, unet_steps, resume, TinyConfig(seed=seed), device)
+    config = TinyConfig(seed=seed, vae_lr=vae_lr, unet_lr=unet_lr)
+    written = train_tiny(output, data, chosen, vae_steps, unet_steps, resume, config, device)
     return {"command": "train tiny", "output": str(written)}
 
 
@@ -60,8 +65,10 @@ def smooth_lora(
     check_output(output)
     from smooth_rt.model import load_model
     from smooth_rt.training.captioned import open_pictures
+    from smooth_rt.training.settings import check_steps
     from smooth_rt.training.smooth_lora import SmoothLoraConfig, train_smooth_lora
 
+    check_steps("steps", steps)
     config = SmoothLoraConfig(
         seed=seed,
         rank=rank,

@@ -10,6 +10,7 @@ Source of the names: npm `emoji-datasource-google` (MIT), narrowed to the concre
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import tarfile
 from collections.abc import Iterator
@@ -20,7 +21,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from engines.bundle import digest_json
 from smooth_rt.errors import InputError
+from smooth_rt.training.reasons import reason
 
 PACKAGES = {"fluent": "@lobehub/fluent-emoji-3d@1.1.0", "names": "emoji-datasource-google@16.0.0"}
 
@@ -54,26 +57,41 @@ class Sample:
 
 
 def fetch(folder: Path) -> None:
-    """Download both npm packages into `folder` with the npm client, which checks their integrity. Done once."""
+    """Download both npm packages into `folder` with the npm client, which checks their integrity. Done once.
+
+    Raises:
+        InputError: npm is not there, or cannot download them.
+        OSError: `folder` cannot be written to.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     for name, package in PACKAGES.items():
         target = folder / name
         if target.exists():
             continue
-        command = ["npm", "pack", package, "--silent", "--pack-destination", str(folder)]
+        # What an earlier download that was stopped left goes first.
+        partial = folder / f".{name}.partial"
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir()
         try:
-            printed = subprocess.run(command, check=True, capture_output=True, text=True)
-        except FileNotFoundError as error:
-            raise InputError("npm: not found, and the training pictures come from npm; install Node.js") from error
-        except subprocess.CalledProcessError as error:
-            raise InputError(f"{package}: `npm pack` failed: {error.stderr.strip()[-200:]}") from error
-        archive = folder / printed.stdout.split()[-1]
-        unpacked = folder / f".{name}.partial"
-        with tarfile.open(archive) as tar:
-            wanted = [m for m in tar if m.name.endswith((".webp", "emoji.json", "LICENSE", "package/package.json"))]
-            tar.extractall(unpacked, members=wanted, filter="data")
-        unpacked.rename(target)
-        archive.unlink()
+            with tarfile.open(_packed(package, partial)) as tar:
+                wanted = [m for m in tar if m.name.endswith((".webp", "emoji.json", "LICENSE", "package/package.json"))]
+                tar.extractall(partial / "unpacked", members=wanted, filter="data")
+            (partial / "unpacked").rename(target)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+
+def _packed(package: str, folder: Path) -> Path:
+    """The package's archive, downloaded into `folder`."""
+    command = ["npm", "pack", package, "--loglevel", "error", "--pack-destination", str(folder)]
+    try:
+        printed = subprocess.run(command, check=True, capture_output=True, text=True)
+    except FileNotFoundError as error:
+        raise InputError("npm: not found, and the training pictures come from npm; install Node.js") from error
+    except subprocess.CalledProcessError as error:
+        said = " ".join(error.stderr.split())[-200:] or f"exit code {error.returncode}"
+        raise InputError(f"{package}: `npm pack` failed: {said}; see to the network and the disk") from error
+    return folder / printed.stdout.split()[-1]
 
 
 def is_held_out(obj: int, colour: int) -> bool:
@@ -88,6 +106,12 @@ class EmojiScenes:
         folder: where the two npm packages lie.
         size: side of a picture in pixels.
         seed: with the stream's name and the index it decides every picture.
+
+    Attributes:
+        identity: a digest of the objects' names, the sizes in bytes of their pictures, and `size`.
+
+    Raises:
+        InputError: a package is missing or damaged.
     """
 
     def __init__(self, folder: Path, size: int = 64, seed: int = 0) -> None:
@@ -95,11 +119,18 @@ class EmojiScenes:
         self.seed = seed
         self.captions: list[str] = []
         self.sprites: list[Image.Image] = []
+        listed = []
         for caption, path in _objects(folder):
-            sprite = Image.open(path).convert("RGBA")
+            try:
+                listed.append([caption, path.name, path.stat().st_size])
+                with Image.open(path) as file:
+                    sprite = file.convert("RGBA")
+            except Exception as error:  # a decoder of a damaged file raises anything
+                raise _refetch(folder, f"{path.name} cannot be read: {reason(error)}") from error
             self.captions.append(caption)
             # Twice the largest size drawn: later resizes stay sharp and cheap.
             self.sprites.append(sprite.resize((2 * size, 2 * size), Image.Resampling.LANCZOS))
+        self.identity = digest_json([size, listed])
 
     def __len__(self) -> int:
         return len(self.sprites)
@@ -136,18 +167,26 @@ class EmojiScenes:
 
 
 def _objects(folder: Path) -> Iterator[tuple[str, Path]]:
-    records = json.loads((folder / "names" / "package" / "emoji.json").read_text(encoding="utf-8"))
-    by_name = {record["short_name"]: record for record in records}
+    try:
+        records = json.loads((folder / "names" / "package" / "emoji.json").read_text(encoding="utf-8"))
+        codes = {r["short_name"]: (r["unified"].lower(), (r["non_qualified"] or r["unified"]).lower()) for r in records}
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise _refetch(folder, f"names/package/emoji.json cannot be read: {reason(error)}") from error
     pictures = folder / "fluent" / "package" / "assets"
     listed = (resources.files("smooth_rt.training") / "objects.txt").read_text(encoding="utf-8")
     for line in listed.splitlines():
         if not line or line.startswith("#"):
             continue
         short_name, _, caption = (part.strip() for part in line.partition("="))
-        record = by_name[short_name]
-        code = record["unified"].lower()
-        spellings = (code, code.replace("-fe0f", ""), (record["non_qualified"] or code).lower())
+        code, unqualified = codes.get(short_name, ("", ""))
+        spellings = (code, code.replace("-fe0f", ""), unqualified)
         found = next((p for s in spellings if (p := pictures / f"{s}.webp").exists()), None)
         if found is None:
-            raise InputError(f"{short_name}: no picture {code}.webp in {pictures}; delete {folder} and fetch again")
+            raise _refetch(folder, f"{short_name} has no picture in fluent")
         yield caption or short_name.replace("_", " "), found
+
+
+def _refetch(folder: Path, why: str) -> InputError:
+    return InputError(
+        f"{folder}: {why}; delete fluent and names there, and let `smooth-rt train tiny` fetch them again"
+    )

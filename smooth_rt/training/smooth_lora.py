@@ -18,7 +18,8 @@ from smooth_rt.lora import Lora, LoraLayer, write_lora
 from smooth_rt.model import Model
 from smooth_rt.training.captioned import Pictures
 from smooth_rt.training.run import Run, keyed_generator
-from smooth_rt.training.svr import Target, variation
+from smooth_rt.training.settings import check_count, check_number, check_rate, check_seed, check_steps
+from smooth_rt.training.svr import Target, check_target, variation
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,9 @@ class SmoothLoraConfig:
 
     Training uses prompts as they are with probability 1 - `drop_prompt`, else the empty prompt, since guidance at
     sampling runs both.
+
+    Raises:
+        InputError: a setting is out of range.
     """
 
     seed: int = 0
@@ -43,11 +47,16 @@ class SmoothLoraConfig:
     calibration_steps: int = 60
 
     def __post_init__(self) -> None:
-        for name, value, least in (("rank", self.rank, 1), ("batch-size", self.batch_size, 1)):
-            if value < least:
-                raise InputError(f"{name}={value}: use {least} or more")
-        if self.reg_weight < 0 or self.lr <= 0:
-            raise InputError(f"reg-weight={self.reg_weight}, lr={self.lr}: the weight is 0 or more, the rate above 0")
+        check_seed(self.seed)
+        check_count("rank", self.rank)
+        check_count("batch_size", self.batch_size)
+        check_count("calibration_steps", self.calibration_steps)
+        check_rate("lr", self.lr)
+        check_number("lora_alpha", self.lora_alpha)
+        check_number("reg_weight", self.reg_weight, 0)
+        check_number("reg_guidance", self.reg_guidance)
+        check_number("drop_prompt", self.drop_prompt, 0, 1)
+        check_target(self.svr_target, self.svr_share)
 
 
 def train_smooth_lora(
@@ -63,11 +72,16 @@ def train_smooth_lora(
 
     The model's UNet receives a PEFT adapter named "smooth" and keeps it; its own weights do not change.
 
+    A checkpoint must agree with the settings but the rate, with the model's digests and with the pictures' identity.
+
     Raises:
-        InputError: settings out of range, or a folder that holds another run.
+        InputError: settings out of range, or a folder that holds a run already, of `resume`, another one.
+        SmoothRTError, KeyboardInterrupt: the run ended early; see `Run.fit`.
     """
     config = config or SmoothLoraConfig()
+    check_steps("steps", steps)
     unet, vae = model.unet, model.vae
+    _check_rank(unet, config)
     torch.manual_seed(config.seed)
     unet.add_adapter(
         LoraConfig(
@@ -137,12 +151,13 @@ def train_smooth_lora(
         numbers = {"base": base.item(), "reg": penalty.item(), "norm": norms.mean().item()}
         return base + config.reg_weight * penalty, numbers
 
+    settings = {name: value for name, value in asdict(config).items() if name != "lr"}
     run = Run(
         output,
         {"unet": unet},
         steps,
         config.lr,
-        asdict(config),
+        {**settings, "model": model.digests, "data": pictures.identity},
         warmup=50,
         ema_decay=0.99,
         save_every=200,
@@ -165,6 +180,17 @@ def train_smooth_lora(
     run.fit(step_fn, {200: write, **(every or {})})
     write(run.step)
     return path
+
+
+def _check_rank(unet: torch.nn.Module, config: SmoothLoraConfig) -> None:
+    """A rank above a layer's width buys nothing, and a slip of the keyboard fills the memory."""
+    sides = [
+        min(module.in_features, module.out_features)
+        for name, module in unet.named_modules()
+        if isinstance(module, torch.nn.Linear) and name.endswith(config.target_modules)
+    ]
+    if sides and config.rank > max(sides):
+        raise InputError(f"rank={config.rank}: give at most {max(sides)}, the width of the model's widest layer")
 
 
 def _goal(latents: Tensor, noise: Tensor, alpha_bar: Tensor, prediction_type: str) -> Tensor:

@@ -30,6 +30,7 @@ Targets (`TARGETS`):
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
@@ -88,6 +89,18 @@ def variation(
     return gradient.flatten(1).norm(dim=1), output
 
 
+def check_target(kind: str, share: float) -> None:
+    """What `Target` would refuse of these two, asked before anything is read.
+
+    Raises:
+        InputError: an unknown kind, or a share that is not a finite number above 0 or not for `anchored`.
+    """
+    if kind not in TARGETS:
+        raise InputError(f"svr_target={kind!r}: unknown; choose from {', '.join(TARGETS)}")
+    if not 0 < share < math.inf or (share != 1 and kind != "anchored"):
+        raise InputError(f"svr_share={share}: a number above 0, for the target anchored alone; leave it out otherwise")
+
+
 class Target:
     """What `n` is compared with; `state` is what a checkpoint must hold ([bins] means and [bins] counts).
 
@@ -97,14 +110,11 @@ class Target:
         share: of the measured means that `anchored` asks for; above 0.
 
     Raises:
-        InputError: an unknown kind, or a share that is not above 0 or is given for another kind than `anchored`.
+        InputError: see `check_target`.
     """
 
     def __init__(self, kind: str, alphas_cumprod: Tensor, bins: int = BINS, share: float = 1.0) -> None:
-        if kind not in TARGETS:
-            raise InputError(f"svr-target={kind!r}: unknown; choose from {', '.join(TARGETS)}")
-        if not share > 0 or (share != 1 and kind != "anchored"):
-            raise InputError(f"svr-share={share}: above 0, and for svr-target=anchored alone; leave it out otherwise")
+        check_target(kind, share)
         self.kind = kind
         self.share = share
         bins = 1 if kind == "scalar" else bins

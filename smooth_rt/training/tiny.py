@@ -16,26 +16,26 @@ rounded differently there, so the weights agree in kind and not in bits.
 
 from __future__ import annotations
 
-import re
-import shutil
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
-from diffusers import AutoencoderKL, UNet2DConditionModel
+from diffusers import AutoencoderKL
 from PIL import Image
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from transformers import CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTokenizer
 
-from smooth_rt.errors import InputError
+from smooth_rt.errors import InputError, SmoothRTError
+from smooth_rt.training.assets import need, write_assets
 from smooth_rt.training.data import EmojiScenes, fetch
+from smooth_rt.training.reasons import reason
 from smooth_rt.training.run import Run, keyed_generator
-from smooth_rt.training.showcase import evaluation_prompts, write_examples
+from smooth_rt.training.settings import check_steps
 from smooth_rt.training.tiny_networks import TinyConfig, new_text_encoder, new_unet, new_vae, pipeline, scheduler
 from smooth_rt.training.tokenizer import train_tokenizer
 
@@ -59,20 +59,44 @@ def train_tiny(
     config: TinyConfig | None = None,
     device: str = "auto",
 ) -> Path:
-    """Train the default model under `output`; pictures are fetched into `data`. Returns the folder of the assets.
+    """Train the default model under `output`; pictures are fetched into `data`.
 
     Args:
         device: "cpu", "cuda", "cuda:1", …; "auto" takes a GPU where there is one.
 
+    Returns:
+        The folder of the assets if that stage is among `stages`, else `output`.
+
     Raises:
-        InputError: an unknown stage, a stage whose predecessor is missing, a folder in use without `resume`, or a
-            device that is not there.
+        InputError: no stage or an unknown one, a stage whose predecessor is missing, steps out of range, a folder in
+            use without `resume`, or a device that is not there.
+        SmoothRTError, KeyboardInterrupt: a run ended early, see `Run.fit`; or something cannot be written.
     """
     unknown = [stage for stage in stages if stage not in STAGES]
-    if unknown:
-        raise InputError(f"stage {unknown[0]!r}: unknown; choose from {', '.join(STAGES)}")
+    if unknown or not stages:
+        what = f"{unknown[0]!r} is unknown" if unknown else "none is named"
+        raise InputError(f"stages: {what}; choose from {', '.join(STAGES)}")
+    check_steps("vae_steps", vae_steps)
+    check_steps("unet_steps", unet_steps)
     config = config or TinyConfig()
     place = training_device(device)
+    try:
+        _train(output, data, stages, (vae_steps, unet_steps), resume, config, place)
+    except (OSError, SafetensorError) as error:
+        where = getattr(error, "filename", None) or output
+        raise SmoothRTError(f"{where}: {reason(error)}; mend that, and run it again with --resume") from error
+    return output / "assets" if "assets" in stages else output
+
+
+def _train(
+    output: Path,
+    data: Path,
+    stages: tuple[str, ...],
+    steps: tuple[int, int],
+    resume: bool,
+    config: TinyConfig,
+    place: torch.device,
+) -> None:
     fetch(data)
     scenes = EmojiScenes(data, config.size, config.seed)
     model = output / "model"
@@ -82,14 +106,13 @@ def train_tiny(
         if stage == "tokenizer":
             train_tokenizer(scenes.all_captions(), config.tokens, model / "tokenizer")
         elif stage == "vae":
-            _train_vae(output, model, scenes, config, vae_steps, resume, place)
+            _train_vae(output, model, scenes, config, steps[0], resume, place)
         elif stage == "latents":
             _cache_latents(output, model, scenes, config, place)
         elif stage == "unet":
-            _train_unet(output, model, scenes, config, unet_steps, resume, place)
+            _train_unet(output, model, scenes, config, steps[1], resume, place)
         else:
-            _write_assets(output, model, scenes)
-    return output / "assets"
+            write_assets(output, model, scenes)
 
 
 def training_device(name: str) -> torch.device:
@@ -118,12 +141,6 @@ def _attention(device: torch.device) -> AbstractContextManager[None]:
     return context
 
 
-def _need(path: Path, stage: str) -> Path:
-    if not path.exists():
-        raise InputError(f"{path}: missing; run the stage {stage!r} first")
-    return path
-
-
 def _pictures(scenes: EmojiScenes, stream: str, first: int, count: int) -> Tensor:
     """[count, 3, H, W] in -1..1, channels last."""
     images = np.stack([scenes.draw(stream, first + i).image for i in range(count)])
@@ -146,7 +163,10 @@ def _train_vae(
 ) -> None:
     torch.manual_seed(config.seed)
     vae = new_vae(config).to(device)
-    run = Run(out / "vae", {"vae": vae}, steps, config.vae_lr, asdict(config), weight_decay=0.0, resume=resume)
+    run = Run(
+        out / "vae", {"vae": vae}, steps, config.vae_lr, config.identity,
+        weight_decay=0.0, resume=resume, rate_option="--vae-lr",
+    )  # fmt: skip
 
     def step_fn(step: int) -> tuple[Tensor, dict[str, float]]:
         images = _pictures(scenes, "vae", step * config.vae_batch, config.vae_batch)
@@ -181,7 +201,7 @@ def _train_vae(
 def _cache_latents(out: Path, model: Path, scenes: EmojiScenes, config: TinyConfig, device: torch.device) -> None:
     if (out / "latents.safetensors").exists():
         return
-    vae = AutoencoderKL.from_pretrained(_need(model / "vae", "vae")).to(device, memory_format=torch.channels_last)
+    vae = AutoencoderKL.from_pretrained(need(model / "vae", "vae")).to(device, memory_format=torch.channels_last)
     captions = {caption: i for i, caption in enumerate(scenes.all_captions())}
     means, deviations, ids = [], [], []
     for first in range(0, config.pictures, 64):
@@ -201,15 +221,16 @@ def _cache_latents(out: Path, model: Path, scenes: EmojiScenes, config: TinyConf
 def _train_unet(
     out: Path, model: Path, scenes: EmojiScenes, config: TinyConfig, steps: int, resume: bool, device: torch.device
 ) -> None:
-    tokenizer = CLIPTokenizer.from_pretrained(_need(model / "tokenizer", "tokenizer"))
-    cache = load_file(_need(out / "latents.safetensors", "latents"))
+    tokenizer = CLIPTokenizer.from_pretrained(need(model / "tokenizer", "tokenizer"))
+    cache = load_file(need(out / "latents.safetensors", "latents"))
     vae = AutoencoderKL.from_pretrained(model / "vae").to(device)
     torch.manual_seed(config.seed)
     unet, text_encoder = new_unet(config).to(device), new_text_encoder(config, tokenizer).to(device)
     modules = {"unet": unet, "text_encoder": text_encoder}
     run = Run(
-        out / "unet", modules, steps, config.unet_lr, asdict(config), ema_decay=0.9995, save_every=1000, resume=resume
-    )
+        out / "unet", modules, steps, config.unet_lr, config.identity,
+        ema_decay=0.9995, save_every=1000, resume=resume, rate_option="--unet-lr",
+    )  # fmt: skip
 
     ddim = scheduler()
     empty = len(scenes.all_captions())
@@ -247,30 +268,3 @@ def _train_unet(
     with run.averaged():
         unet.save_pretrained(model / "unet")
         text_encoder.save_pretrained(model / "text_encoder")
-
-
-def _write_assets(out: Path, model: Path, scenes: EmojiScenes) -> None:
-    for name, stage in (("vae", "vae"), ("unet", "unet"), ("text_encoder", "unet"), ("tokenizer", "tokenizer")):
-        _need(model / name, stage)
-    pipe = pipeline(
-        AutoencoderKL.from_pretrained(model / "vae"),
-        UNet2DConditionModel.from_pretrained(model / "unet"),
-        CLIPTextModel.from_pretrained(model / "text_encoder"),
-        CLIPTokenizer.from_pretrained(model / "tokenizer"),
-    )
-    partial = out / "assets.partial"
-    shutil.rmtree(partial, ignore_errors=True)
-    pipe.to(torch.float16).save_pretrained(partial / "model", safe_serialization=True)
-    # transformers loads a text encoder in the type its configuration names, diffusers loads the rest in float32: with
-    # float16 there, StableDiffusionPipeline.from_pretrained(folder) would mix the two and fail.
-    text_config = partial / "model" / "text_encoder" / "config.json"
-    text_config.write_text(text_config.read_text().replace('"dtype": "float16"', '"dtype": "float32"'))
-    # diffusers notes where it loaded a network from; that folder means nothing to anyone else.
-    for path in (partial / "model").glob("*/config.json"):
-        path.write_text(re.sub(r'\n *"_name_or_path": .*', "", path.read_text()))
-    for name in ("vocab.json", "merges.txt"):
-        shutil.copy(model / "tokenizer" / name, partial / "model" / "tokenizer" / name)
-    write_examples(scenes, partial / "examples")
-    (partial / "prompts.txt").write_text("\n".join(evaluation_prompts(scenes)) + "\n", encoding="utf-8")
-    shutil.rmtree(out / "assets", ignore_errors=True)
-    partial.rename(out / "assets")

@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from smooth_rt.training.settings import check_count, check_number, check_rate, check_seed, check_steps
 
 __all__ = ["TinyConfig", "new_text_encoder", "new_unet", "new_vae", "pipeline", "scheduler"]
 
 
 @dataclass(frozen=True)
 class TinyConfig:
-    """What decides the weights. Sizes in pixels; rates per step; the defaults made the shipped model."""
+    """What decides the weights. Sizes in pixels; rates per step; the defaults made the shipped model.
+
+    Raises:
+        InputError: a seed, a batch, a number of pictures or a rate is out of range.
+    """
 
     seed: int = 0
     size: int = 64
@@ -27,6 +34,20 @@ class TinyConfig:
     unet_channels: tuple[int, ...] = (64, 128, 192)
     unet_batch: int = 32
     unet_lr: float = 8e-4
+
+    def __post_init__(self) -> None:
+        check_seed(self.seed)
+        check_count("vae_batch", self.vae_batch)
+        check_count("unet_batch", self.unet_batch)
+        check_steps("pictures", self.pictures)
+        check_rate("vae_lr", self.vae_lr)
+        check_rate("unet_lr", self.unet_lr)
+        check_number("kl", self.kl, 0)
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What a checkpoint of the run must agree with: all but the rates, which a resumed run may change."""
+        return {name: value for name, value in asdict(self).items() if name not in ("vae_lr", "unet_lr")}
 
 
 def new_vae(config: TinyConfig) -> AutoencoderKL:

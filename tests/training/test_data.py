@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,8 +15,14 @@ from PIL import Image
 
 from smooth_rt.errors import InputError
 from smooth_rt.training.captioned import CaptionedFolder, open_pictures
-from smooth_rt.training.data import BACKGROUNDS, COLOUR_JITTER, COLOURS, EmojiScenes, is_held_out
+from smooth_rt.training.data import BACKGROUNDS, COLOUR_JITTER, COLOURS, EmojiScenes, fetch, is_held_out
 from smooth_rt.training.showcase import evaluation_prompts, write_examples
+
+# A PNG that says that it is 50,000 pixels a side, and holds none.
+CHUNKS = (b"IHDR" + struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0), b"IDAT", b"IEND")
+LARGE_PNG = b"\x89PNG\r\n\x1a\n" + b"".join(
+    struct.pack(">I", len(chunk) - 4) + chunk + struct.pack(">I", zlib.crc32(chunk)) for chunk in CHUNKS
+)
 
 
 @pytest.fixture(scope="module")
@@ -81,10 +91,81 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
         CaptionedFolder(tmp_path, 16)
     with pytest.raises(InputError, match="no such folder"):
         open_pictures(tmp_path / "none", 16)
-    (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png"}\n')
-    with pytest.raises(InputError, match=r"metadata\.jsonl:1: needs file_name and text"):
-        CaptionedFolder(tmp_path, 16)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "x"}\n')
+    with pytest.raises(InputError, match=r"1\.png: No such file"):
+        CaptionedFolder(tmp_path, 16)
     (tmp_path / "1.png").write_bytes(b"not an image")
-    with pytest.raises(InputError, match=r"1\.png: not a readable image"):
+    with pytest.raises(InputError, match=r"1\.png: not an image that can be read"):
         CaptionedFolder(tmp_path, 16).draw("train", 0)
+    (tmp_path / "1.png").write_bytes(LARGE_PNG)
+    with pytest.raises(InputError, match=r"1\.png: .*too large"):
+        CaptionedFolder(tmp_path, 16).draw("train", 0)
+    (tmp_path / "metadata.jsonl").unlink()
+    (tmp_path / "metadata.jsonl").mkdir()
+    with pytest.raises(InputError, match=r"metadata\.jsonl: Is a directory"):
+        CaptionedFolder(tmp_path, 16)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b'{"file_name": "1.png"}', b"[1]", b"{", b'{"file_name": "1.png", "text": null}', b"[" * 100_000,
+        b'{"file_name": "1.png", "text": "\\ud800"}', b'{"file_name": 1, "text": "x"}',
+    ],
+)  # fmt: skip
+def test_a_line_without_a_caption_is_named(tmp_path: Path, line: bytes) -> None:
+    (tmp_path / "1.png").touch()
+    (tmp_path / "metadata.jsonl").write_bytes(b'{"file_name": "1.png", "text": "x"}\n\n' + line)
+    with pytest.raises(InputError, match=r"metadata\.jsonl:3: needs file_name and text"):
+        CaptionedFolder(tmp_path, 16)
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "1.txt"])
+def test_captions_that_are_not_utf8_are_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / "1.png").touch()
+    (tmp_path / name).write_bytes("a cafe\u0301 or café".encode("latin-1", "ignore"))
+    with pytest.raises(InputError, match=rf"{name}: byte \d+ is not UTF-8"):
+        CaptionedFolder(tmp_path, 16)
+
+
+def test_the_identity_follows_captions_names_and_sizes(tmp_path: Path) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    (folder / "1.png").write_bytes(b"1234")
+    (folder / "1.txt").write_text("a dog")
+    seen = [CaptionedFolder(folder, 16).identity]
+    moved = folder.rename(tmp_path / "moved")
+    assert CaptionedFolder(moved, 16, seed=3).identity == seen[0]
+    (moved / "1.txt").write_text("a cat")
+    seen.append(CaptionedFolder(moved, 16).identity)
+    (moved / "1.png").write_bytes(b"12345")
+    seen.append(CaptionedFolder(moved, 16).identity)
+    seen.append(CaptionedFolder(moved, 32).identity)
+    assert len(set(seen)) == 4
+
+
+def test_emoji_that_are_not_as_fetched_are_named(emoji: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "emoji"
+    shutil.copytree(emoji, folder)
+    assert EmojiScenes(folder, 16).identity == EmojiScenes(emoji, 16).identity
+    picture = min((folder / "fluent" / "package" / "assets").iterdir())
+    picture.write_bytes(picture.read_bytes()[:20])
+    with pytest.raises(InputError, match=rf"{picture.name} cannot be read.*fetch"):
+        open_pictures(folder, 16)
+    picture.unlink()
+    with pytest.raises(InputError, match=r"has no picture.*fetch"):
+        open_pictures(folder, 16)
+    (folder / "names" / "package" / "emoji.json").unlink()
+    with pytest.raises(InputError, match=r"emoji\.json cannot be read: No such file.*fetch"):
+        open_pictures(folder, 16)
+
+
+def test_a_download_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    npm = tmp_path / "bin" / "npm"
+    npm.parent.mkdir()
+    npm.write_text('#!/bin/sh\nfor last; do :; done; echo half > "$last/a.tgz"; exit 7\n')
+    npm.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{npm.parent}:{os.environ['PATH']}")
+    with pytest.raises(InputError, match="`npm pack` failed: exit code 7"):
+        fetch(tmp_path / "data")
+    assert list((tmp_path / "data").iterdir()) == []

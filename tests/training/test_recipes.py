@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
-from smooth_rt.errors import InputError
+from smooth_rt import cli
+from smooth_rt.errors import InputError, SmoothRTError
 from smooth_rt.lora import fuse, read_lora
 from smooth_rt.model import load_model
 from smooth_rt.training.data import EmojiScenes
@@ -51,8 +55,10 @@ def test_tiny_leaves_a_model_that_diffusers_samples(tmp_path: Path, emoji: Path)
 def test_stages_say_what_they_need(tmp_path: Path, emoji: Path) -> None:
     with pytest.raises(InputError, match="run the stage 'vae' first"):
         train_tiny(tmp_path, emoji, stages=("latents",), config=CONFIG)
-    with pytest.raises(InputError, match=r"stage 'both': unknown; choose from tokenizer"):
+    with pytest.raises(InputError, match=r"stages: 'both' is unknown; choose from tokenizer"):
         train_tiny(tmp_path, emoji, stages=("both",), config=CONFIG)
+    assert train_tiny(tmp_path, emoji, stages=("tokenizer",), config=CONFIG) == tmp_path
+    assert (tmp_path / "model" / "tokenizer").is_dir()
 
 
 def test_a_device_that_is_not_there_is_named(tmp_path: Path, emoji: Path) -> None:
@@ -73,7 +79,7 @@ def test_smooth_lora_trains_resumes_and_fuses(tmp_path: Path, emoji: Path, tiny_
         if step == 2:
             raise KeyboardInterrupt
 
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.raises(KeyboardInterrupt, match="interrupted; state saved at step 2; add --resume to go on"):
         train_smooth_lora(load_model(tiny_model), scenes, tmp_path / "two", 4, config=config, every={1: stop})
     resumed = train_smooth_lora(load_model(tiny_model), scenes, tmp_path / "two", 4, resume=True, config=config)
     one, other = load_file(whole), load_file(resumed)
@@ -91,8 +97,94 @@ def test_smooth_lora_trains_resumes_and_fuses(tmp_path: Path, emoji: Path, tiny_
     assert all(".attn" in name for name in changed)
 
 
-def test_settings_out_of_range_are_named() -> None:
-    with pytest.raises(InputError, match="rank=0"):
-        SmoothLoraConfig(rank=0)
-    with pytest.raises(InputError, match=r"reg-weight=-1"):
-        SmoothLoraConfig(reg_weight=-1)
+def test_a_lora_goes_on_with_its_own_model_and_data_alone(tmp_path: Path, emoji: Path, tiny_model: Path) -> None:
+    config, scenes = SmoothLoraConfig(batch_size=1), EmojiScenes(emoji, 16)
+    train_smooth_lora(load_model(tiny_model), scenes, tmp_path, 1, config=config)
+    other = load_model(tiny_model)
+    other.digests = {**other.digests, "unet": "0" * 64}
+    with pytest.raises(InputError, match="made with another model;"):
+        train_smooth_lora(other, scenes, tmp_path, 2, resume=True, config=config)
+    with pytest.raises(InputError, match="made with another data;"):
+        train_smooth_lora(load_model(tiny_model), EmojiScenes(emoji, 24), tmp_path, 2, resume=True, config=config)
+    # The rate may change, as is advised where the loss is not finite.
+    slower = SmoothLoraConfig(batch_size=1, lr=1e-5)
+    train_smooth_lora(load_model(tiny_model), scenes, tmp_path, 2, resume=True, config=slower)
+    assert (tmp_path / "checkpoint-00000002.safetensors").exists()
+
+
+def test_a_checkpoint_that_holds_the_rates_still_resumes(tmp_path: Path, emoji: Path) -> None:
+    stages = ("tokenizer", "vae")
+    train_tiny(tmp_path, emoji, stages, vae_steps=1, config=CONFIG)
+    path = tmp_path / "vae" / "checkpoint-00000001.safetensors"
+    save_file(load_file(path), path, {"step": "1", "settings": json.dumps(asdict(CONFIG))})
+    train_tiny(tmp_path, emoji, stages, vae_steps=2, resume=True, config=CONFIG)
+    assert path.with_name("checkpoint-00000002.safetensors").exists()
+    with pytest.raises(InputError, match="made with another vae_batch;"):
+        train_tiny(tmp_path, emoji, stages, vae_steps=3, resume=True, config=replace(CONFIG, vae_batch=3))
+
+
+def test_an_interrupted_calibration_leaves_nothing(
+    tmp_path: Path, emoji: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EmojiScenes, "draw", interrupted)
+    config = SmoothLoraConfig(batch_size=1, svr_target="anchored")
+    with pytest.raises(KeyboardInterrupt):
+        train_smooth_lora(load_model(tiny_model), EmojiScenes(emoji, 16), tmp_path / "run", 4, config=config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_in_a_stage_is_named(tmp_path: Path, emoji: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(28, "No space left on device", "vocab.json")
+
+    monkeypatch.setattr("smooth_rt.training.tiny.train_tokenizer", refuse)
+    with pytest.raises(SmoothRTError, match=r"^vocab\.json: No space left on device; .*--resume"):
+        train_tiny(tmp_path, emoji, config=CONFIG)
+
+
+def test_a_rank_above_every_width_is_named(tmp_path: Path, emoji: Path, tiny_model: Path) -> None:
+    config = SmoothLoraConfig(rank=33)
+    with pytest.raises(InputError, match="rank=33: give at most 32"):
+        train_smooth_lora(load_model(tiny_model), EmojiScenes(emoji, 16), tmp_path / "run", 4, config=config)
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        (["smooth-lora", "--rank", "0"], "--rank=0"),
+        (["smooth-lora", "--rank", "100000000"], "--rank=100000000"),
+        (["smooth-lora", "--batch-size", "1000000000"], "--batch-size="),
+        (["smooth-lora", "--lr", "nan"], "--lr=nan"),
+        (["smooth-lora", "--lr", "inf"], "--lr=inf"),
+        (["smooth-lora", "--lr", "1e30"], "--lr=1e+30"),
+        (["smooth-lora", "--reg-weight", "nan"], "--reg-weight=nan"),
+        (["smooth-lora", "--reg-weight", "-1"], "--reg-weight=-1"),
+        (["smooth-lora", "--reg-guidance", "inf"], "--reg-guidance=inf"),
+        (["smooth-lora", "--svr-target", "none"], "--svr-target='none'"),
+        (["smooth-lora", "--svr-target", "anchored", "--svr-share", "inf"], "--svr-share=inf"),
+        (["smooth-lora", "--drop-prompt", "5"], "--drop-prompt=5"),
+        (["smooth-lora", "--seed", "-1"], "--seed=-1"),
+        (["smooth-lora", "--seed", str(2**70)], f"--seed={2**70}"),
+        (["smooth-lora", "--steps", "0"], "--steps=0"),
+        (["tiny", "--seed", "-1"], "--seed=-1"),
+        (["tiny", "--vae-steps", "0"], "--vae-steps=0"),
+        (["tiny", "--unet-steps", "0"], "--unet-steps=0"),
+        (["tiny", "--unet-lr", "nan"], "--unet-lr=nan"),
+        (["tiny", "--stages", ","], "stages: none is named"),
+    ],
+)
+def test_settings_out_of_range_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, options: list[str], named: str
+) -> None:
+    def work(*_: Any, **__: Any) -> None:
+        raise AssertionError("began to work")
+
+    monkeypatch.setattr("smooth_rt.training.tiny.fetch", work)
+    monkeypatch.setattr("smooth_rt.model.load_model", work)
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["train", *options, "--output", "run", "--data", "data"]) == 2
+    assert capsys.readouterr().err.startswith(f"error: {named}")
+    assert list(tmp_path.iterdir()) == []

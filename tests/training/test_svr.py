@@ -131,10 +131,13 @@ def test_a_share_of_the_anchor_moves_the_least_penalty() -> None:
     target.update(torch.tensor([4.0]), timesteps)
     assert target.penalty(torch.tensor([2.0]), timesteps).item() == 0.0
     assert target.penalty(torch.tensor([4.0]), timesteps).item() == 1.0
-    with pytest.raises(InputError, match=r"svr-share=0\.5: .*anchored alone"):
+    with pytest.raises(InputError, match=r"svr_share=0\.5: .*anchored alone"):
         Target("scalar", torch.linspace(0.9, 0.1, 10), share=0.5)
+    for share in (float("nan"), float("inf"), 0.0):
+        with pytest.raises(InputError, match="svr_share="):
+            Target("anchored", torch.linspace(0.9, 0.1, 10), share=share)
 
 
 def test_an_unknown_target_names_the_choices() -> None:
-    with pytest.raises(InputError, match=r"svr-target='none'.*scalar, per-timestep"):
+    with pytest.raises(InputError, match=r"svr_target='none'.*scalar, per-timestep"):
         Target("none", torch.linspace(0.9, 0.1, 10))

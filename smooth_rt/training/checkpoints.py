@@ -1,0 +1,127 @@
+"""The checkpoints of a run: safetensors files of one folder, each whole or absent, the newest two kept.
+
+A checkpoint's metadata hold its `step` and the run's `settings` as JSON.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from smooth_rt.errors import InputError, ModelError, SmoothRTError
+from smooth_rt.training.reasons import reason
+from smooth_rt.training.settings import differences
+
+__all__ = ["Checkpoints", "NotFiniteError", "StateError"]
+
+KEPT = 2
+PREFIX = "checkpoint-"
+
+
+class StateError(SmoothRTError):
+    """The state cannot be written, or must not be."""
+
+
+class NotFiniteError(StateError):
+    """A loss, a gradient or a weight is NaN or infinite: the state leads nowhere."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """The checkpoints under `folder`, which is made with the first of them."""
+
+    folder: Path
+
+    def paths(self) -> list[Path]:
+        """Oldest first."""
+        found = self.folder.glob(f"{PREFIX}*.safetensors")
+        return sorted(path for path in found if path.stem.removeprefix(PREFIX).isdecimal())
+
+    @staticmethod
+    def step(path: Path) -> int:
+        """How many steps were done when it was written."""
+        return int(path.stem.removeprefix(PREFIX))
+
+    def write(self, step: int, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Write the state after `step` steps, and remove all but the newest two.
+
+        Raises:
+            NotFiniteError: a tensor holds NaN or an infinite value; nothing is written over a state that was good.
+            StateError: the file cannot be written.
+        """
+        if bad := _not_finite(tensors):
+            raise NotFiniteError(f"step {step}: {bad} is not finite")
+        target = self.folder / f"{PREFIX}{step:08d}.safetensors"
+        partial = target.with_suffix(".partial")
+        contiguous = {key: value.contiguous() for key, value in tensors.items()}
+        try:
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+                save_file(contiguous, partial, {"step": str(step), "settings": json.dumps(settings)})
+                partial.replace(target)
+            finally:
+                # Whatever stopped it, and what a run that was killed may have left.
+                for left in self.folder.glob(f"{PREFIX}*.partial"):
+                    left.unlink(missing_ok=True)
+            for old in self.paths()[:-KEPT]:
+                old.unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:
+            raise StateError(f"{target}: cannot be written ({reason(error)}); make room") from error
+
+    def read(
+        self,
+        path: Path,
+        settings: Mapping[str, Any],
+        shapes: Mapping[str, torch.Size],
+        together: Iterable[Mapping[str, torch.Size]] = (),
+    ) -> dict[str, Tensor]:
+        """The tensors of a checkpoint: those of `shapes`, and of each of `together` all or none.
+
+        Raises:
+            InputError: it was made with other settings (see `settings.differences`).
+            ModelError: it is not a whole checkpoint.
+        """
+        try:
+            with safe_open(path, "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (not a dict)
+            found = json.loads(metadata["settings"])
+            if not isinstance(found, dict) or int(metadata["step"]) != self.step(path):
+                raise ValueError("its metadata are not those of a run")
+        except (OSError, SafetensorError, ValueError, RecursionError) as error:
+            raise self._damaged(path, reason(error)) from error
+        except KeyError as error:
+            raise self._damaged(path, f"no {error.args[0]} in its metadata") from error
+        if changed := differences(settings, found):
+            names = ", ".join(changed)
+            raise InputError(f"{path}: made with another {names}; give the same, or name another --output")
+        wanted = dict(shapes)
+        for group in together:
+            if any(key in tensors for key in group):
+                wanted.update(group)
+        for key, shape in wanted.items():
+            if key not in tensors:
+                raise self._damaged(path, f"{key} is missing")
+            if tensors[key].shape != shape:
+                raise self._damaged(path, f"{key} is {list(tensors[key].shape)} and should be {list(shape)}")
+        if bad := _not_finite(tensors):
+            raise self._damaged(path, f"{bad} is not finite")
+        return tensors
+
+    def _damaged(self, path: Path, why: str) -> ModelError:
+        earlier = any(self.step(other) < self.step(path) for other in self.paths())
+        then = "to go on from the one before" if earlier else "to begin anew: there is none before it"
+        return ModelError(f"{path}: not a whole checkpoint ({why}); delete it {then}")
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of a tensor that holds NaN or an infinite value."""
+    return next((key for key, value in tensors.items() if not bool(torch.isfinite(value).all())), None)
