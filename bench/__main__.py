@@ -11,33 +11,32 @@ from rich.console import Console
 from rich.markup import escape
 
 from bench.options import Options, parse
-from smooth_rt.errors import SmoothRTError
 
-__all__ = ["main"]
+__all__ = ["main", "run"]
 
 PIPE_WIDTH = 110
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run one benchmark and return the exit code: 0 done, 2 something the user can act on (one line on stderr), 130
-    interrupted.
+    """Run one benchmark and return the exit code, which is that of `smooth-rt bench` (see `smooth_rt.cli`).
 
     Args:
         argv: the arguments without the program; None: those of this process.
     """
-    arguments = sys.argv[1:] if argv is None else list(argv)
-    try:
-        options = parse(arguments)
-        if options is not None:
-            _run(options)
-    except KeyboardInterrupt:
-        return 130
-    except SmoothRTError as error:
-        if "--debug" in arguments:
-            raise
-        print(f"error: {' '.join(str(error).split())}", file=sys.stderr)
-        return 2
-    return 0
+    from smooth_rt.cli import main as smooth_rt
+
+    return smooth_rt(["bench", *(sys.argv[1:] if argv is None else argv)])
+
+
+def run(arguments: list[str]) -> None:
+    """Run one benchmark, print its report and write it.
+
+    Raises:
+        SmoothRTError: an option is wrong, or the model, the LoRA or an engine does not work.
+    """
+    options = parse(arguments)
+    if options is not None:
+        _run(options)
 
 
 def _run(options: Options) -> None:
@@ -45,6 +44,7 @@ def _run(options: Options) -> None:
     from bench.environment import busy, environment, uneven
     from bench.measure import measure
     from bench.report import print_report, write_report
+    from smooth_rt.commands.show import json_text
     from smooth_rt.writers import check_output
 
     check_output(options.output)
@@ -58,7 +58,7 @@ def _run(options: Options) -> None:
         report = measure(options, here, started, start, lambda words: status.update(escape(words)))
     paths = write_report(report, options.output)
     if options.json:
-        print(report.model_dump_json(indent=2))
+        print(json_text(report.model_dump(mode="json"), indent=2))
         return
     # A pipe has no width of its own; rich would take 80 and fold the figures.
     print_report(report, Console() if sys.stdout.isatty() else Console(width=PIPE_WIDTH))
@@ -67,7 +67,4 @@ def _run(options: Options) -> None:
 
 
 if __name__ == "__main__":
-    code = main()
-    if code == 130:
-        print("interrupted; nothing half-written is left; run the same command again", file=sys.stderr)
-    sys.exit(code)
+    sys.exit(main())

@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from smooth_rt.checkpoint import quiet
 from smooth_rt.errors import EngineError
 from smooth_rt.model import Model
 
@@ -17,7 +18,8 @@ __all__ = ["diffusers_images", "diffusers_pipeline", "worst_psnr"]
 def diffusers_pipeline(model: Model) -> Any:
     """diffusers' pipeline with DDIM on `model`'s modules; a LoRA that is fused into them is fused here too, which is
     the faster of diffusers' two ways."""
-    from diffusers import DDIMScheduler, StableDiffusionPipeline
+    with quiet():  # what importing it says of torchvision concerns other models
+        from diffusers import DDIMScheduler, StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline(
         vae=model.vae,

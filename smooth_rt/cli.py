@@ -1,157 +1,186 @@
-"""`smooth-rt`: parses, calls, prints; no logic of its own.
+"""`smooth-rt`: calls, prints, and answers whatever happens in one line; no logic of its own.
 
-Exit codes: 0 done; 1 a fault of the program; 2 something that the user can act on, in one line; 130 interrupted.
+Exit codes: 0 done; 1 a fault of the program; 2 something that the user can act on, in one line; 130, 143 and 129 after
+Ctrl-C, SIGTERM and SIGHUP, once all has been cleaned up; 141 where the reader of stdout has gone (`| head`), without a
+word, as for any tool that SIGPIPE ends.
+
+The commands are imported by `main`, so that it can answer an interruption of that, too.
 """
 
 from __future__ import annotations
 
 import errno
+import io
 import logging
+import os
 import re
+import signal
 import sys
+import threading
 import traceback
-from collections.abc import Callable, Sequence
-from contextlib import redirect_stdout
-from pathlib import Path
-from typing import Annotated, Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, redirect_stdout, suppress
+from typing import Any, TextIO
 
-import typer
-
-from smooth_rt.commands import demo, evaluate, models, tasks, train
-from smooth_rt.commands.checked import CheckedCommand
-from smooth_rt.commands.options import flattened
-from smooth_rt.commands.show import show
 from smooth_rt.errors import SmoothRTError
 
-__all__ = ["app", "main"]
+__all__ = ["main"]
 
-# typer has carried click itself and a copy of it; in both, its usage errors are reached through this public subclass.
-UsageError: Any = typer.BadParameter.__base__
-INTERRUPTED = 130
-
-app = typer.Typer(
-    name="smooth-rt",
-    help="Interpolation, inversion and editing in a smooth latent space, on real engines.",
-    add_completion=False,
-)
-
-
-def _group(name: str, text: str, commands: Sequence[tuple[str, Callable[..., Any]]]) -> None:
-    group = typer.Typer(help=text)
-    for command, function in commands:
-        group.command(command, cls=CheckedCommand)(flattened(function))
-    app.add_typer(group, name=name)
-
-
-app.command("demo", cls=CheckedCommand)(flattened(demo.demo))
-app.command("generate", cls=CheckedCommand)(flattened(tasks.generate))
-app.command("interpolate", cls=CheckedCommand)(flattened(tasks.interpolate))
-app.command("invert", cls=CheckedCommand)(flattened(tasks.invert))
-app.command("edit", cls=CheckedCommand)(flattened(tasks.edit))
-app.command("fuse", cls=CheckedCommand)(flattened(models.fuse))
-app.command("build-engine", cls=CheckedCommand)(flattened(models.build_engine))
-_group(
-    "engines",
-    "Bundles of built engines: list, inspect, verify, prune.",
-    [
-        ("list", models.list_engines),
-        ("inspect", models.inspect_engines),
-        ("verify", models.verify_engines),
-        ("prune", models.prune_engines),
-    ],
-)
-_group(
-    "train", "Train the default model, or a Smooth-LoRA.", [("tiny", train.tiny), ("smooth-lora", train.smooth_lora)]
-)
-_group(
-    "evaluate",
-    "Measure smoothness and inversion, with and without the LoRA.",
-    [("istd", evaluate.istd), ("inversion", evaluate.inversion)],
-)
-
-
-@app.command(
-    "bench", context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []}
-)
-def bench(context: typer.Context) -> Any:
-    """The same as `python -m bench`: takes its options, for which see `smooth-rt bench --help`."""
-    for package in ("bench", "export"):
-        _check_ours(package)
-    from bench.__main__ import main as run_bench
-
-    return run_bench(list(context.args))
-
-
-def _check_ours(package: str) -> None:
-    """Another distribution may own a top-level package of this name, and overwrite or hide ours."""
-    from importlib.util import find_spec
-
-    here = Path(__file__).resolve().parent.parent
-    spec = find_spec(package)
-    found = Path(spec.origin).resolve().parent if spec is not None and spec.origin else None
-    if found != here / package:
-        what = f"is {found}, another project's" if found else "is missing"
-        raise SmoothRTError(f"{package}: {what}; install smooth-rt again, in an environment of its own")
-
-
-@app.callback(invoke_without_command=True)
-def _root(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and leave.", is_eager=True)] = False,
-) -> Any:
-    if version:
-        from smooth_rt import __version__
-
-        print(__version__)
-    elif context.invoked_subcommand is None:
-        print(context.get_help())
+SIGNALLED = 128  # added to the number of the signal that ended a run
+SIGPIPE = 13  # which Windows does not name
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code (see the module's docstring). `argv` leaves out the program."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
+    received: list[int] = []
+    try:
+        with _stoppable(received):
+            return _carry_out(arguments)
+    except KeyboardInterrupt as interruption:
+        number = received[0] if received else signal.SIGINT
+        by = f" by {signal.Signals(number).name}" if received else ""
+        # What was interrupted may know better what is left, and how to go on.
+        said = " ".join(str(interruption).split())
+        _say(said or f"interrupted{by}; nothing half-written is left; run the same command again")
+        return SIGNALLED + number
+    except _StdoutError as refusal:
+        if isinstance(refusal.error, BrokenPipeError):
+            return SIGNALLED + SIGPIPE
+        _say(f"error: stdout: the result cannot be printed ({refusal.error.strerror}); send it elsewhere")
+        return 2
+    except Exception as error:
+        code = _answer(error, arguments)
+        return SIGNALLED + received[0] if received else code
+
+
+class _StdoutError(Exception):
+    """Stdout takes nothing more. No OSError, which a library might take for a fault of its own."""
+
+    def __init__(self, error: OSError) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+class _Stdout:
+    """Stdout whose errors can be told from those of any other file."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        with self._checked():
+            return self._stream.write(text)
+
+    def flush(self) -> None:
+        with self._checked():
+            self._stream.flush()
+
+    @contextmanager
+    def _checked(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            # Python would try once more on its way out, and print a traceback.
+            with suppress(OSError):
+                os.dup2(os.open(os.devnull, os.O_WRONLY), self._stream.fileno())
+            raise _StdoutError(error) from error
+
+
+@contextmanager
+def _stoppable(received: list[int]) -> Iterator[None]:
+    """SIGTERM and SIGHUP interrupt as Ctrl-C does, so that all that cleans up after it does so after them.
+
+    Args:
+        received: takes the signal's number.
+    """
+    former: dict[int, Any] = {}
+
+    def stop(number: int, _: Any) -> None:
+        for one in former:  # it is being answered; `timeout` and systemd send more than one
+            signal.signal(one, signal.SIG_IGN)
+        received.append(number)
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        for name in ("SIGTERM", "SIGHUP"):
+            number = getattr(signal, name, None)
+            # Under nohup SIGHUP is ignored, and shall be.
+            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+                former[number] = signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number, handler in former.items():
+            signal.signal(number, handler)
+
+
+def _carry_out(arguments: Sequence[str]) -> int:
+    """Call the command and print its result."""
+    for stream in (sys.stdout, sys.stderr):
+        # Paths and prompts may hold what the terminal's encoding does not.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     # The benchmark prints its own JSON.
     as_json = "--json" in arguments and arguments[0] != "bench"
     logging.basicConfig(format="%(message)s", stream=sys.stderr, level=logging.WARNING)
     logging.getLogger("smooth_rt").setLevel(logging.INFO)
-    try:
-        # Libraries print what they like; with --json stdout holds the result alone.
-        with redirect_stdout(sys.stderr if as_json else sys.stdout):
-            result = app(args=arguments, prog_name="smooth-rt", standalone_mode=False)
-    except KeyboardInterrupt:
-        result = INTERRUPTED
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        # The program's own file names are short: such a path was typed.
-        if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-            error = SmoothRTError(f"{str(error.filename)[:60]}...: {error.strerror}; give a shorter path")
-        print(_line(error, arguments), file=sys.stderr)
-        return 2 if isinstance(error, (SmoothRTError, UsageError)) else 1
-    # typer turns an interrupt, too, into the exit code that it returns here.
-    if result == INTERRUPTED:
-        print("interrupted; nothing half-written is left; run the same command again", file=sys.stderr)
-    if isinstance(result, int):
-        return result
-    if result is not None:
-        show(result, as_json)
-    return 0
+    from smooth_rt.commands.app import call
+    from smooth_rt.commands.show import show
+
+    stdout: Any = None if sys.stdout is None else _Stdout(sys.stdout)
+    with redirect_stdout(stdout):
+        try:
+            # Libraries print what they like; with --json stdout holds the result alone.
+            with redirect_stdout(sys.stderr if as_json else stdout):
+                result = call(arguments)
+            if isinstance(result, Mapping):
+                show(result, as_json)
+        finally:
+            if stdout is not None:
+                stdout.flush()  # a full disk may show only here
+    return result if isinstance(result, int) else 0
 
 
-def _line(error: Exception, arguments: Sequence[str]) -> str:
-    """One line for any error, whatever its message holds. A parameter at its start is named as the option typed."""
+def _answer(error: Exception, arguments: Sequence[str]) -> int:
+    """The exit code for an error, which is said in one line."""
+    if "--debug" in arguments:
+        with suppress(OSError):
+            traceback.print_exception(error)
+    # The program's own file names are short: such a path was typed.
+    if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
+        error = SmoothRTError(f"{str(error.filename)[:60]}...: {error.strerror}; give a shorter path")
+    line, code = _line(error, arguments)
+    _say(line)
+    return code
+
+
+def _say(line: str) -> None:
+    # After SIGHUP the terminal may be gone; and print takes None for stdout.
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(line, file=sys.stderr, flush=True)
+
+
+def _line(error: Exception, arguments: Sequence[str]) -> tuple[str, int]:
+    """One line for any error, whatever its message holds, and the exit code. A parameter at the line's start is named
+    as the option typed."""
+    from smooth_rt.commands.app import UsageError
+
     if isinstance(error, UsageError):
         where = f"; see `{error.ctx.command_path} --help`" if error.ctx is not None else ""
-        return f"error: {' '.join(error.format_message().split()).rstrip('.')}{where}"
+        return f"error: {' '.join(error.format_message().split()).rstrip('.')}{where}", 2
     said = " ".join(str(error).split())
     if isinstance(error, SmoothRTError):
         parameter = re.match(r"([a-z]+(?:_[a-z]+)*)=", said)
         option = f"--{parameter[1].replace('_', '-')}" if parameter else ""
         if parameter and any(argument.split("=")[0] == option for argument in arguments):
             said = option + said[len(parameter[1]) :]
-        return f"error: {said}"
-    return f"error: {type(error).__name__}: {said}; a fault of the program: rerun with --debug and report it"
+        return f"error: {said}", 2
+    return f"error: {type(error).__name__}: {said}; a fault of the program: rerun with --debug and report it", 1
 
 
 if __name__ == "__main__":

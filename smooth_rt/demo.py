@@ -48,7 +48,7 @@ def run_demo(
     """Build the bundles, run the jobs on every engine with and without the LoRA, write the page and its files.
 
     Args:
-        output: the folder to write; made if need be.
+        output: the folder to write; made if need be. Files of the same names are replaced.
         model: "default" shows the images that ship with it; any other model makes its own.
         lora: None shows the model alone.
         engines: backends; the pictures are those of the first, the others are compared with it.
@@ -85,7 +85,9 @@ def run_demo(
                 outcomes.append(_jobs(pipe, variant, scene, settings, report_progress))
     rows = measure(outcomes, scene)
     page = describe(outcomes, scene, rows, settings, command(output, model, lora, small))
-    files = {"index.html": report.render(page).encode(), **media(outcomes, scene)}
+    # The page holds the command that made it, and that a path, which need not be UTF-8.
+    html = report.render(page).encode(errors="backslashreplace")
+    files = {"index.html": html, **media(outcomes, scene)}
     files["results.json"] = writers.encode_json({"rows": rows, "environment": dict(page.environment)})
     written = writers.write_files(output, files)
     return Demo(written[0], written, rows, {variant: found.reused for variant, found in built.items()})

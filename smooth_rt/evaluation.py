@@ -19,9 +19,19 @@ from smooth_rt.images import read
 from smooth_rt.metrics.istd import Istd, diversity, istd
 from smooth_rt.metrics.reconstruction import Reconstruction, reconstruction
 from smooth_rt.pipeline import SmoothPipeline
+from smooth_rt.ranges import check, check_images, seeds_from
 from smooth_rt.tasks.interpolate import slerp
 
-__all__ = ["Example", "Smoothness", "captioned", "examples", "measure_inversion", "measure_istd", "read_prompts"]
+__all__ = [
+    "Example",
+    "Smoothness",
+    "captioned",
+    "check_istd",
+    "examples",
+    "measure_inversion",
+    "measure_istd",
+    "read_prompts",
+]
 
 Progress = Callable[[int, int], None]
 
@@ -80,6 +90,20 @@ def read_prompts(path: Path | None = None) -> list[str]:
     return prompts
 
 
+def check_istd(prompts: int, frames: int, seed: int, prompts_per_batch: int) -> None:
+    """Whether `measure_istd` can be asked for so much, asked before a model is loaded.
+
+    Raises:
+        InputError: no prompt, a number out of its range, more images in a batch than MOST_IMAGES, or a seed that does
+            not fit into 64 bits.
+    """
+    if prompts < 1:
+        raise InputError("prompts=0: give at least 1")
+    check(frames=frames, batch=prompts_per_batch)
+    check_images("frames", frames, min(prompts, prompts_per_batch), "prompts in a batch")
+    seeds_from(seed, 2 * prompts)
+
+
 def measure_istd(
     pipe: SmoothPipeline,
     prompts: Sequence[str],
@@ -101,15 +125,13 @@ def measure_istd(
     Args:
         prompts: N of them.
         frames: images a prompt with both ends, at least 2; the paper has 11.
-        prompts_per_batch: prompts sampled together.
+        prompts_per_batch: prompts sampled together, with at most MOST_IMAGES frames in all.
         progress: called with prompts done and in all.
 
     Raises:
         InputError: no prompt, or an option out of its range.
     """
-    if not prompts or frames < 2 or prompts_per_batch < 1:
-        given = f"prompts={len(prompts)}, frames={frames}, batch={prompts_per_batch}"
-        raise InputError(f"{given}: give at least 1 prompt, 2 frames and 1 prompt a batch")
+    check_istd(len(prompts), frames, seed, prompts_per_batch)
     alphas = [i / (frames - 1) for i in range(frames)]
     found: list[NDArray[np.float32]] = []
     for first in range(0, len(prompts), prompts_per_batch):
@@ -152,8 +174,9 @@ def measure_inversion(
     Raises:
         InputError: no image, or an option out of its range.
     """
-    if not images or images_per_batch < 1:
-        raise InputError(f"images={len(images)}, batch={images_per_batch}: give at least 1 of each")
+    if not images:
+        raise InputError("images=0: give at least 1")
+    check(batch=images_per_batch)
     rebuilt: list[Reconstruction] = []
     bound: list[Reconstruction] = []
     for first in range(0, len(images), images_per_batch):

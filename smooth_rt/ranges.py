@@ -6,132 +6,242 @@ What depends on the model (multiples of the VAE's factor, the number of timestep
 
 from __future__ import annotations
 
+import errno
 import math
+import os
 from collections.abc import Callable, Sequence
 from functools import partial
+from numbers import Integral, Real
 from typing import Any
 
 from engines.select import check_backend
 from smooth_rt.errors import InputError
 
-__all__ = ["EDIT_METHODS", "INVERSION_METHODS", "MAX_SIDE", "MOST_IMAGES", "OUTPUT_TYPES", "RANGES", "check", "choice"]
+__all__ = [
+    "EDIT_METHODS",
+    "INVERSION_METHODS",
+    "MAX_SIDE",
+    "MOST_IMAGES",
+    "OUTPUT_TYPES",
+    "RANGES",
+    "as_whole",
+    "check",
+    "check_images",
+    "check_text",
+    "choice",
+    "seeds_from",
+    "shown",
+]
 
 MAX_SIDE = 10_000  # pixels
 MOST_IMAGES = 10_000  # more in one call is a slip of the keyboard: the noise alone would fill the memory
 LARGEST_STRENGTH = 100.0  # beyond it nothing of the model is left
+SHOWN = 60  # characters of a value, in a message
 INVERSION_METHODS = ("ddim", "ddim-without-text", "negative-prompt")
 EDIT_METHODS = ("eq15", "sdedit")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
 
-def check(**options: Any) -> None:
+def check(**options: Any) -> tuple[Any, ...]:
     """Check options by their names, which are those of RANGES.
+
+    Returns:
+        The values in the order given, with Python's own numbers in the place of numpy's.
 
     Raises:
         InputError: a value is out of its range; the line names the option. EngineError: there is no such engine.
     """
-    for name, value in options.items():
-        RANGES[name](name, value)
+    return tuple(RANGES[name](name, value) for name, value in options.items())
 
 
 def choice(name: str, value: Any, known: Sequence[str]) -> str:
     """One of `known`; underscores may stand for dashes."""
     found = value.replace("_", "-") if isinstance(value, str) else value
-    if found not in known:
-        raise InputError(f"{name}={value!r} is unknown; it is one of {', '.join(known)}")
-    return str(found)
+    if not isinstance(found, str) or found not in known:
+        raise InputError(f"{name}={shown(value)} is unknown; it is one of {', '.join(known)}")
+    return found
 
 
-def _is_whole(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool)
+def shown(value: Any) -> str:
+    """`value` as a message shows it: a long one is cut."""
+    if isinstance(value, int) and value.bit_length() > 4 * SHOWN:  # Python refuses to spell some of them out
+        return f"a number of {value.bit_length()} bits"
+    said = repr(value)
+    return said if len(said) <= SHOWN else f"{said[:SHOWN]}..."
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+def as_whole(value: Any) -> int | None:
+    """A whole number, Python's or numpy's; None if it is none. A float is none, and neither is a bool."""
+    return int(value) if not isinstance(value, bool) and isinstance(value, Integral) else None
 
 
-def _steps(name: str, value: Any) -> None:
-    if not _is_whole(value) or value < 1:
-        raise InputError(f"{name}={value!r}: give a whole number of at least 1")
+def check_images(name: str, each: int, count: int, of: str) -> None:
+    """Refuse `name=each` where it is asked for with `count` prompts, and makes too many images in all."""
+    if each * count > MOST_IMAGES:
+        raise InputError(
+            f"{name}={each}: makes {each * count} images with {count} {of}; give at most {MOST_IMAGES} in all"
+        )
 
 
-def _count(name: str, value: Any, least: int) -> None:
-    if not _is_whole(value) or not least <= value <= MOST_IMAGES:
-        raise InputError(f"{name}={value!r}: give a whole number from {least} to {MOST_IMAGES}")
+def check_text(name: str, value: str) -> None:
+    """Refuse what no tokenizer takes: bytes that are not UTF-8 reach Python as lone surrogates."""
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        where = f"character {error.start + 1}"
+        raise InputError(f"{name}: {where} is not valid UTF-8; type the prompt as UTF-8") from error
 
 
-def _batch_size(name: str, value: Any) -> None:
-    if value != "auto" and (not _is_whole(value) or value < 1):
-        raise InputError(f"{name}={value!r}: give a whole number of at least 1, or 'auto'")
+def seeds_from(seed: int, count: int) -> range:
+    """`count` seeds, the first of which is `seed`.
+
+    Raises:
+        InputError: one of them is not in -2**63..2**64 - 1, which torch takes.
+    """
+    check(seed=seed)
+    check(seed=seed + count - 1)
+    return range(seed, seed + count)
 
 
-def _side(name: str, value: Any) -> None:
+def _number(value: Any) -> float:
+    """A number, Python's or numpy's, as a float; NaN if it is none."""
+    if isinstance(value, bool) or not isinstance(value, Real):
+        return math.nan
+    try:
+        return float(value)
+    except OverflowError:  # a whole number may be too large for any float
+        return math.inf
+
+
+def _steps(name: str, value: Any) -> int:
+    found = as_whole(value)
+    if found is None or found < 1:
+        raise InputError(f"{name}={shown(value)}: give a whole number of at least 1")
+    return found
+
+
+def _count(name: str, value: Any, least: int) -> int:
+    found = as_whole(value)
+    if found is None or not least <= found <= MOST_IMAGES:
+        raise InputError(f"{name}={shown(value)}: give a whole number from {least} to {MOST_IMAGES}")
+    return found
+
+
+def _batch_size(name: str, value: Any) -> int | str:
+    if isinstance(value, str) and value == "auto":
+        return value
+    found = as_whole(value)
+    if found is None or found < 1:
+        raise InputError(f"{name}={shown(value)}: give a whole number of at least 1, or 'auto'")
+    return found
+
+
+def _side(name: str, value: Any) -> int | None:
     if value is None:  # the model's own
-        return
-    if not _is_whole(value) or value < 1:
-        raise InputError(f"{name}={value!r}: give a whole number of pixels, at least 1")
-    if value > MAX_SIDE:
-        raise InputError(f"{name}={value!r}: give at most {MAX_SIDE} pixels a side")
+        return None
+    found = as_whole(value)
+    if found is None or found < 1:
+        raise InputError(f"{name}={shown(value)}: give a whole number of pixels, at least 1")
+    if found > MAX_SIDE:
+        raise InputError(f"{name}={shown(value)}: give at most {MAX_SIDE} pixels a side")
+    return found
 
 
-def _guidance(name: str, value: Any) -> None:
-    # A whole number may be too large for any float.
-    if not _is_number(value) or (isinstance(value, float) and not math.isfinite(value)) or abs(value) > 1e300:
-        raise InputError(f"{name}={value!r}: give a finite number, such as 7.5 (1 is no guidance)")
+def _guidance(name: str, value: Any) -> float:
+    found = _number(value)
+    if not abs(found) <= 1e300:  # so written that NaN is refused too
+        raise InputError(f"{name}={shown(value)}: give a finite number, such as 7.5 (1 is no guidance)")
+    return found
 
 
-def _fraction(name: str, value: Any) -> None:
-    if not _is_number(value) or not 0 <= value <= 1:
-        raise InputError(f"{name}={value!r}: give a number from 0 to 1")
+def _fraction(name: str, value: Any) -> float:
+    found = _number(value)
+    if not 0 <= found <= 1:
+        raise InputError(f"{name}={shown(value)}: give a number from 0 to 1")
+    return found
 
 
-def _lora_strength(name: str, value: Any) -> None:
-    if not _is_number(value) or not abs(value) <= LARGEST_STRENGTH:  # so written that NaN is refused too
-        raise InputError(f"{name}={value!r}: give a number from -100 to 100; 1.0 is the LoRA as trained")
+def _lora_strength(name: str, value: Any) -> float:
+    found = _number(value)
+    if not abs(found) <= LARGEST_STRENGTH:
+        raise InputError(f"{name}={shown(value)}: give a number from -100 to 100; 1.0 is the LoRA as trained")
+    return found
 
 
-def _seed(name: str, value: Any) -> None:
-    if not _is_whole(value) or not -(2**63) <= value < 2**64:
-        raise InputError(f"{name}={value!r}: does not fit into 64 bits; give a whole number that does")
+def _seed(name: str, value: Any) -> int:
+    found = as_whole(value)
+    if found is None or not -(2**63) <= found < 2**64:
+        raise InputError(f"{name}={shown(value)}: does not fit into 64 bits; give a whole number that does")
+    return found
 
 
-def _seeds(name: str, value: Any) -> None:
-    for one in value:
-        _seed(name, one)
+def _seeds(name: str, value: Any) -> tuple[int, ...]:
+    return tuple(_seed(name, one) for one in value)
 
 
-def _engine(_: str, value: Any) -> None:
+def _engine(name: str, value: Any) -> str:
     """A backend or "auto"; or several with commas between, where a command takes several."""
-    for one in str(value).split(","):
+    if not isinstance(value, str):
+        raise InputError(f"{name}={shown(value)}: give the name of one, such as 'openvino', or 'auto'")
+    for one in value.split(","):
         if one.strip() not in ("", "auto"):
             check_backend(one.strip())
+    return value
 
 
-def _output(_: str, value: Any) -> None:
+def _source(name: str, value: Any) -> str | os.PathLike[str]:
+    """A path or a name; whether something is there is found out by who reads it."""
+    if not isinstance(value, (str, os.PathLike)):
+        raise InputError(f"{name}={shown(value)}: give a path or a name as a str")
+    said = os.fspath(value)
+    if not isinstance(said, str) or not said.strip():
+        raise InputError(f"{name}={shown(value)}: empty; give a path or a name")
+    try:
+        os.stat(said)
+    except ValueError as error:
+        raise InputError(f"{name}={shown(value)}: holds a null character; give a path or a name") from error
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise InputError(f"{name}={shown(said)}: {error.strerror}; give a shorter path") from error
+    return value
+
+
+def _callback(name: str, value: Any) -> Any:
+    if value is not None and not callable(value):
+        raise InputError(f"{name}={shown(value)}: give a function of (pipe, step, timestep, tensors), or None")
+    return value
+
+
+def _output(_: str, value: Any) -> Any:
     from smooth_rt.writers import check_output
 
-    check_output(value)
+    return check_output(value)
 
 
-def _one_of(name: str, value: Any, known: Sequence[str]) -> None:
-    choice(name, value, known)
+def _or_none(name: str, value: Any, kind: Callable[[str, Any], Any]) -> Any:
+    return None if value is None else kind(name, value)
 
 
-RANGES: dict[str, Callable[[str, Any], None]] = {
+RANGES: dict[str, Callable[[str, Any], Any]] = {
     "batch": partial(_count, least=1),
     "batch_size": _batch_size,
-    "edit_method": partial(_one_of, known=EDIT_METHODS),
+    "bundle": _source,
+    "callback_on_step_end": _callback,
+    "config": partial(_or_none, kind=_source),
+    "edit_method": partial(choice, known=EDIT_METHODS),
     "edit_strength": _fraction,
     "engine": _engine,
     "frames": partial(_count, least=2),
     "guidance_scale": _guidance,
     "height": _side,
+    "lora": partial(_or_none, kind=_source),
     "lora_strength": _lora_strength,
-    "method": partial(_one_of, known=INVERSION_METHODS),
+    "method": partial(choice, known=INVERSION_METHODS),
+    "model": _source,
     "num_images_per_prompt": partial(_count, least=1),
     "num_inference_steps": _steps,
     "output": _output,
-    "output_type": partial(_one_of, known=OUTPUT_TYPES),
+    "output_type": partial(choice, known=OUTPUT_TYPES),
     "seed": _seed,
     "seeds": _seeds,
     "width": _side,

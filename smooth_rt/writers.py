@@ -1,6 +1,7 @@
 """Writes results: PNG, contact sheet, MP4, animated WebP, text. All files of one call appear, or none.
 
-Everything is encoded in memory first; then every file goes to a temporary sibling; last, each is renamed into place.
+Everything is encoded in memory first; then every file goes to a temporary sibling; last, each is renamed into place,
+and what stood there is kept aside until all of them are.
 """
 
 from __future__ import annotations
@@ -9,7 +10,8 @@ import errno
 import io
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,37 +37,65 @@ SHOWN_NAME = 60  # characters of a path that is too long, in a message
 GAP = 2  # pixels between the images of a contact sheet
 
 
-def check_output(folder: str | Path) -> Path:
+def check_output(folder: str | Path, names: Iterable[str] = (), inputs: Iterable[str | os.PathLike[str]] = ()) -> Path:
     """Whether files can be written under `folder`, asked before a long computation. Creates nothing.
 
+    Args:
+        names: the files that `write_files` will be given. Others of the same names are replaced, as by any tool.
+        inputs: what the computation reads: none of it may be replaced. What is no file (a hub id) is passed over.
+
     Raises:
-        InputError: a part of the path is a file, the nearest folder that exists is not writable, or the system refuses
-            the path: a name in it is too long, say.
+        InputError: a part of the path is a file, the nearest folder that exists is not writable, the system refuses
+            the path (a name in it is too long, say), or a file that would be written is one of the inputs, by
+            whatever path it was named.
     """
     folder = Path(folder)
     try:
-        return _check_parts(folder)
+        _check_parts(folder)
+        _check_inputs(folder, names, inputs)
     except OSError as error:
         named = str(folder)
         named = named if len(named) <= SHOWN_NAME else f"{named[:SHOWN_NAME]}..."
         raise InputError(f"{named}: {_reason(error)}") from error
+    return folder
 
 
-def _check_parts(folder: Path) -> Path:
+def _check_parts(folder: Path) -> None:
     for part in (folder, *folder.parents):
         if part.is_dir():
             if not os.access(part, os.W_OK | os.X_OK):
                 raise InputError(f"{folder}: {part} is not writable; name another folder with --output")
-            return folder
+            return
         if part.exists() or part.is_symlink():
             raise InputError(f"{folder}: {part} is a file, not a folder; name another folder with --output")
-    return folder
+
+
+def _check_inputs(folder: Path, names: Iterable[str], inputs: Iterable[str | os.PathLike[str]]) -> None:
+    read = {identity: path for path in inputs if (identity := _identity(path)) is not None}
+    if not read or not folder.is_dir():
+        return
+    for name in names:
+        identity = _identity(folder / name)
+        if identity in read:
+            raise InputError(
+                f"{folder / name}: would replace the input {read[identity]}; name another folder with --output"
+            )
+
+
+def _identity(path: str | os.PathLike[str]) -> tuple[int, int] | None:
+    """What a file is whichever way it is named: through links, or in another case where that does not count."""
+    try:
+        found = os.stat(path)
+    except (OSError, ValueError):  # nothing is there; who reads it says so
+        return None
+    return found.st_dev, found.st_ino
 
 
 def write_files(folder: str | Path, files: Mapping[str, bytes]) -> list[Path]:
     """Write `files` (name -> content) into `folder`, which is created if need be; returns their paths in order.
 
-    Files of the same names are replaced. On any failure nothing of this call is left, not even the folder.
+    Files of the same names are replaced. On any failure or interruption nothing of this call is left, not even the
+    folder, and what was to be replaced stands as it did.
 
     Raises:
         InputError: the folder cannot be one (see `check_output`).
@@ -74,21 +104,35 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> list[Path]:
     folder = check_output(folder)
     made = [part for part in (folder, *folder.parents) if not part.exists()]
     partials: dict[Path, Path] = {}
-    target = folder
+    replaced: dict[Path, Path] = {}
+    renaming, target = False, folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             target = folder / name
             if target.is_dir():
                 raise InputError(f"{target}: is a folder where a file should go; remove it or name another --output")
+            if os.path.lexists(target):
+                replaced[target] = folder / f".{name}.old-{os.getpid()}"
             partials[target] = folder / f".{name}.partial-{os.getpid()}"
             _write(partials[target], content)
+        renaming = True
         for target, partial in partials.items():
+            if target in replaced:
+                target.replace(replaced[target])
             partial.replace(target)
     except BaseException as error:
-        _remove(partials.values(), made)
+        if renaming:
+            _put_back(partials, replaced)
+        _remove(partials.values())
+        _remove_folders(made)
         if isinstance(error, OSError):
             raise SmoothRTError(f"{target}: cannot be written: {_reason(error)}") from error
+        raise
+    try:
+        _remove(replaced.values())
+    except BaseException:  # interrupted: all files are new by now, and the old ones go all the same
+        _remove(replaced.values())
         raise
     return list(partials)
 
@@ -101,9 +145,25 @@ def _write(path: Path, content: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _remove(partials: Any, made: Sequence[Path]) -> None:
-    for partial in partials:
-        partial.unlink(missing_ok=True)
+def _put_back(partials: Mapping[Path, Path], replaced: Mapping[Path, Path]) -> None:
+    """Undo the renames of `write_files`, wherever they stopped. The files themselves tell how far they came: an
+    interruption may have come between a rename and the line after it."""
+    for target, partial in partials.items():
+        with suppress(OSError):
+            if target in replaced:
+                if os.path.lexists(replaced[target]):
+                    replaced[target].replace(target)
+            elif not os.path.lexists(partial):
+                target.unlink(missing_ok=True)
+
+
+def _remove(paths: Iterable[Path]) -> None:
+    for path in paths:
+        with suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def _remove_folders(made: Iterable[Path]) -> None:
     for part in made:
         try:
             part.rmdir()
@@ -120,7 +180,8 @@ def _reason(error: OSError) -> str:
 
 def encode_json(value: Any) -> bytes:
     """`value` as indented UTF-8 JSON with a newline at its end."""
-    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+    # Bytes of a path that are not UTF-8 are lone surrogates in Python, which JSON can hold as escapes alone.
+    return (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode(errors="backslashreplace")
 
 
 def encode_png(image: Image.Image) -> bytes:

@@ -155,6 +155,19 @@ def test_command_says_what_is_not_the_default() -> None:
     assert command(Path("d"), "default", None, False).endswith("--lora none")
 
 
+def test_an_output_whose_name_is_not_utf8(
+    ran: tuple[demo.Demo, list[str], list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder, model, _ = ran[1]
+    monkeypatch.setenv("SMOOTH_RT_CACHE", f"{folder}/cache")
+    monkeypatch.setattr(demo, "SMALL", TINY)
+    output = f"{folder}/a\udcff"
+    arguments = ["demo", "--model", model, "--lora", "none", "--engine", "onnxruntime", "--small", "--output", output]
+    assert cli.main([*arguments, "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["page"] == f"{output}/index.html"
+    assert "a\\udcff" in Path(output, "index.html").read_text(encoding="utf-8")
+
+
 def test_no_engine(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="engines: none named"):
         demo.run_demo(tmp_path / "out", engines=())

@@ -67,7 +67,6 @@ def test_weights_that_are_gone(tiny_model: Path, lora: Path, tmp_path: Path) -> 
         reopen_model(bundle)
 
 
-@pytest.mark.slow
 def test_every_engine_makes_the_images_of_diffusers(
     tiny_model: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

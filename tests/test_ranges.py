@@ -69,6 +69,24 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
         ([*GENERATE, "--num-images-per-prompt", "0"], "--num-images-per-prompt=0: "),
         (["evaluate", "istd", "--batch", "0"], "--batch=0: give a whole number from 1 to 10000"),
         (["evaluate", "istd", "--frames", "1"], "--frames=1: "),
+        (
+            ["evaluate", "istd", "--frames", "5000000", "--limit", "1"],
+            "--frames=5000000: give a whole number from 2 to",
+        ),
+        (["evaluate", "istd", "--frames", "2501"], "--frames=2501: makes 10004 images with 4 prompts in a batch; give"),
+        (["evaluate", "istd", "--seed", str(2**70)], f"--seed={2**70}: does not fit"),
+        (["evaluate", "istd", "--seed", str(2**64 - 1)], f"--seed={2**64 + 198}: does not fit"),
+        (
+            [*GENERATE, "--num-images-per-prompt", "2000000"],
+            "--num-images-per-prompt=2000000: give a whole number from",
+        ),
+        (
+            [*GENERATE, "--prompt", "cat", "--num-images-per-prompt", "5001"],
+            "--num-images-per-prompt=5001: makes 10002 images with 2 prompts; give at most 10000 in all",
+        ),
+        (["edit", "a.png", "b.png", *EDIT[2:], "--seed", str(2**64 - 1)], f"--seed={2**64}: does not fit"),
+        ([*GENERATE, "--seed", "1.5"], "Invalid value for '--seed': '1.5'"),
+        ([*GENERATE, "--num-inference-steps", "-" + "9" * 400], "--num-inference-steps=a number of 1329 bits: give"),
         (["evaluate", "inversion", "--num-inference-steps", "0"], "--num-inference-steps=0: "),
         ([*GENERATE, "--output", "file/out"], "file/out: file is a file, not a folder"),
     ],
@@ -136,7 +154,8 @@ def test_what_the_model_decides_is_said_before_an_engine_is_built(
 
 def test_the_table_knows_the_options_by_the_names_they_have() -> None:
     assert tuple(METHODS) == ranges.INVERSION_METHODS
-    calls = (generate, interpolate, invert, edit, SmoothPipeline.from_pretrained)
+    opening = (SmoothPipeline.from_pretrained, SmoothPipeline.from_engines)
+    calls = (generate, interpolate, invert, edit, *opening)
     named = {name for call in calls for name in inspect.signature(call).parameters}
     assert set(ranges.RANGES) <= named | {"batch", "output", "seed", "seeds"}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 from pathlib import Path
 
@@ -63,6 +64,89 @@ def test_interrupt_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(KeyboardInterrupt):
         writers.write_files(tmp_path / "new", {"a.txt": b"1"})
     assert list(tmp_path.iterdir()) == []
+
+
+class Interrupted:
+    """`os.replace` that is interrupted right after its `after`-th call, as by Ctrl-C."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
+        self.left = after
+        self.replace = os.replace
+        monkeypatch.setattr(os, "replace", self)
+
+    def __call__(self, source: Path, target: Path) -> None:
+        self.replace(source, target)
+        self.left -= 1
+        if self.left == 0:
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("after", [1, 2, 3, 4, 5])
+def test_interrupt_between_the_renames_puts_back_what_was_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int
+) -> None:
+    old = {"a.txt": b"old a", "c.txt": b"old c"}
+    for name, content in old.items():
+        (tmp_path / name).write_bytes(content)
+    # Five renames in all: two files are kept aside, three take their places.
+    Interrupted(monkeypatch, after)
+    with pytest.raises(KeyboardInterrupt):
+        writers.write_files(tmp_path, {"a.txt": b"1", "b.txt": b"2", "c.txt": b"3"})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == old
+
+
+def test_interrupt_between_the_renames_leaves_no_new_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Interrupted(monkeypatch, after=2)
+    with pytest.raises(KeyboardInterrupt):
+        writers.write_files(tmp_path / "new" / "folder", {"a.txt": b"1", "b.txt": b"2", "c.txt": b"3"})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_interrupt_while_the_old_files_go_leaves_the_new_ones(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "a.txt").write_bytes(b"old")
+    unlink = Path.unlink
+    seen: list[Path] = []
+
+    def interrupt(path: Path, missing_ok: bool = False) -> None:
+        seen.append(path)
+        if len(seen) == 1:
+            raise KeyboardInterrupt
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        writers.write_files(tmp_path, {"a.txt": b"new", "b.txt": b"new"})
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.txt": b"new", "b.txt": b"new"}
+
+
+def test_files_of_the_same_names_are_replaced(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_bytes(b"old")
+    (tmp_path / "theirs.txt").write_bytes(b"theirs")
+    (tmp_path / "b.txt").symlink_to(tmp_path / "theirs.txt")
+    writers.write_files(tmp_path, {"a.txt": b"new", "b.txt": b"new"})
+    found = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    assert found == {"a.txt": b"new", "b.txt": b"new", "theirs.txt": b"theirs"}
+
+
+def test_an_input_is_never_replaced(tmp_path: Path) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    picture = mine / "original-001.png"
+    picture.write_bytes(b"mine")
+    (tmp_path / "link.png").symlink_to(picture)
+    (tmp_path / "way").symlink_to(mine)
+    names = ["sheet.png", "original-001.png"]
+    for folder, given in (
+        (mine, picture),
+        (mine, tmp_path / "link.png"),
+        (tmp_path / "way", str(picture)),
+        (mine / ".." / "mine", picture),
+    ):
+        with pytest.raises(InputError) as caught:
+            writers.check_output(folder, names, ["default", "some/model", given])
+        assert str(caught.value).startswith(f"{folder / 'original-001.png'}: would replace the input {given};")
+    assert writers.check_output(mine, ["sheet.png"], [picture]) == mine
+    assert writers.check_output(tmp_path / "new", names, [picture]) == tmp_path / "new"
 
 
 def test_output_under_a_file(tmp_path: Path) -> None:
@@ -135,3 +219,7 @@ def test_nothing_to_show(encode: object) -> None:
 
 def test_json_ends_with_a_newline() -> None:
     assert writers.encode_json({"ä": [1]}) == '{\n  "ä": [\n    1\n  ]\n}\n'.encode()
+
+
+def test_json_holds_a_path_that_is_not_utf8() -> None:
+    assert json.loads(writers.encode_json({"path": "a\udcff"})) == {"path": "a\udcff"}

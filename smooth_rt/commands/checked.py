@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import typer
 from typer.core import TyperCommand
 
 from smooth_rt.errors import InputError
+from smooth_rt.ranges import check_text, shown
 
 __all__ = ["CheckedCommand"]
 
@@ -28,17 +30,24 @@ class CheckedCommand(TyperCommand):
         for param in self.params:
             name = str(param.name)
             # An argument is shown as on the help page: IMAGE... is IMAGE.
-            shown = param.opts[0] if param.param_type_name == "option" else getattr(param, "metavar", None) or name
-            option = shown.strip("[].")
+            named = param.opts[0] if param.param_type_name == "option" else getattr(param, "metavar", None) or name
+            option = named.strip("[].")
             given = typed.get(name)
             if param.nargs > 1 and isinstance(given, tuple) and any(str(one).startswith("--") for one in given):
                 raise InputError(f"{option}: takes {param.nargs} values; got {' '.join(map(str, given))}")
             for value in _strings(given):
                 if name in PROMPTS:
-                    _check_text(option, value)
+                    check_text(option, value)
                 elif not value.strip():
                     raise InputError(f"{option}: empty; give a value, or leave it out")
-        return super().parse_args(ctx, args)
+        try:
+            return super().parse_args(ctx, args)
+        except typer.BadParameter as error:
+            given = typed.get(str(getattr(error.param, "name", "")))
+            # What a library says of a wrong value need not name it.
+            if isinstance(given, str) and given not in error.message:
+                error.message = f"{shown(given)}: {error.message}"
+            raise
 
 
 def _strings(given: Any) -> Iterator[str]:
@@ -48,12 +57,3 @@ def _strings(given: Any) -> Iterator[str]:
     elif isinstance(given, (list, tuple)):
         for one in given:
             yield from _strings(one)
-
-
-def _check_text(option: str, value: str) -> None:
-    # Bytes of the command line that are not UTF-8 reach Python as lone surrogates, which no tokenizer takes.
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        where = f"character {error.start + 1}"
-        raise InputError(f"{option}: {where} is not valid UTF-8; type the prompt as UTF-8") from error

@@ -15,7 +15,9 @@ __all__ = ["demo"]
 
 def demo(
     options: ModelOptions,
-    output: Annotated[Path, typer.Option(help="The folder to write.")] = Path("smooth-rt-demo"),
+    output: Annotated[Path, typer.Option(help="The folder to write. Files of the same names are replaced.")] = Path(
+        "smooth-rt-demo"
+    ),
     engine: Annotated[
         str, typer.Option(help="Comma-separated; the pictures are the first one's, the others are compared with it.")
     ] = "openvino,onnxruntime",

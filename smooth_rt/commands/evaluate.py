@@ -27,13 +27,17 @@ def istd(
         Path | None, typer.Option(help="One prompt a line. Left out: those of the default model.", show_default=False)
     ] = None,
     limit: Annotated[int | None, typer.Option(help="Only so many of the prompts.", min=1, show_default=False)] = None,
-    frames: Annotated[int, typer.Option(help="Images a prompt, with both ends.")] = 11,
+    frames: Annotated[
+        int, typer.Option(help="Images a prompt, with both ends; at most 10000 over the prompts of a batch.")
+    ] = 11,
     batch: Annotated[int, typer.Option(help="Prompts sampled together.")] = 4,
 ) -> dict[str, Any]:
     """ISTD, mean step and diversity over prompts, without and with the LoRA, from the same noises."""
-    from smooth_rt.evaluation import measure_istd, read_prompts
+    from smooth_rt.evaluation import check_istd, measure_istd, read_prompts
 
     texts = read_prompts(prompts)[:limit]
+    check_istd(len(texts), frames, options.seed, batch)
+    _check_file(options, "istd", [] if prompts is None else [prompts])
     rows: list[dict[str, Any]] = []
     for name, found, told in _measured(
         options,
@@ -80,6 +84,7 @@ def inversion(
     from smooth_rt.evaluation import captioned, examples, measure_inversion
 
     images = examples() if data is None else captioned(data)
+    _check_file(options, "inversion", [example.path for example in images])
     rows: list[dict[str, Any]] = []
     for name, (rebuilt, bound), told in _measured(
         options,
@@ -131,6 +136,12 @@ def _means(found: Sequence[Reconstruction]) -> dict[str, float | None]:
     # LPIPS is there for every image or for none.
     perceptual = [one.lpips for one in found if one.lpips is not None]
     return {**means, "lpips": statistics.fmean(perceptual) if perceptual else None}
+
+
+def _check_file(options: RunOptions, name: str, inputs: Sequence[Path]) -> None:
+    from smooth_rt.writers import check_output
+
+    check_output(options.output, [f"{name}.json"], [*inputs, *options.inputs])
 
 
 def _finish(

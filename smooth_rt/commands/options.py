@@ -52,6 +52,11 @@ class ModelOptions(OutputOptions):
     lora_strength: Annotated[float, typer.Option(help="1 fuses the LoRA as trained, 0 not at all.")] = 1.0
 
     @property
+    def inputs(self) -> list[str]:
+        """Where weights are read from, as far as it is a path: no output may take its place."""
+        return [source for source in (self.model, self.lora) if source is not None]
+
+    @property
     def chosen_lora(self) -> str | None:
         """The LoRA's source, or None for no LoRA."""
         if self.lora is None:
@@ -83,7 +88,9 @@ class RunOptions(ModelOptions):
     seed: Annotated[int, typer.Option(help="Of the first image; each further image takes the next number.")] = 0
     height: Annotated[int | None, typer.Option(help="Pixels; the model's own size if left out.")] = None
     width: Annotated[int | None, typer.Option(help="Pixels; the model's own size if left out.")] = None
-    output: Annotated[Path, typer.Option(help="Folder for the results; made if need be.")] = Path("smooth-rt-out")
+    output: Annotated[
+        Path, typer.Option(help="Folder for the results; made if need be. Files of the same names are replaced.")
+    ] = Path("smooth-rt-out")
 
 
 def flattened(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from smooth_rt.commands.options import ModelOptions, RunOptions
 from smooth_rt.errors import InputError
-from smooth_rt.ranges import check
 
 if TYPE_CHECKING:
     from rich.progress import Progress
@@ -91,14 +91,27 @@ def build_progress() -> Iterator[Callable[[str, int, int], None]]:
 
 
 def run(
-    options: RunOptions, command: str, steps: int, job: Callable[[SmoothPipeline, dict[str, Any]], Result]
+    options: RunOptions,
+    command: str,
+    steps: int,
+    job: Callable[[SmoothPipeline, dict[str, Any]], Result],
+    names: Sequence[str],
+    inputs: Sequence[Path] = (),
 ) -> tuple[Result, dict[str, Any]]:
     """Do a job on the pipeline that the options name: what it gives, and what of the run its command tells.
 
     Args:
         steps: how many denoising steps the job takes in all, for the progress bar.
         job: called with the pipeline and the arguments that every task takes.
+        names: the files that will be written.
+        inputs: the files that the job reads beside the model.
+
+    Raises:
+        InputError: one of the files would take the place of an input; and whatever `open_pipeline` and the job raise.
     """
+    from smooth_rt.writers import check_output
+
+    check_output(options.output, names, [*inputs, *options.inputs])
     with open_pipeline(options) as pipe, step_progress(command, steps) as on_step:
         watch = Stopwatch()
         made = job(
@@ -161,15 +174,9 @@ def refuse_model(options: ModelOptions) -> None:
 
 
 def generators(seeds: range | tuple[int, ...]) -> list[Generator]:
-    """A generator for each seed.
-
-    Raises:
-        InputError: a seed is not in -2**63..2**64 - 1, which torch takes.
-    """
+    """A generator for each seed."""
     import torch
 
-    for seed in seeds:
-        check(seed=seed)
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 

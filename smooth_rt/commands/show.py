@@ -5,10 +5,11 @@ from __future__ import annotations
 import json
 import math
 import re
+import sys
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["finite", "show"]
+__all__ = ["finite", "json_text", "show"]
 
 LONGEST_WORD = 32
 
@@ -16,7 +17,7 @@ LONGEST_WORD = 32
 def show(result: Mapping[str, Any], as_json: bool) -> None:
     """Print `result` on stdout. In JSON, a number that is not finite is null, as JSON has no word for it."""
     if as_json:
-        print(json.dumps(finite(result), ensure_ascii=False))
+        print(json_text(result))
         return
     from rich.console import Console
 
@@ -33,6 +34,16 @@ def show(result: Mapping[str, Any], as_json: bool) -> None:
                 console.print(f"  {_text(item)}")
         else:
             console.print(f"{name}: {_text(value)}")
+
+
+def json_text(value: Any, indent: int | None = None) -> str:
+    """`value` as JSON for stdout: with escapes where its encoding has no character for what is in it."""
+    said = json.dumps(finite(value), ensure_ascii=False, indent=indent)
+    try:
+        said.encode(getattr(sys.stdout, "encoding", None) or "utf-8")
+    except UnicodeEncodeError:
+        return json.dumps(finite(value), indent=indent)
+    return said
 
 
 def _table(console: Any, name: str, rows: list[Mapping[str, Any]]) -> None:

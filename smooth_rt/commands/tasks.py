@@ -11,6 +11,7 @@ import typer
 from smooth_rt.commands.options import RunOptions
 from smooth_rt.commands.running import generators, run
 from smooth_rt.errors import InputError
+from smooth_rt.ranges import check_images, seeds_from
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -34,7 +35,10 @@ def generate(
     """Images from prompts, as PNG."""
     if not prompt:
         raise InputError("--prompt: missing; give at least one")
-    noise = generators(range(options.seed, options.seed + len(prompt) * num_images_per_prompt))
+    check_images("num_images_per_prompt", num_images_per_prompt, len(prompt), "prompts")
+    seeds = seeds_from(options.seed, len(prompt) * num_images_per_prompt)
+    names = _names({"image": len(seeds)})
+    noise = generators(seeds)
     result, told = run(
         options,
         "generate",
@@ -47,8 +51,9 @@ def generate(
             generator=noise,
             **shared,
         ),
+        names,
     )
-    return {**told, "files": _write(options.output, {"image": _pictures(result.images)})}
+    return {**told, "files": _write(options.output, names, [_pictures(result.images)])}
 
 
 def interpolate(
@@ -70,6 +75,7 @@ def interpolate(
     if images and seeds is not None:
         named = ", ".join(map(str, images))
         raise InputError(f"--seeds: takes two values and no images, got {named} too; give the images or the seeds")
+    names = _names({"frame": frames}, film="morph")
     noise: Any = None if images else generators(seeds) if seeds is not None else generators((options.seed,))[0]
     result, told = run(
         options,
@@ -84,13 +90,17 @@ def interpolate(
             guidance_scale=options.guidance_scale,
             **shared,
         ),
+        names,
+        images or (),
     )
     import numpy as np
 
     from smooth_rt.metrics import istd
+    from smooth_rt.writers import encode_mp4, encode_webp, there_and_back
 
     made = _pictures(result.images)
-    files = _write(options.output, {"frame": made}, film="morph", fps=fps)
+    films = [encode_mp4(made, fps), encode_webp(there_and_back(made), fps)]
+    files = _write(options.output, names, [made], films)
     smooth = istd([np.stack([np.asarray(image) for image in made])])
     found = {"istd": smooth.istd, "mean_step": smooth.mean_step, "distances": list(smooth.distances[0])}
     return {**told, **found, "files": files}
@@ -103,6 +113,7 @@ def invert(
     method: Method = "ddim",
 ) -> dict[str, Any]:
     """Turn images into noise and back: reconstructions as PNG, the noise as safetensors."""
+    names = [*_names({"original": len(images), "reconstruction": len(images)}), "noise.safetensors"]
     result, told = run(
         options,
         "invert",
@@ -110,6 +121,8 @@ def invert(
         lambda pipe, shared: pipe.invert(
             images, prompt, method=method, guidance_scale=options.guidance_scale, **shared
         ),
+        names,
+        images,
     )
     import numpy as np
     from safetensors.torch import save
@@ -119,8 +132,8 @@ def invert(
     made = _pictures(result.images)
     originals = _originals(images, made[0])
     quality = [psnr(np.asarray(a), np.asarray(b)) for a, b in zip(originals, made, strict=True)]
-    noise = {"noise.safetensors": save({"latents": result.latents.contiguous()})}
-    files = _write(options.output, {"original": originals, "reconstruction": made}, more=noise)
+    noise = save({"latents": result.latents.contiguous()})
+    files = _write(options.output, names, [originals, made], [noise])
     return {**told, "psnr": quality, "files": files}
 
 
@@ -141,7 +154,8 @@ def edit(
     if edit_method == "eq15" and not source_prompt:
         raise InputError("--source-prompt: missing; eq15 needs what each image shows now")
     _check_count("--source-prompt", source_prompt, images)
-    targets, noise = prompt, generators(range(options.seed, options.seed + len(images)))
+    names = _names({"before": len(images), "after": len(images)})
+    targets, noise = prompt, generators(seeds_from(options.seed, len(images)))
     steps = options.num_inference_steps
     result, told = run(
         options,
@@ -157,10 +171,12 @@ def edit(
             generator=noise,
             **shared,
         ),
+        names,
+        images,
     )
     made = _pictures(result.images)
     originals = _originals(images, made[0])
-    return {**told, "files": _write(options.output, {"before": originals, "after": made})}
+    return {**told, "files": _write(options.output, names, [originals, made])}
 
 
 def _check_count(option: str, given: Sequence[str] | None, images: Sequence[Path]) -> None:
@@ -180,26 +196,19 @@ def _originals(paths: Sequence[Path], like: Image) -> list[Image]:
     return _pictures(to_images(read(list(paths), like.height, like.width), "pil"))
 
 
-def _write(
-    folder: Path,
-    groups: dict[str, Sequence[Image]],
-    film: str | None = None,
-    fps: int = 12,
-    more: dict[str, bytes] | None = None,
-) -> list[str]:
-    """Each image as PNG, all of them on one sheet (a group a row where there are several), and the film."""
-    from smooth_rt import writers
+def _names(groups: dict[str, int], film: str | None = None) -> list[str]:
+    """The files that a command writes: so many images of each group, the sheet, the film; known beforehand."""
+    numbered = [f"{name}-{i:03d}.png" for name, count in groups.items() for i in range(1, count + 1)]
+    return [*numbered, "sheet.png", *([] if film is None else [f"{film}.mp4", f"{film}.webp"])]
 
-    files = {
-        f"{name}-{i:03d}.png": writers.encode_png(image)
-        for name, images in groups.items()
-        for i, image in enumerate(images, 1)
-    }
-    shown = [image for images in groups.values() for image in images]
-    columns = len(shown) // len(groups) if len(groups) > 1 else None
-    files["sheet.png"] = writers.encode_png(writers.contact_sheet(shown, columns))
-    if film is not None:
-        files[f"{film}.mp4"] = writers.encode_mp4(shown, fps)
-        files[f"{film}.webp"] = writers.encode_webp(writers.there_and_back(shown), fps)
-    files.update(more or {})
-    return [str(path) for path in writers.write_files(folder, files)]
+
+def _write(
+    folder: Path, names: Sequence[str], groups: Sequence[Sequence[Image]], more: Sequence[bytes] = ()
+) -> list[str]:
+    """Each image as PNG, all of them on one sheet (a group a row where there are several), and what else there is."""
+    from smooth_rt.writers import contact_sheet, encode_png, write_files
+
+    pictures = [image for images in groups for image in images]
+    sheet = contact_sheet(pictures, len(groups[0]) if len(groups) > 1 else None)
+    files = dict(zip(names, [*map(encode_png, [*pictures, sheet]), *more], strict=True))
+    return [str(path) for path in write_files(folder, files)]
