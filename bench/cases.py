@@ -133,6 +133,7 @@ def _morph(subject: Subject, settings: Settings, backend: str) -> Morph:
         engine=backend,
         bundle=None if backend == "eager" or subject.bundle is None else subject.bundle.path,
         model=settings.model,
+        config=settings.config,
         lora=settings.lora,
         lora_strength=settings.lora_strength,
         batch_sizes=settings.batch_sizes,

@@ -9,7 +9,9 @@ from bench.environment import busy, uneven
 from bench.floor import matrix_rates
 from bench.options import Options
 from bench.results import Environment, GenerateResult, Report, Settings
-from bench.subject import Subject, open_subject, resolve_engines
+from bench.subject import open_subject, resolve_engines
+from smooth_rt.model import Model, load_model
+from smooth_rt.schedule import Schedule
 from smooth_rt.tasks import checks
 
 __all__ = ["measure"]
@@ -32,11 +34,13 @@ def measure(options: Options, here: Environment, started: str, start: float, say
     """
     asked, warnings = resolve_engines(options.engines)
     say("loading the model")
+    model = load_model(options.model, config=options.config)
+    # What does not fit the model is said before anything is built.
+    settings = _settings(options, model, tuple(asked))
     subject = open_subject(
-        options.model, options.lora, options.lora_strength, list(asked.values()),
+        model, options.lora, options.lora_strength, list(asked.values()),
         lambda stage, done, total: say(f"building engines: {stage} ({done} of {total})"),
     )  # fmt: skip
-    settings = _settings(options, subject, tuple(asked))
     say("measuring the matrix rate")
     rates = matrix_rates(options.matrix_side, max(5, settings.repeats))
     ceiling = max(rates, key=lambda rate: rate.gflop_per_s)
@@ -58,11 +62,13 @@ def measure(options: Options, here: Environment, started: str, start: float, say
     )
 
 
-def _settings(options: Options, subject: Subject, engines: tuple[str, ...]) -> Settings:
-    height, width = checks.image_size(options.height, options.width, subject.model.dims)
+def _settings(options: Options, model: Model, engines: tuple[str, ...]) -> Settings:
+    height, width = checks.image_size(options.height, options.width, model.dims)
+    Schedule.from_config(model.config().sampling_config, options.steps)
     return Settings(
         model=options.model,
-        revision=subject.model.revision,
+        revision=model.revision,
+        config=options.config,
         lora=options.lora,
         lora_strength=options.lora_strength,
         engines=engines,

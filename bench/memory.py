@@ -30,6 +30,7 @@ class Morph(BaseModel):
     engine: str
     bundle: Path | None
     model: str
+    config: str | None = None
     lora: str | None
     lora_strength: float
     batch_sizes: tuple[int, ...]
@@ -74,7 +75,9 @@ def _run(morph: Morph) -> dict[int, int]:
     from smooth_rt.pipeline import SmoothPipeline
 
     if morph.bundle is None:
-        pipe = SmoothPipeline.from_pretrained(morph.model, morph.lora, morph.lora_strength, engine=morph.engine)
+        pipe = SmoothPipeline.from_pretrained(
+            morph.model, morph.lora, morph.lora_strength, engine=morph.engine, config=morph.config
+        )
     else:
         pipe = SmoothPipeline.from_engines(morph.bundle, engine=morph.engine)
     peaks = {}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import NoReturn
 
 from smooth_rt.errors import InputError
+from smooth_rt.ranges import MOST_IMAGES, check, check_text, seeds_from
 
 __all__ = ["Options", "parse"]
 
@@ -21,6 +21,7 @@ class Options:
     """What was asked for; None stands for what the model or the machine decides."""
 
     model: str
+    config: str | None
     lora: str | None
     lora_strength: float
     engines: tuple[str, ...] | None
@@ -74,6 +75,9 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     parser.add_argument("--model", default="default", help="as everywhere (default: the shipped one)")
+    parser.add_argument(
+        "--model-config", dest="config", metavar="FOLDER_OR_HUB_ID", help="for a .safetensors checkpoint, as everywhere"
+    )
     parser.add_argument("--lora", help="a Smooth-LoRA to fuse; 'none': none (default: as everywhere)")
     parser.add_argument("--lora-strength", type=float, default=1.0, help="default: 1.0")
     parser.add_argument(
@@ -90,7 +94,10 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--width", type=int, help="pixels; default: the model's")
     parser.add_argument("--prompt", default=PROMPT, help=f"default: {PROMPT!r}")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
-    parser.add_argument("--output", type=Path, default=Path("bench-results"), help="default: ./bench-results")
+    parser.add_argument(
+        "--output", type=Path, default=Path("bench-results"),
+        help="files of the same names are replaced; default: ./bench-results",
+    )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few steps and repeats: does it run, not how fast")
     parser.add_argument("--json", action="store_true", help="print the report as JSON in the place of tables")
     parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
@@ -109,8 +116,10 @@ def _sizes(text: str) -> tuple[int, ...]:
         sizes = sorted({int(size) for size in text.split(",")})
     except ValueError:
         sizes = [0]
-    if sizes[0] < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a list of whole numbers of at least 1, such as 1,4,16")
+    if not 1 <= sizes[0] <= sizes[-1] <= MOST_IMAGES:
+        raise argparse.ArgumentTypeError(
+            f"{text[:60]!r} is not a list of whole numbers from 1 to {MOST_IMAGES}, such as 1,4,16"
+        )
     return tuple(sizes)
 
 
@@ -122,16 +131,27 @@ def _lora(model: str, lora: str | None) -> str | None:
 
 
 def _check(options: Options) -> None:
-    least = {"steps": 1, "frames": 2, "repeats": 1, "warmup": 0, "seed": 0}
-    for name, low in least.items():
+    for name, text in (("model", options.model), ("lora", options.lora or ""), ("prompt", options.prompt)):
+        check_text(f"--{name}", text)
+    check(
+        model=options.model,
+        config=options.config,
+        lora=options.lora,
+        lora_strength=options.lora_strength,
+        num_inference_steps=options.steps,
+        guidance_scale=options.guidance_scale,
+        frames=options.frames,
+        height=options.height,
+        width=options.width,
+    )
+    # Each image of the largest batch has a seed, and a morph has two.
+    seeds_from(options.seed, max(2, *options.batch_sizes))
+    for name, least in (("repeats", 1), ("warmup", 0), ("seed", 0)):
         value = getattr(options, name)
-        if value < low:
-            option = "num-inference-steps" if name == "steps" else name
-            raise InputError(f"--{option} {value}: give a whole number of at least {low}")
-    if not math.isfinite(options.lora_strength):
-        raise InputError(f"--lora-strength {options.lora_strength}: give a finite number, such as 1.0")
+        if value < least:
+            raise InputError(f"{name}={value}: give a whole number of at least {least}")
     # Below 1 diffusers leaves guidance out, and nothing would be left to compare.
-    if not (math.isfinite(options.guidance_scale) and options.guidance_scale >= 1):
-        raise InputError(f"--guidance-scale {options.guidance_scale}: give a finite number of at least 1, such as 7.5")
+    if options.guidance_scale < 1:
+        raise InputError(f"guidance_scale={options.guidance_scale}: give a number of at least 1, such as 7.5")
     if not options.prompt.strip():
         raise InputError("--prompt: empty; give words, since guidance away from the empty prompt would do nothing")

@@ -111,6 +111,7 @@ class Settings(_Record):
 
     model: str
     revision: str | None
+    config: str | None = None
     lora: str | None
     lora_strength: float
     engines: tuple[str, ...]

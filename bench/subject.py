@@ -15,7 +15,7 @@ from engines.select import BACKENDS, Choice, availability, check_backend, choose
 from smooth_rt.build import build_engines
 from smooth_rt.errors import EngineError
 from smooth_rt.lora import fuse, fused_with, read_lora
-from smooth_rt.model import Model, load_model
+from smooth_rt.model import Model
 from smooth_rt.pipeline import SmoothPipeline
 
 __all__ = ["Subject", "open_subject", "resolve_engines"]
@@ -81,27 +81,26 @@ def resolve_engines(asked: Sequence[str] | None) -> tuple[dict[str, Choice], lis
 
 
 def open_subject(
-    model: str,
+    model: Model,
     lora: str | None,
     lora_strength: float,
     choices: Sequence[Choice],
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Subject:
-    """Load the model, fuse the LoRA, and build or reuse the graphs of all backends among `choices`.
+    """Fuse the LoRA into the model, and build or reuse the graphs of all backends among `choices`.
 
     Raises:
-        ModelError: the model or the LoRA cannot be read or does not fit.
+        ModelError: the LoRA cannot be read or does not fit.
         ParityError: a graph built now differs from its torch module.
     """
     distinct = {choice.backend: choice for choice in choices}
     for backend in distinct:
         check_backend(backend)
-    loaded = load_model(model)
     adapter = None if lora is None else read_lora(lora)
     built = [backend for backend in distinct if backend != "eager"]
-    bundle = build_engines(loaded, adapter, lora_strength, built, None, progress) if built else None
+    bundle = build_engines(model, adapter, lora_strength, built, None, progress) if built else None
     # Building fuses; a bundle that was there already leaves the model as it was loaded.
-    if adapter is not None and fused_with(loaded.unet) is None:
-        fuse(loaded.unet, adapter, lora_strength)
-    modules = torch_networks(loaded.text_encoder, loaded.unet, loaded.vae)
-    return Subject(loaded, modules, bundle, tuple(distinct.values()))
+    if adapter is not None and fused_with(model.unet) is None:
+        fuse(model.unet, adapter, lora_strength)
+    modules = torch_networks(model.text_encoder, model.unet, model.vae)
+    return Subject(model, modules, bundle, tuple(distinct.values()))

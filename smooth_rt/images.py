@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from smooth_rt.errors import InputError
-from smooth_rt.ranges import MAX_SIDE
+from smooth_rt.ranges import MAX_SIDE, check_dense, shown
 
 __all__ = ["MAX_PIXELS", "MIN_SIDE", "ImageLike", "Images", "OutputType", "as_list", "read", "to_images"]
 
@@ -39,6 +39,8 @@ def as_list(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
     Raises:
         InputError: there is no image.
     """
+    if isinstance(images, Tensor):
+        check_dense("images", images)
     if isinstance(images, (np.ndarray, Tensor)):
         found: list[ImageLike] = list(images) if images.ndim == 4 else [images]
     elif isinstance(images, (str, os.PathLike, Image.Image)):
@@ -97,6 +99,7 @@ def _one(image: ImageLike, name: str) -> Tensor:
             raise InputError(f"{name}: numpy {image.dtype} is not an image; give uint8, or float in 0..1")
         return _array(torch.from_numpy(np.ascontiguousarray(channels_first)), name, "[H, W, 3]", image.shape)
     if isinstance(image, Tensor):
+        check_dense(name, image)
         one = image[0] if image.ndim == 4 and image.shape[0] == 1 else image
         if image.dtype != torch.uint8 and not image.is_floating_point():
             raise InputError(f"{name}: torch {image.dtype} is not an image; give uint8, or float in 0..1")
@@ -115,7 +118,11 @@ def _check_size(width: int, height: int, name: str) -> None:
 
 
 def _file(path: Path, name: str) -> Tensor:
-    if not path.exists():
+    try:
+        there = path.exists()
+    except OSError as error:  # its name is too long
+        raise InputError(f"image {shown(name)}: {error.strerror}; check the path") from error
+    if not there:
         raise InputError(f"{name}: no such file; check the path")
     try:
         with warnings.catch_warnings():

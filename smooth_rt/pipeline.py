@@ -23,7 +23,7 @@ from smooth_rt.errors import EngineError
 from smooth_rt.images import ImageLike, Images, OutputType, read, to_images
 from smooth_rt.model import Model, PipelineConfig, load_model, read_config
 from smooth_rt.opening import open_model, reopen_model
-from smooth_rt.ranges import check
+from smooth_rt.ranges import check, shown
 from smooth_rt.schedule import Schedule, Step, ddim_step
 from smooth_rt.tasks import checks
 from smooth_rt.tasks.edit import edit
@@ -122,7 +122,9 @@ class SmoothPipeline:
             EngineError: the named engine cannot run here.
             ParityError: a built engine differs from the torch module.
         """
-        check(lora_strength=lora_strength, engine=engine, batch_size=batch_size)
+        (model,) = (model,) if isinstance(model, Model) else check(model=model)
+        lora, lora_strength, config = check(lora=lora, lora_strength=lora_strength, config=config)
+        engine, batch_size = check(engine=engine, batch_size=batch_size)
         choice = choose(engine, BACKENDS)
         if choice.backend != "eager":
             from smooth_rt.build import build_engines
@@ -149,11 +151,12 @@ class SmoothPipeline:
             config: for "eager", where the bundle was made from a single-file checkpoint; as in `load_model`.
 
         Raises:
+            InputError: an option is out of its range.
             BundleError: the bundle is missing, damaged or stale, or its torch weights are gone or have changed.
             EngineError: the named engine is not in the bundle or cannot run here.
         """
-        check(engine=engine, batch_size=batch_size)
-        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(bundle))
+        engine, batch_size, config = check(engine=engine, batch_size=batch_size, config=config)
+        opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(*check(bundle=bundle)))
         choice = choose(engine, opened.backends)
         if choice.backend != "eager":
             return cls._open(opened, choice, batch_size)
@@ -180,8 +183,7 @@ class SmoothPipeline:
 
     @batch_size.setter
     def batch_size(self, value: int | str) -> None:
-        check(batch_size=value)
-        self._batch_size = value
+        self._batch_size: int | str = check(batch_size=value)[0]
 
     def schedule(self, num_inference_steps: int) -> Schedule:
         """The model's DDIM schedule in so many steps."""
@@ -196,8 +198,8 @@ class SmoothPipeline:
         )
         for ids, prompt in zip(self.tokenizer(distinct, verbose=False).input_ids, distinct, strict=True):
             if len(ids) > self.dims.tokens:
-                cut = self.tokenizer.decode(ids[self.dims.tokens - 1 : -1])
-                LOG.warning("prompt %r: longer than %d tokens; left out: %r", prompt, self.dims.tokens, cut)
+                cut = shown(self.tokenizer.decode(ids[self.dims.tokens - 1 : -1]))
+                LOG.warning("prompt %s: longer than %d tokens; left out: %s", shown(prompt), self.dims.tokens, cut)
         parts = self._calls("text_encoder", len(distinct), self.dims.tokens)
         embeds = torch.cat([self._run("text_encoder", input_ids=tokens.input_ids[part]) for part in parts])
         return embeds[[distinct.index(prompt) for prompt in prompts]]
@@ -246,8 +248,8 @@ class SmoothPipeline:
         negative = negative_prompt_embeds
         if guidance_scale == 1 or (negative is not None and torch.equal(negative, prompt_embeds)):
             negative = None
-        outputs = []
-        for part in self._calls("unet", len(latents), latents[0, 0].numel(), 1 if negative is None else 2):
+        outputs, rows = [], 1 if negative is None else 2
+        for part in self._calls("unet", len(latents), latents[0, 0].numel(), rows):
             sample, text = latents[part], prompt_embeds[part]
             if negative is not None:
                 sample, text = torch.cat([sample, sample]), torch.cat([negative[part], text])
@@ -265,30 +267,34 @@ class SmoothPipeline:
         steps: Sequence[Step],
         predict: Predict,
         callback_on_step_end: StepCallback | None = None,
+        trajectory: list[Tensor] | None = None,
     ) -> Tensor:
         """The loop through time: DDIM along `steps`, whichever way they lead.
 
         Args:
             latents: [N, C, h, w] at the noise level of the first step; those of the last step are returned.
             steps: `Schedule.steps`, a part of them, or `Schedule.inverse_steps`.
-            predict: `predict(latents, i, timestep)` gives the model's output for step i.
+            predict: gives the model's output; see `Predict`.
             callback_on_step_end: see `StepCallback`.
+            trajectory: takes the latents after each step.
 
         Raises:
+            InputError: the callback is no function, or returned what is no dict of latents [N, C, h, w].
             EngineError: the latents stopped being finite; the step is named.
         """
-        prediction_type = self.scheduler_config.get("prediction_type", "epsilon")
+        check(callback_on_step_end=callback_on_step_end)
+        kind = self.scheduler_config.get("prediction_type", "epsilon")
         for i, step in enumerate(steps):
-            output = predict(latents, i, step.timestep)
-            latents = ddim_step(latents, output, step.alpha_from, step.alpha_to, prediction_type)
+            latents = ddim_step(latents, predict(latents, i, step.timestep), step.alpha_from, step.alpha_to, kind)
             if not bool(torch.isfinite(latents).all()):
                 raise EngineError(
                     f"step {i + 1} of {len(steps)} (timestep {step.timestep}): the latents are not finite on "
                     f"{self.engine}; lower guidance_scale, or check the model's weights"
                 )
             if callback_on_step_end is not None:
-                answer = callback_on_step_end(self, i, step.timestep, {"latents": latents})
-                latents = (answer or {}).get("latents", latents)
+                latents = checks.answer(callback_on_step_end(self, i, step.timestep, {"latents": latents}), latents)
+            if trajectory is not None:
+                trajectory.append(latents)
         return latents
 
     def _calls(self, network: NetworkName, count: int, cells: int, rows: int = 1) -> Iterator[slice]:

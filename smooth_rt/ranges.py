@@ -26,6 +26,7 @@ __all__ = [
     "RANGES",
     "as_whole",
     "check",
+    "check_dense",
     "check_images",
     "check_text",
     "choice",
@@ -81,6 +82,14 @@ def check_images(name: str, each: int, count: int, of: str) -> None:
         raise InputError(
             f"{name}={each}: makes {each * count} images with {count} {of}; give at most {MOST_IMAGES} in all"
         )
+
+
+def check_dense(name: str, tensor: Any) -> None:
+    """Refuse a torch tensor whose values do not lie in a plain array: sparse, nested, or without any ("meta")."""
+    if tensor.is_meta:
+        raise InputError(f"{name}: a tensor on 'meta' has no values; give one on the CPU")
+    if tensor.is_nested or str(tensor.layout) != "torch.strided":
+        raise InputError(f"{name}: a nested or sparse tensor; give a dense one, such as tensor.to_dense()")
 
 
 def check_text(name: str, value: str) -> None:

@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple, cast, get_args
 from torch import Tensor
 
 from smooth_rt.errors import InputError, ModelError
+from smooth_rt.ranges import as_whole, shown
 
 __all__ = ["PredictionType", "Schedule", "Step", "add_noise", "ddim_step"]
 
@@ -75,13 +76,14 @@ class Schedule:
         train = int(read["num_train_timesteps"])
         if train < 1:
             raise ModelError(f"scheduler_config: num_train_timesteps is {train}; give the number of training steps")
-        count = num_inference_steps
+        count = as_whole(num_inference_steps)
         # "leading" spacing adds the offset to every timestep: with a step for each, the first would be none.
         offset = read["steps_offset"] if read["timestep_spacing"] == "leading" else 0
         most = max(1, train - max(0, offset))
-        if isinstance(count, bool) or not isinstance(count, int) or not 1 <= count <= most:
+        if count is None or not 1 <= count <= most:
             raise InputError(
-                f"num_inference_steps={count!r}: give a whole number from 1 to {most}, as the model allows"
+                f"num_inference_steps={shown(num_inference_steps)}: give a whole number from 1 to {most}, "
+                "as the model allows"
             )
         scheduler.set_timesteps(count)
         timesteps = [int(t) for t in scheduler.timesteps]

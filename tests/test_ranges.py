@@ -9,11 +9,13 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from smooth_rt import cli, ranges
 from smooth_rt.errors import EngineError, InputError, SmoothRTError
 from smooth_rt.pipeline import SmoothPipeline
+from smooth_rt.schedule import Schedule
 from smooth_rt.tasks.edit import edit
 from smooth_rt.tasks.generate import generate
 from smooth_rt.tasks.interpolate import interpolate
@@ -112,6 +114,10 @@ def test_a_command_says_it_before_it_loads_a_model(
     [
         ({"lora_strength": math.nan}, InputError, "lora_strength=nan"),
         ({"lora_strength": "1"}, InputError, "lora_strength='1'"),
+        ({"lora_strength": None}, InputError, "lora_strength=None: give a number"),
+        ({"engine": ["onnxruntime"]}, InputError, r"engine=\['onnxruntime'\]: give the name of one, such as"),
+        ({"engine": None}, InputError, "engine=None: give the name of one"),
+        ({"config": ""}, InputError, "config='': empty"),
         ({"batch_size": 0}, InputError, "batch_size=0: give a whole number of at least 1, or 'auto'"),
         ({"batch_size": True}, InputError, "batch_size=True"),
         ({"engine": "abacus"}, EngineError, "engine 'abacus': unknown"),
@@ -152,6 +158,34 @@ def test_what_the_model_decides_is_said_before_an_engine_is_built(
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.usefixtures("no_model")
+@pytest.mark.parametrize(
+    ("source", "said"),
+    [
+        ("", "='': empty; give a path or a name"),
+        (" ", "=' ': empty"),
+        (5, "=5: give a path or a name"),
+        (["a"], r"=\['a'\]: give a path or a name"),
+        (b"a", "=b'a': give a path or a name"),
+        ("a\0b", r"='a\\x00b': holds a null character"),
+        ("a" * 5000, f"='{'a' * 59}...: File name too long; give a shorter path"),
+        (Path("a" * 5000), f"='{'a' * 59}...: File name too long; give a shorter path"),
+    ],
+)
+def test_what_cannot_name_a_model_or_a_bundle(source: Any, said: str) -> None:
+    with pytest.raises(InputError, match=f"^model{said}"):
+        SmoothPipeline.from_pretrained(source)
+    with pytest.raises(InputError, match=f"^lora{said}"):
+        SmoothPipeline.from_pretrained("default", source)
+    with pytest.raises(InputError, match=f"^bundle{said}"):
+        SmoothPipeline.from_engines(source)
+
+
+def test_no_bundle() -> None:
+    with pytest.raises(InputError, match=r"^bundle=None: give a path or a name"):
+        SmoothPipeline.from_engines(None)  # type: ignore[arg-type]
+
+
 def test_the_table_knows_the_options_by_the_names_they_have() -> None:
     assert tuple(METHODS) == ranges.INVERSION_METHODS
     opening = (SmoothPipeline.from_pretrained, SmoothPipeline.from_engines)
@@ -165,9 +199,37 @@ def test_what_is_in_its_range() -> None:
         num_inference_steps=1, guidance_scale=-2, frames=2, height=None, width=8, seed=-(2**63), seeds=(0, 2**64 - 1),
         lora_strength=-100, edit_strength=0, engine="auto", batch_size="auto", method="ddim_without_text", batch=1,
     )  # fmt: skip
+    assert ranges.check(frames=np.int64(5), guidance_scale=np.float32(0.5), edit_strength=1, height=np.uint16(64)) == (
+        5, 0.5, 1.0, 64,
+    )  # fmt: skip
+    assert [type(value) for value in ranges.check(frames=np.int64(5), lora_strength=np.float32(0.5))] == [int, float]
+    for options in ({"height": 64.0}, {"height": np.float32(64)}, {"frames": np.bool_(True)}, {"width": np.array([8])}):
+        with pytest.raises(InputError, match=f"{next(iter(options))}="):
+            ranges.check(**options)
     for options in ({"guidance_scale": 10**400}, {"seed": 1.0}, {"height": True}, {"edit_strength": None}):
         with pytest.raises(InputError, match=f"{next(iter(options))}="):
             ranges.check(**options)
+
+
+@pytest.mark.parametrize("number", [10**400, -(10**400), 10**5000], ids=["large", "negative", "unspeakable"])
+@pytest.mark.parametrize(
+    "name", ["num_inference_steps", "guidance_scale", "lora_strength", "edit_strength", "seed", "height", "frames"]
+)
+def test_a_number_beyond_all_sense_is_not_spelled_out(name: str, number: int) -> None:
+    if name == "num_inference_steps":  # the model knows how many there are
+        config = {"num_train_timesteps": 1000, "clip_sample": False}
+        with pytest.raises(InputError, match=f"{name}=a number of [0-9]+ bits") as caught:
+            Schedule.from_config(config, number)
+    else:
+        with pytest.raises(InputError, match=f"{name}=a number of [0-9]+ bits") as caught:
+            ranges.check(**{name: number})
+    assert len(str(caught.value)) < 160
+
+
+def test_a_long_value_is_cut() -> None:
+    with pytest.raises(InputError) as caught:
+        ranges.check(method="a" * 10_000)
+    assert str(caught.value).startswith(f"method='{'a' * 59}... is unknown; it is one of")
 
 
 def test_the_table_loads_nothing_heavy() -> None:

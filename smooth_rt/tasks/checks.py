@@ -5,7 +5,7 @@ Each says in one line what is wrong and what would be right. `smooth_rt.ranges` 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,9 +13,9 @@ from torch import Generator, Tensor
 
 from engines.contract import Dims
 from smooth_rt.errors import InputError
-from smooth_rt.ranges import check
+from smooth_rt.ranges import check, check_dense, check_text, shown
 
-__all__ = ["as_prompts", "embeds", "image_size", "latents", "one_each", "per_image"]
+__all__ = ["answer", "as_prompts", "embeds", "image_size", "latents", "one_each", "per_image"]
 
 
 def as_prompts(prompts: str | Sequence[str], name: str = "prompt") -> list[str]:
@@ -25,6 +25,8 @@ def as_prompts(prompts: str | Sequence[str], name: str = "prompt") -> list[str]:
         raise InputError(f"{name}: give a str or a list of str")
     if not found:
         raise InputError(f"{name}: the list is empty; give at least one prompt (the empty string is one)")
+    for prompt in found:
+        check_text(name, prompt)
     return found
 
 
@@ -42,41 +44,63 @@ def image_size(height: int | None, width: int | None, dims: Dims) -> tuple[int, 
     """Height and width in pixels; None is the size that the model was trained at."""
     sizes = []
     for name, value in (("height", height), ("width", width)):
-        if value is None:
-            sizes.append(dims.sample_size * dims.vae_factor)
-            continue
-        check(**{name: value})
-        multiple = dims.image_multiple
-        if value % multiple:
-            nearest = max(1, (value + (multiple - 1) // 2) // multiple) * multiple
-            raise InputError(f"{name}={value!r}: give a multiple of {multiple}; the nearest is {nearest}")
-        sizes.append(value)
+        (side,) = check(**{name: value})
+        if side is None:
+            side = dims.sample_size * dims.vae_factor
+        elif side % dims.image_multiple:
+            multiple = dims.image_multiple
+            nearest = max(1, (side + (multiple - 1) // 2) // multiple) * multiple
+            raise InputError(f"{name}={side}: give a multiple of {multiple}; the nearest is {nearest}")
+        sizes.append(side)
     return sizes[0], sizes[1]
 
 
 def latents(value: Tensor, count: int, dims: Dims, height: int | None, width: int | None) -> Tensor:
-    """Latents [count, C, H/f, W/f], float32. Where height or width is None, the latents say it."""
-    if not isinstance(value, Tensor) or value.dtype != torch.float32:
-        raise InputError(f"latents: {getattr(value, 'dtype', type(value).__name__)}; give a float32 torch tensor")
+    """Latents [count, C, H/f, W/f], float32, finite. Where height or width is None, the latents say it."""
+    value = _floats(value, "latents")
     rows, columns = (None if side is None else side // dims.vae_factor for side in (height, width))
     wanted: tuple[Any, ...] = (count, dims.latent_channels, rows or "h", columns or "w")
     fits = value.ndim == 4 and all(isinstance(w, str) or s == w for s, w in zip(value.shape, wanted, strict=True))
     if not fits or any(side < 1 or side % dims.latent_multiple for side in value.shape[2:]):
         sides = f", h and w multiples of {dims.latent_multiple}"
         raise InputError(f"latents: shape {list(value.shape)}; give [{', '.join(map(str, wanted))}]{sides}")
-    if not bool(torch.isfinite(value).all()):
-        raise InputError("latents: NaN or infinite values; give finite ones")
-    return value.detach().cpu()
+    return value
 
 
 def embeds(value: Tensor, count: int | None, dims: Dims, name: str) -> Tensor:
-    """Text embeddings [count, L, D], float32; any positive count where it is None."""
+    """Text embeddings [count, L, D], float32, finite; any positive count where it is None."""
     wanted = ("N" if count is None else count, dims.tokens, dims.text_width)
-    if not isinstance(value, Tensor) or value.dtype != torch.float32:
-        raise InputError(f"{name}: {getattr(value, 'dtype', type(value).__name__)}; give a float32 torch tensor")
+    value = _floats(value, name)
     if value.ndim != 3 or not len(value) or any(w != "N" and s != w for s, w in zip(value.shape, wanted, strict=True)):
         raise InputError(f"{name}: shape {list(value.shape)}; give [{', '.join(map(str, wanted))}]")
-    return value.detach().cpu()
+    return value
+
+
+def answer(value: Any, latents: Tensor) -> Tensor:
+    """The latents to go on from after a callback returned `value`: its own, or `latents`."""
+    name = "callback_on_step_end"
+    if value is None:
+        return latents
+    if not isinstance(value, Mapping) or not set(value) <= {"latents"}:
+        kind = shown(list(value)) if isinstance(value, Mapping) else type(value).__name__
+        raise InputError(f"{name}: returned {kind}; return None or a dict of latents alone")
+    if "latents" not in value:
+        return latents
+    found = _floats(value["latents"], f"{name}: latents returned")
+    if found.shape != latents.shape:
+        raise InputError(f"{name}: latents returned: shape {list(found.shape)}; give {list(latents.shape)}")
+    return found
+
+
+def _floats(value: Any, name: str) -> Tensor:
+    """A dense float32 tensor of finite values, on the CPU."""
+    if not isinstance(value, Tensor) or value.dtype != torch.float32:
+        raise InputError(f"{name}: {getattr(value, 'dtype', type(value).__name__)}; give a float32 torch tensor")
+    check_dense(name, value)
+    found: Tensor = value.detach().cpu()
+    if not bool(torch.isfinite(found).all()):
+        raise InputError(f"{name}: NaN or infinite values; give finite ones")
+    return found
 
 
 def per_image(generator: Generator | Sequence[Generator] | None, count: int) -> list[Generator | None]:

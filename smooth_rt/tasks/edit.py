@@ -77,7 +77,12 @@ def edit(
         InputError: an argument is out of its range, an image cannot be read, or the numbers differ.
         EngineError: a network failed, or the latents stopped being finite (the step is named).
     """
-    check(edit_method=edit_method, edit_strength=edit_strength, guidance_scale=guidance_scale, output_type=output_type)
+    check(output_type=output_type, callback_on_step_end=callback_on_step_end)
+    edit_method, edit_strength, guidance_scale = check(
+        edit_method=edit_method, edit_strength=edit_strength, guidance_scale=guidance_scale
+    )
+    if prompts is None:
+        raise InputError("prompts: missing; give what the images shall show")
     schedule = pipe.schedule(num_inference_steps)
     height, width = checks.image_size(height, width, pipe.dims)
     found = as_list(images)
@@ -107,7 +112,7 @@ def edit(
     before = guided(pipe, inverted.prompt_embeds, inverted.negative_prompt_embeds, guidance_scale)
     after = guided(pipe, pipe.encode_prompt(targets), inverted.negative_prompt_embeds, guidance_scale)
     # (1 - 0.7) * 50 is a hair above 15 in floating point, and would move the switch by a step.
-    switch = round((1 - edit_strength) * num_inference_steps, 6)
+    switch = round((1 - edit_strength) * len(schedule.steps), 6)
 
     def predict_eq15(latents: Tensor, index: int, timestep: int) -> Tensor:
         return (before if index < switch else after)(latents, index, timestep)

@@ -10,7 +10,7 @@ from torch import Generator, Tensor
 
 from smooth_rt.errors import InputError
 from smooth_rt.images import Images, OutputType
-from smooth_rt.ranges import check
+from smooth_rt.ranges import check, check_images
 from smooth_rt.tasks import checks
 
 if TYPE_CHECKING:
@@ -58,7 +58,7 @@ def generate(
         num_inference_steps: DDIM steps, 1..num_train_timesteps.
         guidance_scale: w in `uncond + w * (cond - uncond)`, finite.
         negative_prompt: in the place of the empty unconditional prompt; one for all or one each.
-        num_images_per_prompt: images a prompt, side by side: N = P * num_images_per_prompt.
+        num_images_per_prompt: images a prompt, side by side: N = P * num_images_per_prompt, at most MOST_IMAGES.
         generator: one on the CPU, drawn from image after image, or N of them: each image then equals itself alone.
         latents: the starting noise [N, C, H/f, W/f], float32, in place of `generator`.
         prompt_embeds: [P, L, D], float32.
@@ -71,12 +71,14 @@ def generate(
         InputError: an argument is out of its range or contradicts another.
         EngineError: a network failed, or the latents stopped being finite (the step is named).
     """
-    check(num_images_per_prompt=num_images_per_prompt, guidance_scale=guidance_scale, output_type=output_type)
+    check(output_type=output_type, callback_on_step_end=callback_on_step_end)
+    each, guidance_scale = check(num_images_per_prompt=num_images_per_prompt, guidance_scale=guidance_scale)
     schedule = pipe.schedule(num_inference_steps)
     if latents is None or height is not None or width is not None:
         height, width = checks.image_size(height, width, pipe.dims)
     cond, uncond = embed_pair(pipe, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale)
-    cond, uncond = (embeds.repeat_interleave(num_images_per_prompt, dim=0) for embeds in (cond, uncond))
+    check_images("num_images_per_prompt", each, len(cond), "prompts")
+    cond, uncond = (embeds.repeat_interleave(each, dim=0) for embeds in (cond, uncond))
     if latents is None:
         noise = pipe.draw_noise(len(cond), height, width, generator)
     else:

@@ -96,7 +96,7 @@ def interpolate(
     Args:
         prompts: one for both ends, or one each. May be missing with `method="ddim-without-text"` alone.
         images: the two ends, as in `invert`; or None, and the ends come from noise.
-        frames: the number of frames with both ends, at least 2.
+        frames: the number of frames with both ends, from 2 to MOST_IMAGES.
         method: how images are inverted: "ddim", "ddim-without-text" or "negative-prompt".
         generator: two, one an end; or one: with one prompt both noises are drawn from it in turn, with two prompts
             both ends share one noise. None draws from torch's own in the same way.
@@ -113,7 +113,7 @@ def interpolate(
         InputError: an argument is out of its range, an image cannot be read, or there are not two ends.
         EngineError: a network failed, or the latents stopped being finite (the step is named).
     """
-    check(frames=frames, output_type=output_type)
+    (frames, *_) = check(frames=frames, output_type=output_type, callback_on_step_end=callback_on_step_end)
     schedule = pipe.schedule(num_inference_steps)
     if images is not None:
         if generator is not None or latents is not None or negative_prompt is not None:
@@ -130,8 +130,7 @@ def interpolate(
     else:
         if prompts is None:
             raise InputError("prompts: missing; give one for both ends, or two")
-        scale = 7.5 if guidance_scale is None else guidance_scale
-        check(guidance_scale=scale)
+        (scale,) = check(guidance_scale=7.5 if guidance_scale is None else guidance_scale)
         texts = checks.one_each(prompts, 2, "prompts", "ends")
         noise = _noise_ends(pipe, len(checks.as_prompts(prompts)) == 2, generator, latents, height, width)
         cond, uncond = embed_pair(pipe, texts, negative_prompt, None, None, scale)
@@ -156,7 +155,7 @@ def _noise_ends(
     if latents is not None:
         if generator is not None:
             raise InputError("latents: given together with generator; give one of them")
-        count = 1 if isinstance(latents, Tensor) and len(latents) == 1 else 2
+        count = 1 if isinstance(latents, Tensor) and latents.shape[:1] == (1,) else 2
         if height is not None or width is not None:
             height, width = checks.image_size(height, width, pipe.dims)
         noise = checks.latents(latents, count, pipe.dims, height, width)

@@ -13,18 +13,28 @@ from bench.options import parse
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--repeats", "0"], "--repeats 0: give a whole number of at least 1"),
+        (["--repeats", "0"], "--repeats=0: give a whole number of at least 1"),
         (["--repeats", "many"], "--repeats"),
-        (["--warmup", "-1"], "--warmup -1"),
-        (["--frames", "1"], "--frames 1: give a whole number of at least 2"),
-        (["--num-inference-steps", "0"], "--num-inference-steps 0"),
-        (["--batch-sizes", "1,0"], "'1,0' is not a list of whole numbers of at least 1"),
+        (["--warmup", "-1"], "--warmup=-1"),
+        (["--frames", "1"], "--frames=1: give a whole number from 2 to 10000"),
+        (["--num-inference-steps", "0"], "--num-inference-steps=0"),
+        (["--num-inference-steps", "1001"], "--num-inference-steps=1001: give a whole number from 1 to 999"),
+        (["--seed", str(2**70)], f"--seed={2**70}: does not fit into 64 bits"),
+        (["--seed", str(2**64 - 1)], f"--seed={2**64}: does not fit into 64 bits"),
+        (["--seed", "-1"], "--seed=-1: give a whole number of at least 0"),
+        (["--lora-strength", "1e9"], "--lora-strength=1000000000.0: give a number from -100 to 100"),
+        (["--prompt", "a\udcff"], "--prompt: character 2 is not valid UTF-8"),
+        (["--lora", "a\udcff"], "--lora: character 2 is not valid UTF-8"),
+        (["--lora", " "], "--lora=' ': empty"),
+        (["--batch-sizes", "1,100000"], "'1,100000' is not a list of whole numbers from 1 to 10000"),
+        (["--model-config", "some/where"], "--model-config (in Python: config=) is for a .safetensors checkpoint"),
+        (["--batch-sizes", "1,0"], "'1,0' is not a list of whole numbers from 1 to 10000"),
         (["--batch-sizes", "one"], "'one' is not a list"),
         (["--batch-sizes", ""], "not a list"),
         (["--engines", ","], "name at least one engine"),
-        (["--guidance-scale", "nan"], "--guidance-scale nan"),
+        (["--guidance-scale", "nan"], "--guidance-scale=nan"),
         (["--guidance-scale", "0.5"], "at least 1"),
-        (["--lora-strength", "inf"], "--lora-strength inf"),
+        (["--lora-strength", "inf"], "--lora-strength=inf"),
         (["--prompt", " "], "--prompt: empty"),
         (["--speed", "high"], "unrecognized arguments"),
         (["--engines", "quantum"], "engine 'quantum': unknown"),
@@ -32,8 +42,17 @@ from bench.options import parse
     ],
 )
 def test_refused(
-    arguments: list[str], words: str, tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model: Path
+    arguments: list[str],
+    words: str,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    tiny_model: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    def build(*_: object, **__: object) -> None:
+        raise AssertionError("began to build")
+
+    monkeypatch.setattr("bench.subject.build_engines", build)
     output = tmp_path / "results"
     assert main(["--quick", "--model", str(tiny_model), "--output", str(output), *arguments]) == 2
     said = capsys.readouterr().err.strip().splitlines()[-1]

@@ -41,7 +41,7 @@ SETTINGS = Settings(
 
 @pytest.fixture(scope="module")
 def subject(tiny_model: Path) -> Subject:
-    return open_subject(str(tiny_model), None, 1.0, [EAGER, EAGER])
+    return open_subject(load_model(tiny_model), None, 1.0, [EAGER, EAGER])
 
 
 @pytest.fixture
@@ -82,7 +82,7 @@ def test_guidance_of_one_needs_one_pass_and_one_text() -> None:
 
 def test_the_lora_is_in_the_weights(tiny_model: Path, lora: Path) -> None:
     base = load_model(tiny_model).unet.get_submodule(PROJECTION).weight
-    fused = open_subject(str(tiny_model), str(lora), 0.5, [EAGER])
+    fused = open_subject(load_model(tiny_model), str(lora), 0.5, [EAGER])
     assert torch.allclose(fused.model.unet.get_submodule(PROJECTION).weight, base + 0.5)
 
 
@@ -92,7 +92,7 @@ def test_the_lora_is_in_the_weights_where_engines_are_reused(
     reused = object()
     monkeypatch.setattr("bench.subject.build_engines", lambda *_: reused)
     base = load_model(tiny_model).unet.get_submodule(PROJECTION).weight
-    fused = open_subject(str(tiny_model), str(lora), 1.0, [replace(EAGER, backend="onnxruntime")])
+    fused = open_subject(load_model(tiny_model), str(lora), 1.0, [replace(EAGER, backend="onnxruntime")])
     assert fused.bundle is reused
     assert torch.allclose(fused.model.unet.get_submodule(PROJECTION).weight, base + 1)
 

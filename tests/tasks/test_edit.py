@@ -125,6 +125,7 @@ def test_many_at_once_equal_each_alone_on_real_networks(eager: SmoothPipeline, i
         ({"source_prompts": ["a", "b"]}, "prompts: 2 for 3 images"),
         ({"prompts": ["a", "b"]}, "prompts: 2 for 3 images"),
         ({"prompts": []}, "prompts: the list is empty"),
+        ({"prompts": None}, "prompts: missing; give what the images shall show"),
         ({"negative_prompts": "x"}, "negative_prompts: eq15"),
         (
             {"edit_method": "sdedit", "source_prompts": None, "negative_prompts": []},

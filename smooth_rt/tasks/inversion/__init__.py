@@ -109,8 +109,8 @@ def invert(
         EngineError: a network failed, or the latents stopped being finite (the step is named).
     """
     chosen = METHODS[choice("method", method, tuple(METHODS))]
-    scale = chosen.guidance_scale if guidance_scale is None else guidance_scale
-    check(guidance_scale=scale, output_type=output_type)
+    check(output_type=output_type, callback_on_step_end=callback_on_step_end)
+    (scale,) = check(guidance_scale=chosen.guidance_scale if guidance_scale is None else guidance_scale)
     schedule = pipe.schedule(num_inference_steps)
     height, width = checks.image_size(height, width, pipe.dims)
     found = as_list(images)

@@ -7,7 +7,7 @@ at (x_{i-1}, t_i), as in the `ddim_loop` of null-text inversion (Mokady et al. 2
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -45,17 +45,10 @@ def invert_latents(
     Returns:
         Latents [N, C, h, w], the last of them x_T.
     """
-    levels: list[Tensor] = []
-
-    def keep(
-        pipe: SmoothPipeline, index: int, timestep: int, tensors: dict[str, Tensor]
-    ) -> Mapping[str, Tensor] | None:
-        answer = callback_on_step_end(pipe, index, timestep, tensors) if callback_on_step_end is not None else None
-        levels.append((answer or tensors).get("latents", tensors["latents"]))
-        return answer
 
     def predict(latents: Tensor, _: int, timestep: int) -> Tensor:
         return pipe.predict(latents, timestep, prompt_embeds)
 
-    final = pipe.denoise(latents, schedule.inverse_steps, predict, keep if keep_all else callback_on_step_end)
+    levels: list[Tensor] | None = [] if keep_all else None
+    final = pipe.denoise(latents, schedule.inverse_steps, predict, callback_on_step_end, levels)
     return levels or [final]

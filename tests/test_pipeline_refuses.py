@@ -1,0 +1,154 @@
+"""What the pipeline refuses: one line that names the argument, before any work where that can be."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Generator, Tensor
+
+from engines.base import Engine
+from smooth_rt.errors import InputError
+from smooth_rt.pipeline import SmoothPipeline
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Networks this small lose time on more threads, and much of it where the cores are shared."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def pipe(tiny_model: Path) -> Iterator[SmoothPipeline]:
+    with SmoothPipeline.from_pretrained(tiny_model, engine="eager") as pipe:
+        yield pipe
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
+    """The batch size of every call, by network."""
+    seen: dict[str, list[int]] = {}
+    infer = Engine.infer
+
+    def count(engine: Engine, **inputs: Tensor) -> dict[str, Tensor]:
+        seen.setdefault(engine.network.name, []).append(len(next(iter(inputs.values()))))
+        return infer(engine, **inputs)
+
+    monkeypatch.setattr(Engine, "infer", count)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        ([1], "returned list; return None or a dict of latents alone"),
+        (torch.zeros(1), "returned Tensor; return None"),
+        ({"latents": None}, "latents returned: NoneType; give a float32 torch tensor"),
+        ({"latents": torch.zeros(1, 4, 8, 4)}, r"latents returned: shape \[1, 4, 8, 4\]; give \[1, 4, 8, 8\]"),
+        ({"latents": torch.full((1, 4, 8, 8), float("nan"))}, "latents returned: NaN or infinite values"),
+        ({"latents": torch.zeros(1, 4, 8, 8).double()}, "latents returned: torch.float64"),
+        ({"latents": torch.zeros(1, 4, 8, 8, device="meta")}, "latents returned: a tensor on 'meta'"),
+        ({"prompt_embeds": torch.zeros(1)}, r"returned \['prompt_embeds'\]; return None or a dict of latents alone"),
+    ],
+)
+def test_a_callback_that_returns_something_else(pipe: SmoothPipeline, answer: Any, said: str) -> None:
+    with pytest.raises(InputError, match=f"^callback_on_step_end: {said}"):
+        pipe("dog", num_inference_steps=2, callback_on_step_end=lambda *_: answer)
+
+
+def test_a_callback_that_is_none_is_refused_before_any_work(pipe: SmoothPipeline, calls: dict[str, list[int]]) -> None:
+    tasks: list[Any] = [
+        lambda **more: pipe("dog", **more),
+        lambda **more: pipe.interpolate(["dog", "red apple"], **more),
+        lambda **more: pipe.invert(torch.zeros(3, 16, 16), "dog", return_trajectory=True, **more),
+        lambda **more: pipe.edit(torch.zeros(3, 16, 16), "dog", "red apple", **more),
+    ]
+    for task in tasks:
+        with pytest.raises(InputError, match=r"^callback_on_step_end=5: give a function"):
+            task(num_inference_steps=2, callback_on_step_end=5)
+    with pytest.raises(InputError, match=r"^callback_on_step_end=5"):
+        pipe.denoise(torch.zeros(1, 4, 8, 8), [], lambda x, *_: x, 5)  # type: ignore[arg-type]
+    assert calls == {}
+
+
+def test_too_many_images_are_refused_before_their_noise_is_drawn(
+    pipe: SmoothPipeline, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def draw(*_: Any) -> None:
+        raise AssertionError("drew noise")
+
+    monkeypatch.setattr(SmoothPipeline, "draw_noise", draw)
+    with pytest.raises(InputError, match="num_images_per_prompt=5001: makes 10002 images with 2 prompts; give at most"):
+        pipe(["dog", "red apple"], num_images_per_prompt=5001, num_inference_steps=1)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"height": 20}, "height=20: give a multiple of 8; the nearest is 16"),
+        ({"height": 22}, "the nearest is 24"),
+        ({"height": 1_000_000}, "height=1000000: give at most 10000 pixels a side"),
+        ({"height": 10**22 + 4}, "give at most 10000 pixels a side"),
+        ({"num_images_per_prompt": 10**8}, "num_images_per_prompt=100000000: give a whole number from 1 to 10000"),
+        ({"width": 3}, "width=3: give a multiple of 8; the nearest is 8"),
+        ({"width": 0}, "width=0: give a whole number of pixels, at least 1"),
+        ({"width": 16.0}, "width=16.0"),
+        ({"num_inference_steps": 0}, "num_inference_steps=0"),
+        ({"num_inference_steps": -3}, "num_inference_steps=-3"),
+        # The last of the 1000 timesteps is 999, and each is moved up by steps_offset 1, as in diffusers' pipeline.
+        ({"num_inference_steps": 1001}, "num_inference_steps=1001: give a whole number from 1 to 999"),
+        ({"num_inference_steps": 1000}, "num_inference_steps=1000: give a whole number from 1 to 999"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
+        ({"guidance_scale": float("inf")}, "guidance_scale=inf"),
+        ({"guidance_scale": "7"}, "guidance_scale='7'"),
+        ({"prompt": []}, "prompt: the list is empty"),
+        ({"prompt": None}, "prompt: missing"),
+        ({"negative_prompt": []}, "negative_prompt: the list is empty"),
+        ({"prompt": 7}, "prompt: give a str"),
+        ({"prompt": ["a", None]}, "prompt: give a str"),
+        ({"prompt": ["a", "b", "c"], "negative_prompt": ["", ""]}, "negative_prompt: 2 for 3 prompts"),
+        ({"num_images_per_prompt": 0}, "num_images_per_prompt=0"),
+        ({"generator": [Generator(), Generator()]}, "generator: 2 for 1 images"),
+        ({"generator": 5}, "generator"),
+        ({"latents": torch.zeros(2, 4, 8, 8)}, r"latents: shape \[2, 4, 8, 8\]; give \[1, 4, h, w\]"),
+        ({"latents": torch.zeros(1, 4, 6, 8)}, "multiples of 4"),
+        ({"latents": torch.zeros(4, 8, 8)}, r"latents: shape \[4, 8, 8\]"),
+        ({"latents": torch.zeros(1, 4, 8, 8), "height": 24}, r"give \[1, 4, 12, 8\]"),
+        ({"latents": torch.zeros(1, 4, 8, 8).double()}, "latents: torch.float64; give a float32"),
+        ({"latents": np.zeros((1, 4, 8, 8))}, "give a float32 torch tensor"),
+        ({"latents": torch.full((1, 4, 8, 8), float("nan"))}, "latents: NaN"),
+        ({"prompt_embeds": torch.zeros(1, 12, 32)}, "prompt: given together with prompt_embeds"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 11, 32)}, r"prompt_embeds: shape \[1, 11, 32\]"),
+        ({"negative_prompt_embeds": torch.zeros(2, 12, 32)}, r"negative_prompt_embeds: shape .*\[1, 12, 32\]"),
+        ({"output_type": "jpeg"}, "output_type='jpeg' is unknown; it is one of pil"),
+        ({"output_type": ["pil"]}, r"output_type=\['pil'\] is unknown; it is one of pil"),
+        ({"prompt": "a\udcff"}, "prompt: character 2 is not valid UTF-8"),
+        ({"prompt": ["a", "\udcff"]}, "prompt: character 1 is not valid UTF-8"),
+        ({"negative_prompt": "\udcff"}, "negative_prompt: character 1 is not valid UTF-8"),
+        ({"guidance_scale": 10**400}, "guidance_scale=a number of 1329 bits: give a finite number"),
+        ({"latents": torch.zeros(1, 4, 8, 8).to_sparse()}, "latents: a nested or sparse tensor; give a dense one"),
+        ({"latents": torch.zeros(1, 4, 8, 8, device="meta")}, "latents: a tensor on 'meta' has no values"),
+        ({"latents": torch.tensor(1.0)}, r"latents: shape \[\]; give \[1, 4, h, w\]"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 12, 32).to_sparse()}, "prompt_embeds: a nested or sparse"),
+        ({"prompt": None, "prompt_embeds": torch.zeros(1, 12, 32, device="meta")}, "prompt_embeds: a tensor on 'meta'"),
+        ({"prompt": None, "prompt_embeds": torch.full((1, 12, 32), float("nan"))}, "prompt_embeds: NaN or infinite"),
+        ({"negative_prompt_embeds": torch.full((1, 12, 32), float("inf"))}, "negative_prompt_embeds: NaN or infinite"),
+    ],
+)
+def test_bad_input(pipe: SmoothPipeline, arguments: dict[str, Any], said: str) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        pipe(**{"prompt": "dog", "num_inference_steps": 2, **arguments})
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("size", [0, -1, True, 1.5, "many"])
+def test_a_wrong_batch_size(pipe: SmoothPipeline, size: Any) -> None:
+    with pytest.raises(InputError, match="batch_size="):
+        pipe.batch_size = size
