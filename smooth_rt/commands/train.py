@@ -53,13 +53,19 @@ def smooth_lora(
     rank: Annotated[int, typer.Option(help="Of the LoRA.")] = 8,
     reg_weight: Annotated[float, typer.Option(help="The paper's lambda.")] = 1.0,
     reg_guidance: Annotated[float, typer.Option(help="Guidance of the regularised prediction; 1: none.")] = 1.0,
-    svr_target: Annotated[str, typer.Option(help="scalar (the paper's), per-timestep or anchored.")] = "scalar",
-    svr_share: Annotated[float, typer.Option(help="Share of the model's own variation that anchored asks for.")] = 1.0,
+    svr_target: Annotated[
+        str, typer.Option(help="scalar (the paper's), per-timestep, anchored or sampled.")
+    ] = "scalar",
+    svr_share: Annotated[
+        float, typer.Option(help="Share of the model's own variation that anchored and sampled ask for.")
+    ] = 1.0,
+    sampled_steps: Annotated[int, typer.Option(help="DDIM steps of a sampling, for sampled.")] = 6,
+    sampled_pairs: Annotated[int, typer.Option(help="Pairs of noises a step, for sampled.")] = 6,
     drop_prompt: Annotated[float, typer.Option(help="Share of empty prompts.")] = 0.0,
     resume: Resume = False,
     seed: Seed = 0,
 ) -> dict[str, Any]:
-    """Train a Smooth-LoRA with Step-wise Variation Regularization."""
+    """Train a Smooth-LoRA: Step-wise Variation Regularization, or the same of whole samplings."""
     from smooth_rt.writers import check_output
 
     check_output(output)
@@ -79,6 +85,8 @@ def smooth_lora(
         svr_target=svr_target,
         svr_share=svr_share,
         drop_prompt=drop_prompt,
+        sampled_steps=sampled_steps,
+        sampled_pairs=sampled_pairs,
     )
     loaded = load_model(model)
     pictures = open_pictures(data, loaded.dims.sample_size * loaded.dims.vae_factor, seed)

@@ -1,10 +1,15 @@
-"""Train a Smooth-LoRA: the diffusion loss plus Step-wise Variation Regularization (`svr`) on LoRA weights alone."""
+"""Train a Smooth-LoRA: the diffusion loss plus a penalty on uneven variation, on LoRA weights alone.
+
+The variation is that of one timestep (`svr`, the paper's Step-wise Variation Regularization) or of a whole short
+sampling (`sampled`).
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from diffusers import DDIMScheduler
@@ -16,15 +21,31 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from smooth_rt.errors import InputError
 from smooth_rt.lora import Lora, LoraLayer, write_lora
 from smooth_rt.model import Model
+from smooth_rt.schedule import Schedule
 from smooth_rt.training.captioned import Pictures
 from smooth_rt.training.run import Run, keyed_generator
+from smooth_rt.training.sampled import KINDS, draw_pairs, guided, pair_distances, sample
 from smooth_rt.training.settings import check_count, check_number, check_rate, check_seed, check_steps
-from smooth_rt.training.svr import Target, check_target, variation
+from smooth_rt.training.svr import ANCHORED, Target, check_target, snr_bins, variation
+
+# A few steps that lead from pure noise; the model's own spacing would begin far below it.
+FROM_PURE_NOISE = {"timestep_spacing": "trailing"}
+
+
+class Measured(NamedTuple):
+    """Variations [n], the place of each in its target, and the base loss."""
+
+    norms: Tensor
+    places: Tensor
+    base: Tensor
 
 
 @dataclass(frozen=True)
 class SmoothLoraConfig:
     """What decides the LoRA. `reg_weight` is the paper's lambda; `reg_guidance` regularises the guided prediction.
+
+    `sampled_steps` and `sampled_pairs` are for the target `sampled` alone: DDIM steps of a sampling, and pairs of
+    noises a training step.
 
     Training uses prompts as they are with probability 1 - `drop_prompt`, else the empty prompt, since guidance at
     sampling runs both.
@@ -45,12 +66,16 @@ class SmoothLoraConfig:
     svr_share: float = 1.0
     drop_prompt: float = 0.0
     calibration_steps: int = 60
+    sampled_steps: int = 6
+    sampled_pairs: int = 6
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
         check_count("rank", self.rank)
         check_count("batch_size", self.batch_size)
         check_count("calibration_steps", self.calibration_steps)
+        check_count("sampled_steps", self.sampled_steps, 100)
+        check_count("sampled_pairs", self.sampled_pairs)
         check_rate("lr", self.lr)
         check_number("lora_alpha", self.lora_alpha)
         check_number("reg_weight", self.reg_weight, 0)
@@ -95,7 +120,10 @@ def train_smooth_lora(
     scheduler = DDIMScheduler.from_config(model.scheduler_config)
     alphas = scheduler.alphas_cumprod
     prediction_type = scheduler.config.prediction_type
-    target = Target(config.svr_target, alphas, share=config.svr_share)
+    sampled = config.svr_target == "sampled"
+    bin_of, shares = (KINDS, [config.svr_share, 1.0]) if sampled else (snr_bins(alphas), config.svr_share)
+    target = Target(config.svr_target, bin_of, shares)
+    schedule = Schedule.from_config({**model.scheduler_config, **FROM_PURE_NOISE}, config.sampled_steps)
     encode = _TextCache(model)
 
     def batch(stream: str, step: int) -> dict[str, Tensor]:
@@ -118,8 +146,8 @@ def train_smooth_lora(
             "direction": torch.randn(latents.shape, generator=generator) / latents[0].numel() ** 0.5,
         }
 
-    def measure(drawn: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The variation of each sample and the base loss, from one forward pass of the (guided) network."""
+    def stepwise(drawn: dict[str, Tensor], _generator: torch.Generator) -> Measured:
+        """The variation at one timestep a sample, and the base loss from the same forward pass."""
         timesteps = drawn["timesteps"]
         alpha_bar = alphas[timesteps].view(-1, 1, 1, 1)
         conditional: list[Tensor] = []
@@ -131,8 +159,8 @@ def train_smooth_lora(
             both = torch.cat([drawn["empty"], drawn["context"]])
             without, with_text = unet(noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), both).sample.chunk(2)
             conditional.append(with_text)
-            guided: Tensor = without + config.reg_guidance * (with_text - without)
-            return guided
+            guided_output: Tensor = without + config.reg_guidance * (with_text - without)
+            return guided_output
 
         # Fused attention has no double backward; the math form has.
         with sdpa_kernel(SDPBackend.MATH):
@@ -140,14 +168,37 @@ def train_smooth_lora(
                 predict, drawn["latents"], drawn["noise"], drawn["direction"], alpha_bar, prediction_type
             )
         goal = _goal(drawn["latents"], drawn["noise"], alpha_bar, prediction_type)
-        return norms, (conditional[0] - goal).square().mean()
+        return Measured(norms, timesteps, (conditional[0] - goal).square().mean())
+
+    def of_samplings(drawn: dict[str, Tensor], generator: torch.Generator) -> Measured:
+        """The variation of whole samplings for some of the captions, and the base loss of the batch."""
+        rows = torch.arange(config.sampled_pairs) % config.batch_size
+        pairs, kinds = draw_pairs(config.sampled_pairs, drawn["noise"].shape[1:], generator)
+        with_text, without = (drawn[name][rows].repeat(2, 1, 1) for name in ("context", "empty"))
+        alpha_bar = alphas[drawn["timesteps"]].view(-1, 1, 1, 1)
+        noisy = alpha_bar.sqrt() * drawn["latents"] + (1 - alpha_bar).sqrt() * drawn["noise"]
+
+        def network(latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+            output: Tensor = unet(latents, timesteps, context).sample
+            return output
+
+        with sdpa_kernel(SDPBackend.MATH):  # the faster backward at the sizes that are trained on a CPU
+            predict = guided(network, with_text, without, config.reg_guidance)
+            norms = pair_distances(sample(predict, pairs, schedule))
+            output = network(noisy, drawn["timesteps"], drawn["context"])
+        goal = _goal(drawn["latents"], drawn["noise"], alpha_bar, prediction_type)
+        return Measured(norms, kinds, (output - goal).square().mean())
+
+    def measure(stream: str, step: int) -> Measured:
+        """The variations and the base loss of batch number `step`; every draw is keyed by stream and step."""
+        generator = keyed_generator(config.seed, f"{stream} pairs", step)
+        return (of_samplings if sampled else stepwise)(batch(stream, step), generator)
 
     def step_fn(step: int) -> tuple[Tensor, dict[str, float]]:
-        drawn = batch("smooth-lora", step)
-        norms, base = measure(drawn)
-        if config.svr_target != "anchored":
-            target.update(norms, drawn["timesteps"])
-        penalty = target.penalty(norms, drawn["timesteps"])
+        norms, places, base = measure("smooth-lora", step)
+        if config.svr_target not in ANCHORED:
+            target.update(norms, places)
+        penalty = target.penalty(norms, places)
         numbers = {"base": base.item(), "reg": penalty.item(), "norm": norms.mean().item()}
         return base + config.reg_weight * penalty, numbers
 
@@ -164,11 +215,11 @@ def train_smooth_lora(
         resume=resume,
         extra=target.state,
     )
-    if config.svr_target == "anchored" and run.step == 0:
+    if config.svr_target in ANCHORED and run.step == 0:
         # PEFT starts a LoRA at exactly zero effect, so this measures the model without it.
         for step in range(config.calibration_steps):
-            drawn = batch("calibration", step)
-            target.update(measure(drawn)[0], drawn["timesteps"])
+            measured = measure("calibration", step)
+            target.update(measured.norms, measured.places)
         target.fill()
 
     path = output / "smooth_lora.safetensors"

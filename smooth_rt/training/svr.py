@@ -26,19 +26,23 @@ Targets (`TARGETS`):
     As `per-timestep`, but the means are measured on the model without its LoRA and then kept. A moving mean follows
     the network down: shrinking every `n` is the cheapest way to lower the penalty, and the images lose diversity. A
     mean that stays makes shrinking as dear as growing. `share` asks for that share of the measured means.
+
+`sampled`
+    As `anchored`, of another variation: that of a whole short sampling (`sampled`), near pairs and far ones apart.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from smooth_rt.errors import InputError
 
-TARGETS = ("scalar", "per-timestep", "anchored")
+TARGETS = ("scalar", "per-timestep", "anchored", "sampled")
+ANCHORED = ("anchored", "sampled")  # compared with what was measured before training
 BINS = 20
 EMA_RATE = 0.01
 
@@ -93,12 +97,21 @@ def check_target(kind: str, share: float) -> None:
     """What `Target` would refuse of these two, asked before anything is read.
 
     Raises:
-        InputError: an unknown kind, or a share that is not a finite number above 0 or not for `anchored`.
+        InputError: an unknown kind, or a share that is not a finite number above 0 or not for one of `ANCHORED`.
     """
     if kind not in TARGETS:
         raise InputError(f"svr_target={kind!r}: unknown; choose from {', '.join(TARGETS)}")
-    if not 0 < share < math.inf or (share != 1 and kind != "anchored"):
-        raise InputError(f"svr_share={share}: a number above 0, for the target anchored alone; leave it out otherwise")
+    if not 0 < share < math.inf or (share != 1 and kind not in ANCHORED):
+        raise InputError(
+            f"svr_share={share}: a number above 0, for the targets {' and '.join(ANCHORED)}; leave it out otherwise"
+        )
+
+
+def snr_bins(alphas_cumprod: Tensor, bins: int = BINS) -> Tensor:
+    """The bin [T] of each timestep of the training schedule: so many, even in log-SNR."""
+    log_snr = torch.log(alphas_cumprod / (1 - alphas_cumprod))
+    place = (log_snr[0] - log_snr) / (log_snr[0] - log_snr[-1])
+    return (place * bins).long().clamp(max=bins - 1)
 
 
 class Target:
@@ -106,21 +119,21 @@ class Target:
 
     Args:
         kind: one of `TARGETS`.
-        alphas_cumprod: [T], of the training schedule.
-        share: of the measured means that `anchored` asks for; above 0.
+        bin_of: the bin of each place that a variation is measured at: of each timestep (see `snr_bins`), or of each
+            kind of pair. `scalar` puts all into one.
+        share: of the measured means that one of `ANCHORED` asks for: above 0, for all bins or one a bin.
 
     Raises:
         InputError: see `check_target`.
     """
 
-    def __init__(self, kind: str, alphas_cumprod: Tensor, bins: int = BINS, share: float = 1.0) -> None:
-        check_target(kind, share)
+    def __init__(self, kind: str, bin_of: Tensor, share: float | Sequence[float] = 1.0) -> None:
         self.kind = kind
-        self.share = share
-        bins = 1 if kind == "scalar" else bins
-        log_snr = torch.log(alphas_cumprod / (1 - alphas_cumprod))
-        place = (log_snr[0] - log_snr) / (log_snr[0] - log_snr[-1])
-        self.bin_of = (place * bins).long().clamp(max=bins - 1)
+        self.bin_of = torch.zeros_like(bin_of) if kind == "scalar" else bin_of
+        bins = int(self.bin_of.max()) + 1
+        self.share = torch.tensor(share if isinstance(share, Sequence) else [share] * bins, dtype=torch.float64)
+        for value in self.share.tolist():
+            check_target(kind, value)
         self.means = torch.zeros(bins, dtype=torch.float64)
         self.counts = torch.zeros(bins, dtype=torch.float64)
 
@@ -128,9 +141,9 @@ class Target:
     def state(self) -> dict[str, Tensor]:
         return {"means": self.means, "counts": self.counts}
 
-    def update(self, norms: Tensor, timesteps: Tensor) -> None:
+    def update(self, norms: Tensor, places: Tensor) -> None:
         """Move the means towards the batch; `scalar` as in the paper, the others without a bias from the start at 0."""
-        bins, values = self.bin_of[timesteps], norms.detach().double()
+        bins, values = self.bin_of[places], norms.detach().double()
         for index in torch.unique(bins):
             mean = values[bins == index].mean()
             self.counts[index] += 1
@@ -138,14 +151,15 @@ class Target:
             self.means[index] += rate * (mean - self.means[index])
 
     def fill(self) -> None:
-        """Give each bin that met no timestep the mean of the nearest one that did; for a short calibration."""
+        """Give each bin that met nothing the mean of the nearest one that did; for a short calibration."""
         seen = torch.nonzero(self.counts).flatten()
         for index in torch.nonzero(self.counts == 0).flatten():
             self.means[index] = self.means[seen[(seen - index).abs().argmin()]]
 
-    def penalty(self, norms: Tensor, timesteps: Tensor) -> Tensor:
+    def penalty(self, norms: Tensor, places: Tensor) -> Tensor:
         """The mean penalty over the batch; `update` comes first, in training."""
-        target = self.means[self.bin_of[timesteps]].to(norms.dtype)
+        bins = self.bin_of[places]
+        target = (self.share * self.means)[bins].to(norms.dtype)
         if self.kind == "scalar":
             return (norms - target).square().mean()
-        return (norms / (self.share * target) - 1).square().mean()
+        return (norms / target - 1).square().mean()

@@ -69,7 +69,7 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path, emoji: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("target", ["scalar", "per-timestep", "anchored"])
+@pytest.mark.parametrize("target", ["scalar", "per-timestep", "anchored", "sampled"])
 def test_smooth_lora_trains_resumes_and_fuses(tmp_path: Path, emoji: Path, tiny_model: Path, target: str) -> None:
     config = SmoothLoraConfig(batch_size=2, lr=1e-2, svr_target=target, calibration_steps=2)
     scenes = EmojiScenes(emoji, 16)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from smooth_rt.errors import InputError
-from smooth_rt.training.svr import Target, clean_estimate, variation
+from smooth_rt.training.svr import Target, clean_estimate, snr_bins, variation
 
 SHAPE = (4, 2, 3, 3)
 N = 18
@@ -67,7 +67,7 @@ def test_gradient_of_the_penalty_agrees_with_finite_differences(
     alphas = torch.linspace(0.999, 0.005, 1000, dtype=torch.float64)
 
     def penalty(weights: Tensor) -> Tensor:
-        target = Target(kind, alphas)
+        target = Target(kind, snr_bins(alphas))
         target.means += 0.8
         target.counts += 1
         norms, _ = variation(
@@ -95,7 +95,7 @@ def test_clean_estimate_inverts_the_noising(case: dict[str, Tensor], prediction_
 
 
 def test_scalar_target_moves_by_one_percent_from_zero() -> None:
-    target = Target("scalar", torch.linspace(0.99, 0.01, 1000))
+    target = Target("scalar", snr_bins(torch.linspace(0.99, 0.01, 1000)))
     timesteps = torch.tensor([1, 999])
     target.update(torch.tensor([2.0, 4.0]), timesteps)
     assert target.means.tolist() == pytest.approx([0.03])
@@ -105,7 +105,7 @@ def test_scalar_target_moves_by_one_percent_from_zero() -> None:
 
 
 def test_per_timestep_target_keeps_a_mean_a_bin_and_is_relative() -> None:
-    target = Target("per-timestep", torch.linspace(0.999, 0.005, 1000))
+    target = Target("per-timestep", snr_bins(torch.linspace(0.999, 0.005, 1000)))
     early, late = torch.tensor([0, 0]), torch.tensor([999, 999])
     target.update(torch.tensor([1.0, 3.0]), early)
     target.update(torch.tensor([100.0, 300.0]), late)
@@ -117,7 +117,7 @@ def test_per_timestep_target_keeps_a_mean_a_bin_and_is_relative() -> None:
 
 
 def test_a_bin_that_was_never_met_takes_its_neighbours_mean() -> None:
-    target = Target("anchored", torch.linspace(0.999, 0.005, 1000))
+    target = Target("anchored", snr_bins(torch.linspace(0.999, 0.005, 1000)))
     target.update(torch.tensor([2.0, 50.0]), torch.tensor([0, 999]))
     target.fill()
     assert target.means[1].item() == 2.0
@@ -126,18 +126,18 @@ def test_a_bin_that_was_never_met_takes_its_neighbours_mean() -> None:
 
 
 def test_a_share_of_the_anchor_moves_the_least_penalty() -> None:
-    target = Target("anchored", torch.linspace(0.999, 0.005, 1000), share=0.5)
+    target = Target("anchored", snr_bins(torch.linspace(0.999, 0.005, 1000)), share=0.5)
     timesteps = torch.zeros(1, dtype=torch.long)
     target.update(torch.tensor([4.0]), timesteps)
     assert target.penalty(torch.tensor([2.0]), timesteps).item() == 0.0
     assert target.penalty(torch.tensor([4.0]), timesteps).item() == 1.0
-    with pytest.raises(InputError, match=r"svr_share=0\.5: .*anchored alone"):
-        Target("scalar", torch.linspace(0.9, 0.1, 10), share=0.5)
+    with pytest.raises(InputError, match=r"svr_share=0\.5: .*anchored and sampled"):
+        Target("scalar", snr_bins(torch.linspace(0.9, 0.1, 10)), share=0.5)
     for share in (float("nan"), float("inf"), 0.0):
         with pytest.raises(InputError, match="svr_share="):
-            Target("anchored", torch.linspace(0.9, 0.1, 10), share=share)
+            Target("anchored", snr_bins(torch.linspace(0.9, 0.1, 10)), share=share)
 
 
 def test_an_unknown_target_names_the_choices() -> None:
     with pytest.raises(InputError, match=r"svr_target='none'.*scalar, per-timestep"):
-        Target("none", torch.linspace(0.9, 0.1, 10))
+        Target("none", snr_bins(torch.linspace(0.9, 0.1, 10)))
