@@ -83,4 +83,5 @@ def draw_pairs(count: int, shape: Sequence[int], generator: torch.Generator) -> 
 def pair_distances(latents: Tensor) -> Tensor:
     """n [B] of latents [2 B, C, H, W] that pairs of noises led to."""
     first, second = latents.chunk(2)
-    return torch.linalg.vector_norm((first - second).flatten(1), dim=1)
+    distances: Tensor = torch.linalg.vector_norm((first - second).flatten(1), dim=1)
+    return distances
