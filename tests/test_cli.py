@@ -420,6 +420,7 @@ def test_no_arguments_is_help(run: Any) -> None:
     assert code == 0
     for command in ("demo", "generate", "interpolate", "invert", "edit", "fuse", "build-engine", "engines", "bench"):
         assert command in out
+    assert "130, 143, 129 after Ctrl-C, SIGTERM, SIGHUP" in " ".join(out.split())
 
 
 def test_version(run: Any) -> None:

@@ -21,6 +21,8 @@ UsageError: Any = typer.BadParameter.__base__
 app = typer.Typer(
     name="smooth-rt",
     help="Interpolation, inversion and editing in a smooth latent space, on real engines.",
+    epilog="Exit codes: 0 done; 2 what you can mend, told in one line; 1 a fault of the program; 130, 143, 129 after "
+    "Ctrl-C, SIGTERM, SIGHUP, with nothing half-written left; 141 the reader of the output has gone.",
     add_completion=False,
 )
 
