@@ -22,10 +22,11 @@ from torch import Tensor
 
 from smooth_rt.schedule import Schedule, ddim_step
 
-__all__ = ["FAR", "KINDS", "NEAR", "draw_pairs", "guided", "pair_distances", "sample", "slerp_each"]
+__all__ = ["FAR", "FAR_WEIGHT", "KINDS", "NEAR", "draw_pairs", "guided", "pair_distances", "sample", "slerp_each"]
 
 NEAR = 0.1  # of the way between two noises, as in ISTD
-FAR = 0.25  # share of far pairs
+FAR = 0.4  # share of far pairs
+FAR_WEIGHT = 3.0  # of a far pair in the penalty: at 1, the ends draw together with the steps
 KINDS = torch.tensor([0, 1])  # bins of the target: near, far
 
 Predict = Callable[[Tensor, int], Tensor]

@@ -24,7 +24,7 @@ from smooth_rt.model import Model
 from smooth_rt.schedule import Schedule
 from smooth_rt.training.captioned import Pictures
 from smooth_rt.training.run import Run, keyed_generator
-from smooth_rt.training.sampled import KINDS, draw_pairs, guided, pair_distances, sample
+from smooth_rt.training.sampled import FAR_WEIGHT, KINDS, draw_pairs, guided, pair_distances, sample
 from smooth_rt.training.settings import check_count, check_number, check_rate, check_seed, check_steps
 from smooth_rt.training.svr import ANCHORED, Target, check_target, snr_bins, variation
 
@@ -121,8 +121,10 @@ def train_smooth_lora(
     alphas = scheduler.alphas_cumprod
     prediction_type = scheduler.config.prediction_type
     sampled = config.svr_target == "sampled"
-    bin_of, shares = (KINDS, [config.svr_share, 1.0]) if sampled else (snr_bins(alphas), config.svr_share)
-    target = Target(config.svr_target, bin_of, shares)
+    if sampled:
+        target = Target(config.svr_target, KINDS, [config.svr_share, 1.0], [1.0, FAR_WEIGHT])
+    else:
+        target = Target(config.svr_target, snr_bins(alphas), config.svr_share)
     schedule = Schedule.from_config({**model.scheduler_config, **FROM_PURE_NOISE}, config.sampled_steps)
     encode = _TextCache(model)
 

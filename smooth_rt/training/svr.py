@@ -122,18 +122,26 @@ class Target:
         bin_of: the bin of each place that a variation is measured at: of each timestep (see `snr_bins`), or of each
             kind of pair. `scalar` puts all into one.
         share: of the measured means that one of `ANCHORED` asks for: above 0, for all bins or one a bin.
+        weight: of each bin in the penalty; None: all 1.
 
     Raises:
         InputError: see `check_target`.
     """
 
-    def __init__(self, kind: str, bin_of: Tensor, share: float | Sequence[float] = 1.0) -> None:
+    def __init__(
+        self,
+        kind: str,
+        bin_of: Tensor,
+        share: float | Sequence[float] = 1.0,
+        weight: Sequence[float] | None = None,
+    ) -> None:
         self.kind = kind
         self.bin_of = torch.zeros_like(bin_of) if kind == "scalar" else bin_of
         bins = int(self.bin_of.max()) + 1
         self.share = torch.tensor(share if isinstance(share, Sequence) else [share] * bins, dtype=torch.float64)
         for value in self.share.tolist():
             check_target(kind, value)
+        self.weight = torch.tensor([1.0] * bins if weight is None else weight)
         self.means = torch.zeros(bins, dtype=torch.float64)
         self.counts = torch.zeros(bins, dtype=torch.float64)
 
@@ -162,4 +170,4 @@ class Target:
         target = (self.share * self.means)[bins].to(norms.dtype)
         if self.kind == "scalar":
             return (norms - target).square().mean()
-        return (norms / target - 1).square().mean()
+        return (self.weight[bins].to(norms.dtype) * (norms / target - 1).square()).mean()
