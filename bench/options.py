@@ -81,7 +81,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--lora", help="a Smooth-LoRA to fuse; 'none': none (default: as everywhere)")
     parser.add_argument("--lora-strength", type=float, default=1.0, help="default: 1.0")
     parser.add_argument(
-        "--engines", "--engine", type=_names, metavar="E[,E…]",
+        "--engine", dest="engines", type=_names, metavar="E[,E…]",
         help="of auto, eager, onnxruntime, openvino (default: all that can run here)",
     )  # fmt: skip
     parser.add_argument("--batch-sizes", "--batch-size", type=_sizes, metavar="N[,N…]", help="images; default: 1,4,16")

@@ -45,7 +45,7 @@ class Subject:
         if backend == "eager":
             return EagerEngine(contract(network, self.model.dims), self.modules[network])
         if self.bundle is None:
-            raise EngineError(f"engine {backend!r}: nothing was built for it; name it with --engines")
+            raise EngineError(f"engine {backend!r}: nothing was built for it; name it with --engine")
         return self.bundle.engine(network, backend)
 
     def pipeline(self, choice: Choice) -> SmoothPipeline:

@@ -113,7 +113,7 @@ def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
             **{f"{name} s": f"{value:.2f}" for name, value in row["seconds"].items()},
             **{f"ISTD {name}": f"{value:.1f}" for name, value in row["istd"].items()},
             "PSNR dB": f"{row['inversion_psnr_db']:.2f}",
-            "like the first": "" if row["same_as"] is None else _decibels(row["same_as_psnr_db"]),
+            "vs first engine": "" if row["same_as"] is None else _decibels(row["same_as_psnr_db"]),
         }
         for row in rows
     ]
@@ -217,7 +217,8 @@ def describe(
     lead = (
         "Two images turn into each other, a real image is inverted and rebuilt, and images are edited by prompt, "
         f"{'with and without the Smooth-LoRA, ' if len(shown) > 1 else ''}on engines built on the spot "
-        f"({', '.join(engines)}). The pictures are those of {engines[0]}; {settings.num_inference_steps} DDIM steps."
+        f"({', '.join(engines)}). The pictures are those of {engines[0]}; {settings.num_inference_steps} DDIM steps. "
+        "Each ISTD here is that of one path, and paths differ much; `smooth-rt evaluate istd` takes a hundred."
     )
     return report.Page(
         title="Smooth morphs on real engines",

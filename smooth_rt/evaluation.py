@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib import resources
@@ -58,9 +57,7 @@ class Smoothness:
 
 def examples() -> list[Example]:
     """The images that ship with the default model; it was not trained on these pairs of object and background."""
-    folder = Path(str(resources.files("smooth_rt"))) / "assets" / "examples"
-    listed = json.loads((folder / "captions.json").read_text(encoding="utf-8"))
-    return [Example(folder / record["file"], record["caption"]) for record in listed]
+    return captioned(Path(str(resources.files("smooth_rt"))) / "assets" / "examples")
 
 
 def captioned(folder: Path) -> list[Example]:

@@ -120,7 +120,7 @@ def test_measure_counts_by_hand() -> None:
     assert rows[1]["same_as_psnr_db"] is None
     assert rows[2]["same_as_psnr_db"] == pytest.approx(20 * np.log10(255), rel=1e-6)
     shown = table(rows)
-    assert [row["like the first"] for row in shown] == ["", "identical", "48.1 dB"]
+    assert [row["vs first engine"] for row in shown] == ["", "identical", "48.1 dB"]
 
 
 def test_pictures_are_those_of_the_first_engine() -> None:

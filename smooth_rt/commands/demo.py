@@ -29,7 +29,7 @@ def demo(
 
     engines = [name.strip() for name in engine.split(",") if name.strip()]
     watch = Stopwatch()
-    with build_progress() as progress:
+    with build_progress("") as progress:
         made = run_demo(
             output,
             options.model,

@@ -75,7 +75,11 @@ def inversion(
     options: RunOptions,
     data: Annotated[
         Path | None,
-        typer.Option(help="A folder of captioned images. Left out: those that ship.", show_default=False),
+        typer.Option(
+            help="A folder of images with metadata.jsonl (file_name, text) or a .txt beside each. "
+            "Left out: those that ship.",
+            show_default=False,
+        ),
     ] = None,
     method: Annotated[str, typer.Option(help="ddim, ddim-without-text or negative-prompt.")] = "ddim",
     batch: Annotated[int, typer.Option(help="Images inverted together.")] = 16,

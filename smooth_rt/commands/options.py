@@ -73,7 +73,7 @@ class RunOptions(ModelOptions):
         Path | None,
         typer.Option(
             metavar="BUNDLE",
-            help="Run on this folder of built engines, in the place of --model and --lora.",
+            help="Run on this bundle, a folder or a name of `engines list`, in the place of --model and --lora.",
             show_default=False,
         ),
     ] = None

@@ -79,13 +79,13 @@ def item_progress(description: str) -> Iterator[Callable[[int, int], None]]:
 
 
 @contextmanager
-def build_progress() -> Iterator[Callable[[str, int, int], None]]:
+def build_progress(prefix: str = "building engines: ") -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on stderr for the stages of a build: `progress(stage, done, total)`."""
     with _bar() as progress:
-        task = progress.add_task("building engines", total=None)
+        task = progress.add_task("checking engines", total=None)
 
         def show(stage: str, done: int, total: int) -> None:
-            progress.update(task, description=f"building engines: {stage}", completed=done, total=total)
+            progress.update(task, description=f"{prefix}{stage}", completed=done, total=total)
 
         yield show
 
@@ -107,10 +107,14 @@ def run(
         inputs: the files that the job reads beside the model.
 
     Raises:
-        InputError: one of the files would take the place of an input; and whatever `open_pipeline` and the job raise.
+        InputError: an input is missing, or one of the files would take its place; and whatever `open_pipeline` and the
+            job raise.
     """
     from smooth_rt.writers import check_output
 
+    for path in inputs:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; name an image")
     check_output(options.output, names, [*inputs, *options.inputs])
     with open_pipeline(options) as pipe, step_progress(command, steps) as on_step:
         watch = Stopwatch()
@@ -145,9 +149,10 @@ def open_pipeline(options: RunOptions) -> SmoothPipeline:
     if options.engines is not None:
         refuse_model(options)
         from engines.bundle import Bundle
+        from smooth_rt.cache import find
         from smooth_rt.model import read_config
 
-        bundle = Bundle.open(options.engines)
+        bundle = Bundle.open(find(options.engines))
         _check_fit(options, read_config(bundle.config), bundle.dims)
         return SmoothPipeline.from_engines(bundle, options.engine, config=options.model_config)
     model = opened_model(options)

@@ -23,12 +23,15 @@ def show(result: Mapping[str, Any], as_json: bool) -> None:
 
     console = Console(soft_wrap=True, highlight=False, markup=False)
     for name, value in result.items():
-        if name == "command" or value is None or value == []:
+        if name == "command" or value is None:
+            continue
+        if value == []:
+            console.print(f"{name}: none")
             continue
         rows = value if isinstance(value, list) else []
         if rows and all(isinstance(row, Mapping) for row in rows):
             _table(console, name, rows)
-        elif isinstance(value, list):
+        elif len(rows) > 1 and isinstance(rows[0], str):  # paths: one a line
             console.print(f"{name}: {len(rows)}")
             for item in rows:
                 console.print(f"  {_text(item)}")
@@ -72,9 +75,9 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_text(item)}" for name, item in value.items())
-    if isinstance(value, list):
-        return ", ".join(_text(item) for item in value)
+        return ", ".join(f"{name} {_text(item)}" for name, item in value.items() if item is not None)
+    if isinstance(value, (list, tuple)):
+        return ", ".join("-" if item is None else _text(item) for item in value)
     return str(value)
 
 

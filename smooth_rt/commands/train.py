@@ -9,7 +9,7 @@ import typer
 
 __all__ = ["smooth_lora", "tiny"]
 
-Output = Annotated[Path, typer.Option(help="Folder of the run: checkpoints, sample grids, result.", show_default=False)]
+Output = Annotated[Path, typer.Option(help="Folder of the run: checkpoints, log, result.", show_default=False)]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on with the run that the folder holds; steps and rates may differ.")
 ]
@@ -44,7 +44,11 @@ def tiny(
 def smooth_lora(
     output: Output,
     data: Annotated[
-        Path, typer.Option(help="Captioned images, or the emoji that `train tiny` fetched.", show_default=False)
+        Path,
+        typer.Option(
+            help="Images with metadata.jsonl (file_name, text) or a .txt beside each; or what `train tiny` fetched.",
+            show_default=False,
+        ),
     ],
     model: Annotated[str, typer.Option(help="As for the other commands.")] = "default",
     steps: Annotated[int, typer.Option(help="Steps in all.")] = 30000,

@@ -26,7 +26,7 @@ __all__ = ["FAR", "FAR_WEIGHT", "KINDS", "NEAR", "draw_pairs", "guided", "pair_d
 
 NEAR = 0.1  # of the way between two noises, as in ISTD
 FAR = 0.4  # share of far pairs
-FAR_WEIGHT = 3.0  # of a far pair in the penalty: at 1, the ends draw together with the steps
+FAR_WEIGHT = 6.0  # of a far pair in the penalty: at 1, the ends draw together with the steps
 KINDS = torch.tensor([0, 1])  # bins of the target: near, far
 
 Predict = Callable[[Tensor, int], Tensor]

@@ -24,7 +24,7 @@ EXAMPLES = (
 
 
 def write_examples(scenes: EmojiScenes, folder: Path) -> None:
-    """Draw `EXAMPLES` as PNG files with their captions in captions.json."""
+    """Draw `EXAMPLES` as PNG files with their captions in metadata.jsonl."""
     folder.mkdir(parents=True, exist_ok=True)
     records = []
     for index, (name, colour) in enumerate(EXAMPLES):
@@ -33,8 +33,8 @@ def write_examples(scenes: EmojiScenes, folder: Path) -> None:
             raise ValueError(f"{name} on {colour} is trained on; choose a held-out pair")
         file = f"{name.replace(' ', '-')}.png"
         Image.fromarray(scenes.draw("example", index, obj, shade).image).save(folder / file)
-        records.append({"file": file, "caption": f"{name} on {colour} background"})
-    (folder / "captions.json").write_text(json.dumps(records, indent=1) + "\n", encoding="utf-8")
+        records.append(json.dumps({"file_name": file, "text": f"{name} on {colour} background"}))
+    (folder / "metadata.jsonl").write_text("\n".join(records) + "\n", encoding="utf-8")
 
 
 def evaluation_prompts(scenes: EmojiScenes, count: int = 100) -> list[str]:

@@ -220,7 +220,8 @@ def train_smooth_lora(
     if config.svr_target in ANCHORED and run.step == 0:
         # PEFT starts a LoRA at exactly zero effect, so this measures the model without it.
         for step in range(config.calibration_steps):
-            measured = measure("calibration", step)
+            with torch.set_grad_enabled(not sampled):  # a step's variation is a gradient itself
+                measured = measure("calibration", step)
             target.update(measured.norms, measured.places)
         target.fill()
 

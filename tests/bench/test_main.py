@@ -31,14 +31,14 @@ from bench.options import parse
         (["--batch-sizes", "1,0"], "'1,0' is not a list of whole numbers from 1 to 10000"),
         (["--batch-sizes", "one"], "'one' is not a list"),
         (["--batch-sizes", ""], "not a list"),
-        (["--engines", ","], "name at least one engine"),
+        (["--engine", ","], "name at least one engine"),
         (["--guidance-scale", "nan"], "--guidance-scale=nan"),
         (["--guidance-scale", "0.5"], "at least 1"),
         (["--lora-strength", "inf"], "--lora-strength=inf"),
         (["--prompt", " "], "--prompt: empty"),
         (["--speed", "high"], "unrecognized arguments"),
-        (["--engines", "quantum"], "engine 'quantum': unknown"),
-        (["--engines", "eager,tensorrt"], "engine 'tensorrt'"),
+        (["--engine", "quantum"], "engine 'quantum': unknown"),
+        (["--engine", "eager,tensorrt"], "engine 'tensorrt'"),
     ],
 )
 def test_refused(
@@ -63,13 +63,13 @@ def test_refused(
 
 def test_a_missing_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     missing = tmp_path / "no-such-model"
-    assert main(["--quick", "--engines", "eager", "--model", str(missing), "--output", str(tmp_path / "out")]) == 2
+    assert main(["--quick", "--engine", "eager", "--model", str(missing), "--output", str(tmp_path / "out")]) == 2
     assert str(missing) in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
 def test_a_size_that_is_no_multiple(tmp_path: Path, capsys: pytest.CaptureFixture[str], tiny_model: Path) -> None:
-    arguments = ["--quick", "--engines", "eager", "--model", str(tiny_model), "--height", "13"]
+    arguments = ["--quick", "--engine", "eager", "--model", str(tiny_model), "--height", "13"]
     assert main([*arguments, "--output", str(tmp_path / "out")]) == 2
     assert "height=13" in capsys.readouterr().err
 

@@ -62,12 +62,12 @@ def test_held_out_pairs_come_only_when_asked_for(scenes: EmojiScenes) -> None:
 
 def test_examples_are_held_out_and_prompts_differ(scenes: EmojiScenes, tmp_path: Path) -> None:
     write_examples(scenes, tmp_path)
-    records = json.loads((tmp_path / "captions.json").read_text())
+    records = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
     assert records
     for record in records:
-        name, colour = record["caption"].removesuffix(" background").split(" on ")
+        name, colour = record["text"].removesuffix(" background").split(" on ")
         assert is_held_out(scenes.captions.index(name), COLOURS.index(colour))
-        with Image.open(tmp_path / record["file"]) as picture:
+        with Image.open(tmp_path / record["file_name"]) as picture:
             assert picture.size == (32, 32)
     prompts = evaluation_prompts(scenes, 100)
     assert len(set(prompts)) == 100

@@ -49,7 +49,7 @@ def test_tiny_leaves_a_model_that_diffusers_samples(tmp_path: Path, emoji: Path)
     assert tokenizer.model_max_length == 12
     ids = tokenizer("a 猫 dog").input_ids
     assert tokenizer.eos_token_id not in ids[:-1]
-    assert (assets / "examples" / "captions.json").exists()
+    assert (assets / "examples" / "metadata.jsonl").exists()
 
 
 def test_stages_say_what_they_need(tmp_path: Path, emoji: Path) -> None:
