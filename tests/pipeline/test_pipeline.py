@@ -31,35 +31,6 @@ def psnr(a: Any, b: Any) -> float:
     return float(-10 * np.log10(np.mean((np.asarray(a) - np.asarray(b)) ** 2) + 1e-20))
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small lose time on more threads, and much of it where the cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="module")
-def pipe(tiny_model: Path) -> Iterator[SmoothPipeline]:
-    with SmoothPipeline.from_pretrained(tiny_model, engine="eager") as pipe:
-        yield pipe
-
-
-@pytest.fixture
-def calls(monkeypatch: pytest.MonkeyPatch) -> dict[str, list[int]]:
-    """The batch size of every call, by network."""
-    seen: dict[str, list[int]] = {}
-    infer = Engine.infer
-
-    def count(engine: Engine, **inputs: Tensor) -> dict[str, Tensor]:
-        seen.setdefault(engine.network.name, []).append(len(next(iter(inputs.values()))))
-        return infer(engine, **inputs)
-
-    monkeypatch.setattr(Engine, "infer", count)
-    return seen
-
-
 @pytest.fixture
 def batch_size(pipe: SmoothPipeline) -> Iterator[None]:
     """A test that uses this may change the pipeline's batch size."""
