@@ -8,7 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,18 @@ from smooth_rt import cli
 from smooth_rt.commands import models
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
+
+
+@pytest.fixture(autouse=True)
+def heard() -> Iterator[None]:
+    """The signals as a terminal leaves them: under nohup or in the background some are ignored from the start, and the
+    command line respects that."""
+    before = {number: signal.getsignal(number) for number, _ in SIGNALS}
+    for number in before:
+        signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    yield
+    for number, handler in before.items():
+        signal.signal(number, handler)
 
 
 def process(tmp_path: Path, code: str, environment: dict[str, str] | None = None, **options: Any) -> Any:
