@@ -30,6 +30,18 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.fixture
+def images(empty_folder: Path) -> None:
+    """The files that EDIT names, so that it gets beyond looking for them."""
+    for name in ("a.png", "b.png"):
+        (empty_folder / name).touch()
+
+
+def test_an_image_that_is_missing(capsys: pytest.CaptureFixture[str]) -> None:
+    for arguments in ([*EDIT, "--source-prompt", "b"], ["invert", "a.png", "--prompt", "a"]):
+        assert refused(capsys, arguments) == "error: a.png: no such file; name an image"
+
+
 def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
     assert cli.main(arguments) == 2
     captured = capsys.readouterr()
@@ -68,6 +80,7 @@ def test_empty(capsys: pytest.CaptureFixture[str], empty_folder: Path, arguments
 @pytest.mark.parametrize(
     "arguments", [["generate", "--prompt", ""], [*GENERATE, "--negative-prompt", ""], [*EDIT, "--source-prompt", ""]]
 )
+@pytest.mark.usefixtures("images")
 def test_the_empty_prompt_is_a_prompt(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> None:
     assert cli.main(arguments) == 1
     assert "AssertionError: began to work" in capsys.readouterr().err
@@ -85,6 +98,7 @@ def test_edit_strength(capsys: pytest.CaptureFixture[str], strength: str) -> Non
     assert line == f"error: --edit-strength={strength}: give a number from 0 to 1"
 
 
+@pytest.mark.usefixtures("images")
 def test_steps_beyond_any_float(capsys: pytest.CaptureFixture[str]) -> None:
     # Only the model's schedule knows how many there are.
     assert cli.main([*EDIT, "--edit-method", "sdedit", "--num-inference-steps", "9" * 400]) == 1
