@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from smooth_rt.errors import BundleError, EngineError, InputError
+from smooth_rt.ranges import check
 
 if TYPE_CHECKING:
     from engines.bundle import Bundle, Source
@@ -86,13 +86,12 @@ def ensure_engines(
         precision: of the graphs.
 
     Raises:
-        InputError: no backend, or a strength that is not finite. EngineError: a backend that cannot run here.
+        InputError: no backend, or a strength out of range. EngineError: a backend that cannot run here.
         ModelError: the model or the LoRA cannot be read or does not fit. ParityError: a graph is not exact enough.
         BundleError: `output` is in use by something else than a bundle, or cannot be written.
     """
     wanted = _checked(backends)
-    if not math.isfinite(lora_strength):
-        raise InputError(f"LoRA strength {lora_strength}: not a finite number; 1.0 is the LoRA as trained")
+    (lora_strength,) = check(lora_strength=lora_strength)
     from engines.bundle import LoraSource, Source
     from engines.select import availability
     from smooth_rt.lora import Lora, fused_with, read_lora
