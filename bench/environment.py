@@ -134,8 +134,10 @@ def _openvino_threads() -> int | None:
         import numpy as np
         import openvino as ov
         from openvino import opset13 as opset
+
+        from engines.ov import core
     except ImportError:
         return None
     parameter = opset.parameter([1], np.float32)
-    compiled = ov.Core().compile_model(ov.Model([opset.relu(parameter)], [parameter]), "CPU")
+    compiled = core().compile_model(ov.Model([opset.relu(parameter)], [parameter]), "CPU")
     return int(compiled.get_property("INFERENCE_NUM_THREADS"))

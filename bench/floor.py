@@ -69,10 +69,12 @@ def _openvino_product(a: np.ndarray, b: np.ndarray) -> Callable[[], np.ndarray]:
     import openvino as ov
     from openvino import opset13 as opset
 
+    from engines.ov import core
+
     left = opset.parameter(list(a.shape), np.float32)
     model = ov.Model([opset.matmul(left, opset.constant(b), False, False)], [left])
     # Without the hint the plugin computes in bf16 by itself where the processor can.
-    compiled = ov.Core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"})
+    compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": "f32", "PERFORMANCE_HINT": "LATENCY"})
     request = compiled.create_infer_request()
 
     def product() -> np.ndarray:

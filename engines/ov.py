@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -13,7 +14,19 @@ from engines.base import Engine, one_line
 from engines.contract import Network
 from engines.errors import EngineError
 
-__all__ = ["OvEngine"]
+__all__ = ["OvEngine", "core"]
+
+
+@cache
+def core() -> openvino.Core:
+    """The one Core of the process, never given up.
+
+    Each Core that loads the CPU plugin puts an alternate signal stack under the calling thread and takes it away again
+    when it dies, whatever the order: of two Cores that die in the order in which they came, the second puts the first
+    one's stack back, which is unmapped by then, and the next signal, Ctrl-C too, is a segmentation fault (seen with
+    openvino 2026.4).
+    """
+    return openvino.Core()
 
 
 class OvEngine(Engine):
@@ -36,7 +49,7 @@ class OvEngine(Engine):
         self._request: Any = None
         self.hint = hint
         try:
-            compiled = openvino.Core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": hint})
+            compiled = core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": hint})
         except Exception as error:
             # OpenVINO puts the place in its own sources first and the cause last.
             raise EngineError(f"{path}: openvino cannot open it ({one_line(error, -1)}); rebuild") from error

@@ -17,9 +17,6 @@ import pytest
 from smooth_rt import cli
 from smooth_rt.commands import models
 
-# In one process with engines that have run, a raised signal crashes it, cause not found yet: run alone, with -m slow.
-pytestmark = pytest.mark.slow
-
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
 
 

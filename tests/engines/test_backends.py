@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -170,3 +172,25 @@ def test_openvino_is_always_told_its_precision(
     monkeypatch.setattr(openvino.Core, "compile_model", spy)
     OvEngine(network, write_graph(tmp_path / "graph.onnx"), hint)
     assert asked == [{"INFERENCE_PRECISION_HINT": hint}]
+
+
+def test_a_signal_is_heard_after_engines_have_come_and_gone(
+    dims: Dims, write_graph: Any, tmp_path: Path, pytestconfig: pytest.Config
+) -> None:
+    """In a process of its own: what it guards against is a segmentation fault (see engines.ov.core)."""
+    code = f"""
+import os, signal
+from pathlib import Path
+from engines.contract import Dims, contract
+from engines.ov import OvEngine
+open_it = lambda: OvEngine(contract("vae_encoder", {dims!r}), Path({str(write_graph(tmp_path / "graph.onnx"))!r}))
+first, second = open_it(), open_it()
+del first
+del second
+signal.signal(signal.SIGTERM, lambda *_: print("heard"))
+os.kill(os.getpid(), signal.SIGTERM)
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=pytestconfig.rootpath, capture_output=True, text=True, check=False, timeout=120
+    )
+    assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr

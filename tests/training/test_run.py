@@ -249,7 +249,6 @@ def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == names
 
 
-@pytest.mark.slow  # see tests/test_cli_streams.py
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_does_not_part_what_belongs_together(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals
