@@ -57,19 +57,19 @@ def smooth_lora(
     rank: Annotated[int, typer.Option(help="Of the LoRA.")] = 8,
     reg_weight: Annotated[float, typer.Option(help="The paper's lambda.")] = 1.0,
     reg_guidance: Annotated[float, typer.Option(help="Guidance of the regularised prediction; 1: none.")] = 1.0,
-    svr_target: Annotated[
-        str, typer.Option(help="scalar (the paper's), per-timestep, anchored or sampled.")
-    ] = "scalar",
-    svr_share: Annotated[
-        float, typer.Option(help="Share of the model's own variation that anchored and sampled ask for.")
-    ] = 1.0,
-    sampled_steps: Annotated[int, typer.Option(help="DDIM steps of a sampling, for sampled.")] = 6,
-    sampled_pairs: Annotated[int, typer.Option(help="Pairs of noises a step, for sampled.")] = 6,
+    svr_target: Annotated[str, typer.Option(help="scalar (the paper's), per-timestep or anchored.")] = "scalar",
+    svr_share: Annotated[float, typer.Option(help="Share of the model's own variation that anchored asks for.")] = 1.0,
+    path_weight: Annotated[float, typer.Option(help="Of uneven steps on sampled paths; 0: none are sampled.")] = 0.0,
+    path_end_weight: Annotated[float, typer.Option(help="Of the ends of a path, within that.")] = 4.0,
+    path_share: Annotated[float, typer.Option(help="Share of the model's own steps that a path is asked for.")] = 1.0,
+    path_steps: Annotated[int, typer.Option(help="DDIM steps of a path's samplings.")] = 6,
+    path_guidance: Annotated[float, typer.Option(help="Their guidance.")] = 7.5,
+    paths_per_step: Annotated[int, typer.Option(help="Paths a training step; 11 samplings each.")] = 1,
     drop_prompt: Annotated[float, typer.Option(help="Share of empty prompts.")] = 0.0,
     resume: Resume = False,
     seed: Seed = 0,
 ) -> dict[str, Any]:
-    """Train a Smooth-LoRA: Step-wise Variation Regularization, or the same of whole samplings."""
+    """Train a Smooth-LoRA: Step-wise Variation Regularization, and the same of whole paths."""
     from smooth_rt.writers import check_output
 
     check_output(output)
@@ -89,8 +89,12 @@ def smooth_lora(
         svr_target=svr_target,
         svr_share=svr_share,
         drop_prompt=drop_prompt,
-        sampled_steps=sampled_steps,
-        sampled_pairs=sampled_pairs,
+        path_weight=path_weight,
+        path_end_weight=path_end_weight,
+        path_share=path_share,
+        path_steps=path_steps,
+        path_guidance=path_guidance,
+        paths_per_step=paths_per_step,
     )
     loaded = load_model(model)
     pictures = open_pictures(data, loaded.dims.sample_size * loaded.dims.vae_factor, seed)

@@ -1,7 +1,7 @@
-"""Train a Smooth-LoRA: the diffusion loss plus a penalty on uneven variation, on LoRA weights alone.
+"""Train a Smooth-LoRA: the diffusion loss plus penalties on uneven variation, on LoRA weights alone.
 
-The variation is that of one timestep (`svr`, the paper's Step-wise Variation Regularization) or of a whole short
-sampling (`sampled`).
+The variation is that of one timestep (`svr`, the paper's Step-wise Variation Regularization) and, where `path_weight`
+asks for it, that of whole sampled paths too (`paths`).
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from diffusers import DDIMScheduler
@@ -23,29 +22,21 @@ from smooth_rt.lora import Lora, LoraLayer, write_lora
 from smooth_rt.model import Model
 from smooth_rt.schedule import Schedule
 from smooth_rt.training.captioned import Pictures
+from smooth_rt.training.paths import POINTS, Lengths, draw_paths, guided, measure, sample, unevenness
 from smooth_rt.training.run import Run, keyed_generator
-from smooth_rt.training.sampled import FAR_WEIGHT, KINDS, draw_pairs, guided, pair_distances, sample
 from smooth_rt.training.settings import check_count, check_number, check_rate, check_seed, check_steps
-from smooth_rt.training.svr import ANCHORED, Target, check_target, snr_bins, variation
+from smooth_rt.training.svr import Target, check_target, snr_bins, variation
 
 # A few steps that lead from pure noise; the model's own spacing would begin far below it.
 FROM_PURE_NOISE = {"timestep_spacing": "trailing"}
-
-
-class Measured(NamedTuple):
-    """Variations [n], the place of each in its target, and the base loss."""
-
-    norms: Tensor
-    places: Tensor
-    base: Tensor
 
 
 @dataclass(frozen=True)
 class SmoothLoraConfig:
     """What decides the LoRA. `reg_weight` is the paper's lambda; `reg_guidance` regularises the guided prediction.
 
-    `sampled_steps` and `sampled_pairs` are for the target `sampled` alone: DDIM steps of a sampling, and pairs of
-    noises a training step.
+    The `path_...` fields are those of `paths`: the weight of its penalty (0: none) and within it of the ends, the share
+    of the model's own steps that is asked for, the DDIM steps and the guidance of a sampling, and the paths a step.
 
     Training uses prompts as they are with probability 1 - `drop_prompt`, else the empty prompt, since guidance at
     sampling runs both.
@@ -66,20 +57,28 @@ class SmoothLoraConfig:
     svr_share: float = 1.0
     drop_prompt: float = 0.0
     calibration_steps: int = 60
-    sampled_steps: int = 6
-    sampled_pairs: int = 6
+    path_weight: float = 0.0
+    path_end_weight: float = 4.0
+    path_share: float = 1.0
+    path_steps: int = 6
+    path_guidance: float = 7.5
+    paths_per_step: int = 1
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
         check_count("rank", self.rank)
         check_count("batch_size", self.batch_size)
         check_count("calibration_steps", self.calibration_steps)
-        check_count("sampled_steps", self.sampled_steps, 100)
-        check_count("sampled_pairs", self.sampled_pairs)
+        check_count("path_steps", self.path_steps, 100)
+        check_count("paths_per_step", self.paths_per_step)
         check_rate("lr", self.lr)
         check_number("lora_alpha", self.lora_alpha)
         check_number("reg_weight", self.reg_weight, 0)
         check_number("reg_guidance", self.reg_guidance)
+        check_number("path_weight", self.path_weight, 0)
+        check_number("path_end_weight", self.path_end_weight, 0)
+        check_number("path_share", self.path_share, 0.01)
+        check_number("path_guidance", self.path_guidance)
         check_number("drop_prompt", self.drop_prompt, 0, 1)
         check_target(self.svr_target, self.svr_share)
 
@@ -120,12 +119,8 @@ def train_smooth_lora(
     scheduler = DDIMScheduler.from_config(model.scheduler_config)
     alphas = scheduler.alphas_cumprod
     prediction_type = scheduler.config.prediction_type
-    sampled = config.svr_target == "sampled"
-    if sampled:
-        target = Target(config.svr_target, KINDS, [config.svr_share, 1.0], [1.0, FAR_WEIGHT])
-    else:
-        target = Target(config.svr_target, snr_bins(alphas), config.svr_share)
-    schedule = Schedule.from_config({**model.scheduler_config, **FROM_PURE_NOISE}, config.sampled_steps)
+    target = Target(config.svr_target, snr_bins(alphas), config.svr_share)
+    schedule = Schedule.from_config({**model.scheduler_config, **FROM_PURE_NOISE}, config.path_steps)
     encode = _TextCache(model)
 
     def batch(stream: str, step: int) -> dict[str, Tensor]:
@@ -148,61 +143,62 @@ def train_smooth_lora(
             "direction": torch.randn(latents.shape, generator=generator) / latents[0].numel() ** 0.5,
         }
 
-    def stepwise(drawn: dict[str, Tensor], _generator: torch.Generator) -> Measured:
-        """The variation at one timestep a sample, and the base loss from the same forward pass."""
+    def network(latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
+        output: Tensor = unet(latents, timesteps, context).sample
+        return output
+
+    def stepwise(drawn: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """The variation [B] at one timestep a sample, and the base loss from the same forward pass."""
         timesteps = drawn["timesteps"]
         alpha_bar = alphas[timesteps].view(-1, 1, 1, 1)
+        predict = guided(network, drawn["context"], drawn["empty"], config.reg_guidance)
         conditional: list[Tensor] = []
 
-        def predict(noisy: Tensor) -> Tensor:
-            if config.reg_guidance == 1:
-                conditional.append(unet(noisy, timesteps, drawn["context"]).sample)
-                return conditional[0]
-            both = torch.cat([drawn["empty"], drawn["context"]])
-            without, with_text = unet(noisy.repeat(2, 1, 1, 1), timesteps.repeat(2), both).sample.chunk(2)
-            conditional.append(with_text)
-            guided_output: Tensor = without + config.reg_guidance * (with_text - without)
-            return guided_output
+        def regularised(noisy: Tensor) -> Tensor:
+            found = predict(noisy, timesteps)
+            conditional.append(found.conditional)
+            return found.output
 
         # Fused attention has no double backward; the math form has.
         with sdpa_kernel(SDPBackend.MATH):
             norms, _ = variation(
-                predict, drawn["latents"], drawn["noise"], drawn["direction"], alpha_bar, prediction_type
+                regularised, drawn["latents"], drawn["noise"], drawn["direction"], alpha_bar, prediction_type
             )
         goal = _goal(drawn["latents"], drawn["noise"], alpha_bar, prediction_type)
-        return Measured(norms, timesteps, (conditional[0] - goal).square().mean())
+        return norms, (conditional[0] - goal).square().mean()
 
-    def of_samplings(drawn: dict[str, Tensor], generator: torch.Generator) -> Measured:
-        """The variation of whole samplings for some of the captions, and the base loss of the batch."""
-        rows = torch.arange(config.sampled_pairs) % config.batch_size
-        pairs, kinds = draw_pairs(config.sampled_pairs, drawn["noise"].shape[1:], generator)
-        with_text, without = (drawn[name][rows].repeat(2, 1, 1) for name in ("context", "empty"))
-        alpha_bar = alphas[drawn["timesteps"]].view(-1, 1, 1, 1)
-        noisy = alpha_bar.sqrt() * drawn["latents"] + (1 - alpha_bar).sqrt() * drawn["noise"]
+    def of_paths(drawn: dict[str, Tensor], generator: torch.Generator) -> Tensor:
+        """The unevenness of paths under the batch's first captions."""
+        noise = draw_paths(config.paths_per_step, drawn["noise"].shape[1:], generator)
+        rows = torch.arange(len(noise)) // POINTS % config.batch_size
+        predict = guided(network, drawn["context"][rows], drawn["empty"][rows], config.path_guidance)
 
-        def network(latents: Tensor, timesteps: Tensor, context: Tensor) -> Tensor:
-            output: Tensor = unet(latents, timesteps, context).sample
-            return output
+        def lengths() -> Lengths:
+            # The math form has the faster backward at the sizes that are trained on a CPU.
+            with sdpa_kernel(SDPBackend.MATH):
+                return measure(sample(predict, noise, schedule))
 
-        with sdpa_kernel(SDPBackend.MATH):  # the faster backward at the sizes that are trained on a CPU
-            predict = guided(network, with_text, without, config.reg_guidance)
-            norms = pair_distances(sample(predict, pairs, schedule))
-            output = network(noisy, drawn["timesteps"], drawn["context"])
-        goal = _goal(drawn["latents"], drawn["noise"], alpha_bar, prediction_type)
-        return Measured(norms, kinds, (output - goal).square().mean())
-
-    def measure(stream: str, step: int) -> Measured:
-        """The variations and the base loss of batch number `step`; every draw is keyed by stream and step."""
-        generator = keyed_generator(config.seed, f"{stream} pairs", step)
-        return (of_samplings if sampled else stepwise)(batch(stream, step), generator)
+        unet.disable_adapters()
+        try:
+            with torch.no_grad():
+                without_lora = lengths()
+        finally:
+            unet.enable_adapters()
+        return unevenness(lengths(), without_lora, config.path_share, config.path_end_weight)
 
     def step_fn(step: int) -> tuple[Tensor, dict[str, float]]:
-        norms, places, base = measure("smooth-lora", step)
-        if config.svr_target not in ANCHORED:
-            target.update(norms, places)
-        penalty = target.penalty(norms, places)
+        drawn = batch("smooth-lora", step)
+        norms, base = stepwise(drawn)
+        if config.svr_target != "anchored":
+            target.update(norms, drawn["timesteps"])
+        penalty = target.penalty(norms, drawn["timesteps"])
+        loss = base + config.reg_weight * penalty
         numbers = {"base": base.item(), "reg": penalty.item(), "norm": norms.mean().item()}
-        return base + config.reg_weight * penalty, numbers
+        if config.path_weight:
+            uneven = of_paths(drawn, keyed_generator(config.seed, "paths", step))
+            loss = loss + config.path_weight * uneven
+            numbers["path"] = uneven.item()
+        return loss, numbers
 
     settings = {name: value for name, value in asdict(config).items() if name != "lr"}
     run = Run(
@@ -217,12 +213,11 @@ def train_smooth_lora(
         resume=resume,
         extra=target.state,
     )
-    if config.svr_target in ANCHORED and run.step == 0:
+    if config.svr_target == "anchored" and run.step == 0:
         # PEFT starts a LoRA at exactly zero effect, so this measures the model without it.
         for step in range(config.calibration_steps):
-            with torch.set_grad_enabled(not sampled):  # a step's variation is a gradient itself
-                measured = measure("calibration", step)
-            target.update(measured.norms, measured.places)
+            drawn = batch("calibration", step)
+            target.update(stepwise(drawn)[0], drawn["timesteps"])
         target.fill()
 
     path = output / "smooth_lora.safetensors"

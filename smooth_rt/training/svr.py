@@ -26,23 +26,19 @@ Targets (`TARGETS`):
     As `per-timestep`, but the means are measured on the model without its LoRA and then kept. A moving mean follows
     the network down: shrinking every `n` is the cheapest way to lower the penalty, and the images lose diversity. A
     mean that stays makes shrinking as dear as growing. `share` asks for that share of the measured means.
-
-`sampled`
-    As `anchored`, of another variation: that of a whole short sampling (`sampled`), near pairs and far ones apart.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from smooth_rt.errors import InputError
 
-TARGETS = ("scalar", "per-timestep", "anchored", "sampled")
-ANCHORED = ("anchored", "sampled")  # compared with what was measured before training
+TARGETS = ("scalar", "per-timestep", "anchored")
 BINS = 20
 EMA_RATE = 0.01
 
@@ -97,14 +93,12 @@ def check_target(kind: str, share: float) -> None:
     """What `Target` would refuse of these two, asked before anything is read.
 
     Raises:
-        InputError: an unknown kind, or a share that is not a finite number above 0 or not for one of `ANCHORED`.
+        InputError: an unknown kind, or a share that is not a finite number above 0 or not for `anchored`.
     """
     if kind not in TARGETS:
         raise InputError(f"svr_target={kind!r}: unknown; choose from {', '.join(TARGETS)}")
-    if not 0 < share < math.inf or (share != 1 and kind not in ANCHORED):
-        raise InputError(
-            f"svr_share={share}: a number above 0, for the targets {' and '.join(ANCHORED)}; leave it out otherwise"
-        )
+    if not 0 < share < math.inf or (share != 1 and kind != "anchored"):
+        raise InputError(f"svr_share={share}: a number above 0, for the target anchored; leave it out otherwise")
 
 
 def snr_bins(alphas_cumprod: Tensor, bins: int = BINS) -> Tensor:
@@ -119,29 +113,18 @@ class Target:
 
     Args:
         kind: one of `TARGETS`.
-        bin_of: the bin of each place that a variation is measured at: of each timestep (see `snr_bins`), or of each
-            kind of pair. `scalar` puts all into one.
-        share: of the measured means that one of `ANCHORED` asks for: above 0, for all bins or one a bin.
-        weight: of each bin in the penalty; None: all 1.
+        bin_of: the bin of each timestep (see `snr_bins`); `scalar` puts all into one.
+        share: of the measured means that `anchored` asks for: above 0.
 
     Raises:
         InputError: see `check_target`.
     """
 
-    def __init__(
-        self,
-        kind: str,
-        bin_of: Tensor,
-        share: float | Sequence[float] = 1.0,
-        weight: Sequence[float] | None = None,
-    ) -> None:
-        self.kind = kind
+    def __init__(self, kind: str, bin_of: Tensor, share: float = 1.0) -> None:
+        check_target(kind, share)
+        self.kind, self.share = kind, share
         self.bin_of = torch.zeros_like(bin_of) if kind == "scalar" else bin_of
         bins = int(self.bin_of.max()) + 1
-        self.share = torch.tensor(share if isinstance(share, Sequence) else [share] * bins, dtype=torch.float64)
-        for value in self.share.tolist():
-            check_target(kind, value)
-        self.weight = torch.tensor([1.0] * bins if weight is None else weight)
         self.means = torch.zeros(bins, dtype=torch.float64)
         self.counts = torch.zeros(bins, dtype=torch.float64)
 
@@ -149,9 +132,9 @@ class Target:
     def state(self) -> dict[str, Tensor]:
         return {"means": self.means, "counts": self.counts}
 
-    def update(self, norms: Tensor, places: Tensor) -> None:
+    def update(self, norms: Tensor, timesteps: Tensor) -> None:
         """Move the means towards the batch; `scalar` as in the paper, the others without a bias from the start at 0."""
-        bins, values = self.bin_of[places], norms.detach().double()
+        bins, values = self.bin_of[timesteps], norms.detach().double()
         for index in torch.unique(bins):
             mean = values[bins == index].mean()
             self.counts[index] += 1
@@ -164,10 +147,9 @@ class Target:
         for index in torch.nonzero(self.counts == 0).flatten():
             self.means[index] = self.means[seen[(seen - index).abs().argmin()]]
 
-    def penalty(self, norms: Tensor, places: Tensor) -> Tensor:
+    def penalty(self, norms: Tensor, timesteps: Tensor) -> Tensor:
         """The mean penalty over the batch; `update` comes first, in training."""
-        bins = self.bin_of[places]
-        target = (self.share * self.means)[bins].to(norms.dtype)
+        target = (self.share * self.means)[self.bin_of[timesteps]].to(norms.dtype)
         if self.kind == "scalar":
             return (norms - target).square().mean()
-        return (self.weight[bins].to(norms.dtype) * (norms / target - 1).square()).mean()
+        return (norms / target - 1).square().mean()

@@ -191,6 +191,11 @@ signal.signal(signal.SIGTERM, lambda *_: print("heard"))
 os.kill(os.getpid(), signal.SIGTERM)
 """
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=pytestconfig.rootpath, capture_output=True, text=True, check=False, timeout=120
+        [sys.executable, "-c", code],
+        cwd=pytestconfig.rootpath,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=120,
     )
     assert (done.returncode, done.stdout) == (0, "heard\n"), done.stderr

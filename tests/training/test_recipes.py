@@ -11,12 +11,14 @@ import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from smooth_rt import cli
 from smooth_rt.errors import InputError, SmoothRTError
 from smooth_rt.lora import fuse, read_lora
 from smooth_rt.model import load_model
 from smooth_rt.training.data import EmojiScenes
+from smooth_rt.training.paths import Lengths, unevenness
 from smooth_rt.training.smooth_lora import SmoothLoraConfig, train_smooth_lora
 from smooth_rt.training.tiny import train_tiny, training_device
 from smooth_rt.training.tiny_networks import TinyConfig
@@ -69,9 +71,15 @@ def test_a_device_that_is_not_there_is_named(tmp_path: Path, emoji: Path) -> Non
     assert not (tmp_path / "run").exists()
 
 
-@pytest.mark.parametrize("target", ["scalar", "per-timestep", "anchored", "sampled"])
-def test_smooth_lora_trains_resumes_and_fuses(tmp_path: Path, emoji: Path, tiny_model: Path, target: str) -> None:
-    config = SmoothLoraConfig(batch_size=2, lr=1e-2, svr_target=target, calibration_steps=2)
+@pytest.mark.parametrize(
+    ("target", "path_weight"), [("scalar", 0.0), ("per-timestep", 0.0), ("anchored", 0.0), ("anchored", 0.3)]
+)
+def test_smooth_lora_trains_resumes_and_fuses(
+    tmp_path: Path, emoji: Path, tiny_model: Path, target: str, path_weight: float
+) -> None:
+    config = SmoothLoraConfig(
+        batch_size=2, lr=1e-2, svr_target=target, calibration_steps=2, path_weight=path_weight, path_steps=2
+    )
     scenes = EmojiScenes(emoji, 16)
     whole = train_smooth_lora(load_model(tiny_model), scenes, tmp_path / "whole", steps=4, config=config)
 
@@ -95,6 +103,23 @@ def test_smooth_lora_trains_resumes_and_fuses(tmp_path: Path, emoji: Path, tiny_
     ]
     assert changed
     assert all(".attn" in name for name in changed)
+
+
+def test_paths_are_compared_with_those_of_the_model_without_its_lora(
+    tmp_path: Path, emoji: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compared: list[tuple[Lengths, Lengths]] = []
+
+    def spy(found: Lengths, without_lora: Lengths, *rest: float) -> Tensor:
+        compared.append((found, without_lora))
+        return unevenness(found, without_lora, *rest)
+
+    monkeypatch.setattr("smooth_rt.training.smooth_lora.unevenness", spy)
+    config = SmoothLoraConfig(batch_size=2, lr=1e-2, path_weight=1.0, path_steps=2)
+    train_smooth_lora(load_model(tiny_model), EmojiScenes(emoji, 16), tmp_path, steps=3, config=config)
+    # The LoRA has no effect yet at the first step, and some later.
+    assert [torch.equal(found.ends, without.ends) for found, without in compared] == [True, False, False]
+    assert all(found.ends.requires_grad and not without.ends.requires_grad for found, without in compared)
 
 
 def test_a_lora_goes_on_with_its_own_model_and_data_alone(tmp_path: Path, emoji: Path, tiny_model: Path) -> None:

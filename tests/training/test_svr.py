@@ -131,19 +131,11 @@ def test_a_share_of_the_anchor_moves_the_least_penalty() -> None:
     target.update(torch.tensor([4.0]), timesteps)
     assert target.penalty(torch.tensor([2.0]), timesteps).item() == 0.0
     assert target.penalty(torch.tensor([4.0]), timesteps).item() == 1.0
-    with pytest.raises(InputError, match=r"svr_share=0\.5: .*anchored and sampled"):
+    with pytest.raises(InputError, match=r"svr_share=0\.5: .*the target anchored"):
         Target("scalar", snr_bins(torch.linspace(0.9, 0.1, 10)), share=0.5)
     for share in (float("nan"), float("inf"), 0.0):
         with pytest.raises(InputError, match="svr_share="):
             Target("anchored", snr_bins(torch.linspace(0.9, 0.1, 10)), share=share)
-
-
-def test_each_bin_has_its_share_and_its_weight() -> None:
-    target = Target("sampled", torch.tensor([0, 1]), [0.5, 1.0], [1.0, 3.0])
-    target.update(torch.tensor([4.0, 10.0]), torch.tensor([0, 1]))
-    assert target.penalty(torch.tensor([2.0, 10.0]), torch.tensor([0, 1])).item() == 0.0
-    assert target.penalty(torch.tensor([4.0]), torch.tensor([0])).item() == 1.0
-    assert target.penalty(torch.tensor([20.0]), torch.tensor([1])).item() == 3.0
 
 
 def test_an_unknown_target_names_the_choices() -> None:
