@@ -8,18 +8,12 @@ from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from engines.contract import Network
-from engines.errors import EngineError, InputError
+from engines.errors import EngineError, InputError, reason
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["Engine", "one_line"]
-
-
-def one_line(error: BaseException, which: int = 0) -> str:
-    """The first line of what an exception says, or line number `which`; its repr if it says nothing."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[which] if lines else repr(error)
+__all__ = ["Engine"]
 
 
 class Engine(abc.ABC):
@@ -63,7 +57,7 @@ class Engine(abc.ABC):
         except (InputError, EngineError):
             raise
         except Exception as error:
-            raise EngineError(f"{self.network.name}: {self.backend} failed: {one_line(error)}") from error
+            raise EngineError(f"{self.network.name}: {self.backend} failed: {reason(error)}") from error
         for spec in self.network.outputs:
             output = outputs.get(spec.name)
             got = None if output is None else f"{str(output.dtype).removeprefix('torch.')} {tuple(output.shape)}"

@@ -12,7 +12,11 @@ Each message is one line that names the input, says what is wrong and what to do
 
 from __future__ import annotations
 
-__all__ = ["BundleError", "EngineError", "InputError", "ModelError", "ParityError", "SmoothRTError"]
+import re
+
+__all__ = ["BundleError", "EngineError", "InputError", "ModelError", "ParityError", "SmoothRTError", "reason"]
+
+LONGEST_SAID = 140  # characters of a library's message inside one of ours
 
 
 class SmoothRTError(Exception):
@@ -37,3 +41,17 @@ class EngineError(SmoothRTError):
 
 class ParityError(SmoothRTError):
     """A built graph differs from the torch module by more than its tolerance."""
+
+
+def reason(error: BaseException, line: int = 0) -> str:
+    """What the system or a library said, to stand inside a line of ours: its first line that says something, or line
+    number `line`, or that one's first sentence, at most LONGEST_SAID; without the number and the path that an OSError
+    shows; the exception's type where nothing was said."""
+    said = error.strerror if isinstance(error, OSError) else None
+    lines = [words for part in (said or str(error)).splitlines() if (words := " ".join(part.split()))]
+    told = lines[line] if lines else type(error).__name__
+    if len(told) > LONGEST_SAID:
+        told = re.split(r"(?<=[.!?]) (?=[A-Z(])", told)[0]
+    if len(told) > LONGEST_SAID:
+        return f"{told[:LONGEST_SAID].rstrip()}..."
+    return f"unknown or missing: {told}" if isinstance(error, KeyError) else told.rstrip(".: ")

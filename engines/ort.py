@@ -10,9 +10,9 @@ import onnxruntime
 import torch
 from torch import Tensor
 
-from engines.base import Engine, one_line
+from engines.base import Engine
 from engines.contract import Network
-from engines.errors import EngineError
+from engines.errors import EngineError, reason
 
 __all__ = ["OrtEngine"]
 
@@ -45,7 +45,7 @@ class OrtEngine(Engine):
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
         except Exception as error:
-            raise EngineError(f"{path}: onnxruntime cannot open it ({one_line(error)}); rebuild") from error
+            raise EngineError(f"{path}: onnxruntime cannot open it ({reason(error)}); rebuild") from error
         self.check_names(
             [value.name for value in self._session.get_inputs()], [value.name for value in self._session.get_outputs()]
         )

@@ -10,9 +10,9 @@ import openvino
 import torch
 from torch import Tensor
 
-from engines.base import Engine, one_line
+from engines.base import Engine
 from engines.contract import Network
-from engines.errors import EngineError
+from engines.errors import EngineError, reason
 
 __all__ = ["OvEngine", "core"]
 
@@ -52,7 +52,7 @@ class OvEngine(Engine):
             compiled = core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": hint})
         except Exception as error:
             # OpenVINO puts the place in its own sources first and the cause last.
-            raise EngineError(f"{path}: openvino cannot open it ({one_line(error, -1)}); rebuild") from error
+            raise EngineError(f"{path}: openvino cannot open it ({reason(error, -1)}); rebuild") from error
         self.check_names(
             [_contract_name(port, [spec.name for spec in network.inputs]) for port in compiled.inputs],
             [_contract_name(port, [spec.name for spec in network.outputs]) for port in compiled.outputs],

@@ -11,8 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.base import one_line
-from engines.errors import EngineError
+from engines.errors import EngineError, reason
 
 if TYPE_CHECKING:
     from engines.base import Engine
@@ -116,7 +115,7 @@ def availability(name: str) -> str | None:
         importlib.import_module(_MODULES[name])
     except (ImportError, OSError) as error:
         again = f"pip install --force-reinstall {next(iter(found))}"
-        return f"{name} is installed and does not load ({one_line(error)}); run `{again}`"
+        return f"{name} is installed and does not load ({reason(error)}); run `{again}`"
     return None
 
 

@@ -8,9 +8,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from engines.base import one_line
 from engines.contract import Dims, Network
-from engines.errors import EngineError
+from engines.errors import EngineError, reason
 from export.graphs import dynamic_shapes, example_inputs
 from export.quiet import quiet
 
@@ -68,7 +67,7 @@ def _cause(error: BaseException) -> str:
     """The first line of what went wrong first: the exporter wraps it in pages of advice."""
     while error.__cause__ is not None:
         error = error.__cause__
-    return one_line(error)
+    return reason(error)
 
 
 def _forget_origin(model: Any) -> None:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 import openvino
 
-from engines.base import one_line
-from engines.errors import EngineError
+from engines.errors import EngineError, reason
 from export.quiet import quiet
 
 __all__ = ["to_openvino"]
@@ -27,7 +26,7 @@ def to_openvino(onnx: Path, path: Path) -> None:
         with quiet():
             model = openvino.convert_model(str(onnx))
     except Exception as error:
-        raise EngineError(f"{onnx.stem}: openvino cannot convert it ({one_line(error, -1)}); leave it out") from error
+        raise EngineError(f"{onnx.stem}: openvino cannot convert it ({reason(error, -1)}); leave it out") from error
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         openvino.save_model(model, str(path), compress_to_fp16=False)

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from safetensors import SafetensorError, safe_open
 
-from smooth_rt.errors import ModelError
+from smooth_rt.errors import ModelError, reason
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -27,7 +27,6 @@ __all__ = [
     "SUPPORTED",
     "Parts",
     "download",
-    "first_line",
     "quiet",
     "read_file",
     "read_folder",
@@ -49,7 +48,6 @@ CONFIG_FILES = (
     "model_index.json", "scheduler/scheduler_config.json", "tokenizer/*", "text_encoder/config.json",
     "unet/config.json", "vae/config.json",
 )  # fmt: skip
-LONGEST_SAID = 140  # characters of a library's message inside one of ours
 # Conditions other than text and time, by the key of the UNet's config that asks for them.
 UNSUPPORTED_CONDITIONS = (
     "addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim",
@@ -101,7 +99,7 @@ def download(source: str, patterns: Sequence[str], advice: str, revision: str | 
         elif isinstance(error, (errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled)):
             said = "it cannot be reached, and nothing was downloaded before"
         else:
-            said = first_line(error)
+            said = reason(error)
         raise ModelError(f"{source}: no such file or folder, and the hub did not give it ({said}); {advice}") from error
 
 
@@ -130,9 +128,7 @@ def read_folder(folder: Path, source: str, revision: str | None = None) -> Parts
                     folder / name, use_safetensors=True, variant=variant, output_loading_info=True, **lenient
                 )
             except Exception as error:  # whatever the library makes of a broken folder
-                raise ModelError(
-                    f"{folder / name}: cannot be loaded ({first_line(error)}); download it again"
-                ) from error
+                raise ModelError(f"{folder / name}: cannot be loaded ({reason(error)}); download it again") from error
             # The libraries fill what is missing with random numbers and only warn.
             if info["missing_keys"]:
                 missing = sorted(info["missing_keys"])[0]
@@ -144,7 +140,7 @@ def read_folder(folder: Path, source: str, revision: str | None = None) -> Parts
         try:
             tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
         except Exception as error:  # the tokenizer's library raises bare Exception
-            raise ModelError(f"{folder / 'tokenizer'}: unreadable ({first_line(error)}); download it again") from error
+            raise ModelError(f"{folder / 'tokenizer'}: unreadable ({reason(error)}); download it again") from error
     return Parts(tokenizer, networks, scheduler_config, revision)
 
 
@@ -180,7 +176,7 @@ def read_file(path: Path, config: str | Path | None = None) -> Parts:
         except Exception as error:  # whatever the libraries make of it
             advice = f"if it is one, {NAME_CONFIG}" if config is None else f"check that {config} is of its architecture"
             raise ModelError(
-                f"{path}: not loaded as a Stable Diffusion checkpoint ({first_line(error)}); {advice}"
+                f"{path}: not loaded as a Stable Diffusion checkpoint ({reason(error)}); {advice}"
             ) from error
     networks = {name: getattr(pipe, name) for name in NETWORK_PARTS}
     if folder is None:
@@ -260,7 +256,7 @@ def _open_safetensors(path: Path) -> None:
         with safe_open(path, "pt"):
             pass
     except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: truncated or damaged ({first_line(error)}); download it again") from error
+        raise ModelError(f"{path}: truncated or damaged ({reason(error)}); download it again") from error
 
 
 def _read_json(source: str, folder: Path, name: str) -> dict[str, Any]:
@@ -271,21 +267,10 @@ def _read_json(source: str, folder: Path, name: str) -> dict[str, Any]:
         holds = ", ".join(["model_index.json", *NETWORK_PARTS, "tokenizer", "scheduler"])
         raise ModelError(f"{source}: {name} is missing; a diffusers folder holds {holds}") from error
     except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not readable JSON ({first_line(error)}); download it again") from error
+        raise ModelError(f"{path}: not readable JSON ({reason(error)}); download it again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: holds a {type(value).__name__}, not an object; download it again")
     return value
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of what a library said, or its first sentence, at most LONGEST_SAID, to stand inside ours."""
-    lines = str(error).strip().splitlines()
-    said = " ".join(lines[0].split()) if lines else type(error).__name__
-    if len(said) > LONGEST_SAID:
-        said = re.split(r"(?<=[.!?]) (?=[A-Z(])", said)[0]
-    if len(said) > LONGEST_SAID:
-        return f"{said[:LONGEST_SAID].rstrip()}..."
-    return f"unknown or missing: {said}" if isinstance(error, KeyError) else said.rstrip(".: ")
 
 
 @contextlib.contextmanager

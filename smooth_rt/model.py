@@ -23,13 +23,12 @@ from smooth_rt.checkpoint import (
     NETWORK_PARTS,
     SUPPORTED,
     Parts,
-    first_line,
     quiet,
     read_file,
     read_folder,
     read_hub,
 )
-from smooth_rt.errors import BundleError, InputError, ModelError
+from smooth_rt.errors import BundleError, InputError, ModelError, reason
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -126,7 +125,7 @@ class Model:
             raise InputError(f"model folder {error}") from error
         except SafetensorError as error:
             raise InputError(
-                f"model folder {folder}: cannot be written ({first_line(error)}); free space or name another folder"
+                f"model folder {folder}: cannot be written ({reason(error)}); free space or name another folder"
             ) from error
 
 
@@ -189,7 +188,7 @@ def read_config(folder: Path) -> PipelineConfig:
             raise FileNotFoundError("tokenizer/tokenizer.json is missing")
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     except Exception as error:  # the tokenizer's library raises bare Exception
-        raise BundleError(f"{folder}: unreadable ({first_line(error)}); run smooth-rt build-engine again") from error
+        raise BundleError(f"{folder}: unreadable ({reason(error)}); run smooth-rt build-engine again") from error
     return PipelineConfig(tokenizer, scheduler_config, scaling_factor)
 
 

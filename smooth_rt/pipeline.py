@@ -111,7 +111,8 @@ class SmoothPipeline:
                 `load_model` returned, into whose UNet the LoRA is then fused.
             lora: None, "default" (shipped, for the default model), a file, a folder or a hub id.
             lora_strength: the factor that the LoRA is fused at; 1 is as trained.
-            engine: "auto" (the fastest that can run; logged), "eager", "onnxruntime" or "openvino".
+            engine: "eager", "onnxruntime", "openvino", or "auto": the first of openvino, onnxruntime, eager that can
+                run; logged.
             batch_size: see the class.
             progress: called as `progress(stage, done, total)` while engines are built.
             config: for a single-file checkpoint, as in `load_model`.

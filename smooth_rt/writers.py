@@ -19,7 +19,7 @@ import imageio.v3 as iio
 import numpy as np
 from PIL import Image
 
-from smooth_rt.errors import InputError, SmoothRTError
+from smooth_rt.errors import InputError, SmoothRTError, reason
 
 __all__ = [
     "check_output",
@@ -56,7 +56,7 @@ def check_output(folder: str | Path, names: Iterable[str] = (), inputs: Iterable
     except OSError as error:
         named = str(folder)
         named = named if len(named) <= SHOWN_NAME else f"{named[:SHOWN_NAME]}..."
-        raise InputError(f"{named}: {_reason(error)}") from error
+        raise InputError(f"{named}: {_advised(error)}") from error
     return folder
 
 
@@ -127,7 +127,7 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> list[Path]:
         _remove(partials.values())
         _remove_folders(made)
         if isinstance(error, OSError):
-            raise SmoothRTError(f"{target}: cannot be written: {_reason(error)}") from error
+            raise SmoothRTError(f"{target}: cannot be written: {_advised(error)}") from error
         raise
     try:
         _remove(replaced.values())
@@ -171,11 +171,9 @@ def _remove_folders(made: Iterable[Path]) -> None:
             return
 
 
-def _reason(error: OSError) -> str:
-    said = error.strerror or str(error)
-    if error.errno == errno.ENOSPC:
-        return f"{said}; free some space, or name another folder with --output"
-    return f"{said}; name another folder with --output"
+def _advised(error: OSError) -> str:
+    space = "free some space, or " if error.errno == errno.ENOSPC else ""
+    return f"{reason(error)}; {space}name another folder with --output"
 
 
 def encode_json(value: Any) -> bytes:

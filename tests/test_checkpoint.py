@@ -14,7 +14,6 @@ import torch
 from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 
-from smooth_rt.checkpoint import LONGEST_SAID, first_line
 from smooth_rt.errors import ModelError
 from smooth_rt.lora import read_lora
 from smooth_rt.model import load_model
@@ -125,18 +124,3 @@ def test_what_the_hub_says(
 
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
     refusal(lambda: read("nobody/nothing"), rf"^nobody/nothing: no such file or folder, .*{said}.*; pass a")
-
-
-@pytest.mark.parametrize(
-    ("error", "said"),
-    [
-        (ValueError("short; told whole. As it is."), "short; told whole. As it is"),
-        (ValueError("\nfirst line:\nsecond"), "first line"),
-        (ValueError("What is wrong. " + "Advice without end. " * 20), "What is wrong"),
-        (ValueError("x" * 1000), "x" * LONGEST_SAID + "..."),
-        (KeyError("vocab"), "unknown or missing: 'vocab'"),
-        (ValueError(), "ValueError"),
-    ],
-)
-def test_first_line(error: Exception, said: str) -> None:
-    assert first_line(error) == said

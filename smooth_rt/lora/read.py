@@ -23,8 +23,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from smooth_rt.checkpoint import HUB_ID, download, first_line
-from smooth_rt.errors import ModelError
+from smooth_rt.checkpoint import HUB_ID, download
+from smooth_rt.errors import ModelError, reason
 from smooth_rt.model import default_lora
 
 __all__ = ["METADATA_KEY", "Lora", "LoraLayer", "read_lora"]
@@ -88,9 +88,7 @@ def read_lora(source: str | Path = "default") -> Lora:
             metadata = file.metadata() or {}
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
-        raise ModelError(
-            f"{path}: truncated or no safetensors file ({first_line(error)}); download it again"
-        ) from error
+        raise ModelError(f"{path}: truncated or no safetensors file ({reason(error)}); download it again") from error
     return parse(tensors, str(source), str(path), _adapter_config(path, metadata))
 
 
@@ -189,7 +187,7 @@ def _adapter_config(path: Path, metadata: dict[str, str]) -> dict[str, Any] | No
         if not all(alpha is None or math.isfinite(alpha) for alpha in alphas):
             raise ValueError("an alpha is not finite")
     except (OSError, ValueError, TypeError, AttributeError) as error:
-        raise ModelError(f"{path}: its PEFT configuration is unreadable ({first_line(error)}); repair it") from error
+        raise ModelError(f"{path}: its PEFT configuration is unreadable ({reason(error)}); repair it") from error
     if config.get("use_dora"):
         raise ModelError(f"{path}: is a DoRA; only plain LoRAs are supported")
     return config

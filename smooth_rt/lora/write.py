@@ -14,8 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smooth_rt.checkpoint import first_line
-from smooth_rt.errors import InputError, ModelError
+from smooth_rt.errors import InputError, ModelError, reason
 from smooth_rt.lora.read import METADATA_KEY, Lora, LoraLayer
 
 __all__ = ["write_lora"]
@@ -60,7 +59,7 @@ def write_lora(lora: Lora, path: Path, format: Literal["diffusers", "attn-procs"
         )
         partial.replace(path)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be written ({first_line(error)}); free space or name another path") from error
+        raise InputError(f"{path}: cannot be written ({reason(error)}); free space or name another path") from error
     finally:
         if partial.is_file():
             partial.unlink()

@@ -11,10 +11,9 @@ from typing import Protocol
 import numpy as np
 
 from engines.bundle import digest_json
-from smooth_rt.errors import InputError
+from smooth_rt.errors import InputError, reason
 from smooth_rt.images import read
 from smooth_rt.training.data import EmojiScenes, Sample
-from smooth_rt.training.reasons import reason
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 

@@ -16,8 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from smooth_rt.errors import InputError, ModelError, SmoothRTError
-from smooth_rt.training.reasons import reason
+from smooth_rt.errors import InputError, ModelError, SmoothRTError, reason
 from smooth_rt.training.settings import differences
 
 __all__ = ["Checkpoints", "NotFiniteError", "StateError"]

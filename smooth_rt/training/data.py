@@ -22,8 +22,7 @@ import numpy as np
 from PIL import Image
 
 from engines.bundle import digest_json
-from smooth_rt.errors import InputError
-from smooth_rt.training.reasons import reason
+from smooth_rt.errors import InputError, reason
 
 PACKAGES = {"fluent": "@lobehub/fluent-emoji-3d@1.1.0", "names": "emoji-datasource-google@16.0.0"}
 

@@ -19,10 +19,9 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from smooth_rt.errors import InputError, SmoothRTError
+from smooth_rt.errors import InputError, SmoothRTError, reason
 from smooth_rt.training.checkpoints import Checkpoints, NotFiniteError, StateError
 from smooth_rt.training.interrupts import undivided
-from smooth_rt.training.reasons import reason
 from smooth_rt.training.settings import check_rate, check_steps
 
 __all__ = ["Run", "StepFn", "keyed_generator"]

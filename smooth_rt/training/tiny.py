@@ -30,10 +30,9 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTokenizer
 
-from smooth_rt.errors import InputError, SmoothRTError
+from smooth_rt.errors import InputError, SmoothRTError, reason
 from smooth_rt.training.assets import need, write_assets
 from smooth_rt.training.data import EmojiScenes, fetch
-from smooth_rt.training.reasons import reason
 from smooth_rt.training.run import Run, keyed_generator
 from smooth_rt.training.settings import check_steps
 from smooth_rt.training.tiny_networks import TinyConfig, new_text_encoder, new_unet, new_vae, pipeline, scheduler

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import ClassVar
 
@@ -17,15 +17,6 @@ from smooth_rt.model import PipelineConfig
 from smooth_rt.pipeline import SmoothPipeline
 
 Noise = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread() -> Iterator[None]:
-    """Networks this small lose time on more threads, and much of it where the cores are shared."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class FakeEngine(Engine):
