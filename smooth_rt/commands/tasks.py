@@ -10,11 +10,12 @@ import typer
 
 from smooth_rt.commands.options import RunOptions
 from smooth_rt.commands.running import generators, run
-from smooth_rt.errors import InputError
+from smooth_rt.errors import InputError, reason
 from smooth_rt.ranges import check_images, seeds_from
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+    from torch import Tensor
 
     from smooth_rt.images import Images
 
@@ -31,6 +32,10 @@ def generate(
     prompt: Prompts = None,
     negative_prompt: Annotated[str | None, typer.Option(help="What guidance moves away from.")] = None,
     num_images_per_prompt: Annotated[int, typer.Option(help="Images of each prompt.")] = 1,
+    latents: Annotated[
+        Path | None,
+        typer.Option(help="The noise, in the place of --seed: what `invert` wrote.", show_default=False),
+    ] = None,
 ) -> dict[str, Any]:
     """Images from prompts, as PNG."""
     if not prompt:
@@ -38,7 +43,7 @@ def generate(
     check_images("num_images_per_prompt", num_images_per_prompt, len(prompt), "prompts")
     seeds = seeds_from(options.seed, len(prompt) * num_images_per_prompt)
     names = _names({"image": len(seeds)})
-    noise = generators(seeds)
+    start: dict[str, Any] = {"generator": generators(seeds)} if latents is None else {"latents": _read_noise(latents)}
     result, told = run(
         options,
         "generate",
@@ -48,10 +53,11 @@ def generate(
             guidance_scale=7.5 if options.guidance_scale is None else options.guidance_scale,
             negative_prompt=negative_prompt,
             num_images_per_prompt=num_images_per_prompt,
-            generator=noise,
+            **start,
             **shared,
         ),
         names,
+        [] if latents is None else [latents],
     )
     return {**told, "files": _write(options.output, names, [_pictures(result.images)])}
 
@@ -75,6 +81,12 @@ def interpolate(
     if images and seeds is not None:
         named = ", ".join(map(str, images))
         raise InputError(f"--seeds: takes two values and no images, got {named} too; give the images or the seeds")
+    if images:
+        if len(images) != 2:
+            raise InputError(f"interpolate: {len(images)} images; give two, the ends")
+        from smooth_rt.tasks.inversion import source_texts
+
+        source_texts(method, prompt, len(images))  # refused before an engine is built or opened
     names = _names({"frame": frames}, film="morph")
     noise: Any = None if images else generators(seeds) if seeds is not None else generators((options.seed,))[0]
     result, told = run(
@@ -113,6 +125,9 @@ def invert(
     method: Method = "ddim",
 ) -> dict[str, Any]:
     """Turn images into noise and back: reconstructions as PNG, the noise as safetensors."""
+    from smooth_rt.tasks.inversion import source_texts
+
+    source_texts(method, prompt, len(images))  # refused before an engine is built or opened
     names = [*_names({"original": len(images), "reconstruction": len(images)}), "noise.safetensors"]
     result, told = run(
         options,
@@ -177,6 +192,25 @@ def edit(
     made = _pictures(result.images)
     originals = _originals(images, made[0])
     return {**told, "files": _write(options.output, names, [originals, made])}
+
+
+def _read_noise(path: Path) -> Tensor:
+    """The tensor `latents` of a safetensors file, as `invert` writes it; the pipeline checks its size."""
+    import torch
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    if not path.is_file():
+        raise InputError(f"--latents: {path}: no such file; name the noise.safetensors that invert wrote")
+    try:
+        found: Tensor | None = load_file(path).get("latents")
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"--latents: {path}: no safetensors file ({reason(error)}); name one that invert wrote"
+        ) from error
+    if found is None or found.dtype != torch.float32:
+        raise InputError(f"--latents: {path}: holds no float32 tensor named latents; name one that invert wrote")
+    return found
 
 
 def _check_count(option: str, given: Sequence[str] | None, images: Sequence[Path]) -> None:

@@ -10,10 +10,11 @@ from torch import Tensor
 
 from smooth_rt.schedule import Schedule
 from smooth_rt.tasks.interpolate import slerp
-from smooth_rt.training.paths import POINTS, Lengths, draw_paths, guided, measure, sample, unevenness
+from smooth_rt.training.paths import Lengths, draw_paths, draw_schedule, guided, measure, sample, unevenness
 
 CONFIG = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 SHAPE = (3, 4, 4)
+POINTS = 11
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -43,7 +44,7 @@ def test_its_gradient_agrees_with_finite_differences() -> None:
         def unet(x: Tensor, _: Tensor, with_context: Tensor) -> Tensor:
             return torch.tanh(weight * x) + with_context.mean(dim=(1, 2)).view(-1, 1, 1, 1)
 
-        found = measure(sample(guided(unet, context, -context, 2.0), noise, schedule))
+        found = measure(sample(guided(unet, context, -context, 2.0), noise, schedule), POINTS)
         return unevenness(found, before, 0.8, 4.0)
 
     weight = torch.tensor(0.7, dtype=torch.float64, requires_grad=True)
@@ -68,7 +69,7 @@ def test_guidance_is_that_of_diffusers() -> None:
 
 
 def test_paths_lead_evenly_between_independent_noises() -> None:
-    noises = draw_paths(3, (4, 8, 8), torch.Generator().manual_seed(0))
+    noises = draw_paths(3, POINTS, (4, 8, 8), torch.Generator().manual_seed(0))
     assert noises.shape == (3 * POINTS, 4, 8, 8)
     assert noises.std().item() == pytest.approx(1, abs=0.03)
     for path in noises.reshape(3, POINTS, 4, 8, 8):
@@ -76,12 +77,33 @@ def test_paths_lead_evenly_between_independent_noises() -> None:
             torch.testing.assert_close(point, slerp(path[0], path[-1], k / (POINTS - 1)), rtol=1e-5, atol=1e-5)
         cosine = torch.nn.functional.cosine_similarity(path[0].flatten(), path[-1].flatten(), dim=0)
         assert abs(cosine) < 0.3  # 256 numbers: four standard deviations of independence
-    assert torch.equal(noises, draw_paths(3, (4, 8, 8), torch.Generator().manual_seed(0)))
+    assert torch.equal(noises, draw_paths(3, POINTS, (4, 8, 8), torch.Generator().manual_seed(0)))
+
+
+def test_a_shorter_path_has_the_same_steps() -> None:
+    whole, part = (draw_paths(2, points, (4, 8, 8), torch.Generator().manual_seed(0)) for points in (POINTS, 4))
+    assert torch.equal(part.reshape(2, 4, -1), whole.reshape(2, POINTS, -1)[:, :4])
+
+
+@pytest.mark.parametrize("steps", [1, 2, 9, 50])
+def test_a_drawn_schedule_leads_from_about_pure_noise_to_none(steps: int) -> None:
+    alphas = torch.linspace(0.999, 0.005, 1000)
+    drawn = [draw_schedule(alphas, steps, "epsilon", torch.Generator().manual_seed(seed)) for seed in range(20)]
+    for schedule in drawn:
+        timesteps = [step.timestep for step in schedule.steps]
+        assert len(timesteps) == steps
+        assert 950 <= timesteps[0] <= 999
+        assert timesteps == sorted(set(timesteps), reverse=True)
+        assert all(step.alpha_from == float(alphas[step.timestep]) for step in schedule.steps)
+        following = [step.alpha_from for step in schedule.steps[1:]]
+        assert [step.alpha_to for step in schedule.steps] == [*following, 1.0]
+    assert len({schedule.steps for schedule in drawn}) > 10
+    assert drawn[0] == draw_schedule(alphas, steps, "epsilon", torch.Generator().manual_seed(0))
 
 
 def test_lengths_are_those_of_neighbours_and_ends_of_each_path() -> None:
     line = torch.arange(POINTS, dtype=torch.float64).view(-1, 1, 1, 1).expand(-1, *SHAPE)
-    found = measure(torch.cat([line, 2 * line + 5]))
+    found = measure(torch.cat([line, 2 * line + 5]), POINTS)
     side = math.sqrt(math.prod(SHAPE))
     torch.testing.assert_close(found.steps, side * torch.tensor([[1.0], [2.0]]).double().expand(2, POINTS - 1))
     torch.testing.assert_close(found.ends, side * torch.tensor([10.0, 20.0]).double())

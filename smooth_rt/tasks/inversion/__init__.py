@@ -25,7 +25,7 @@ from smooth_rt.tasks.inversion import ddim, negative_prompt
 if TYPE_CHECKING:
     from smooth_rt.pipeline import SmoothPipeline, StepCallback
 
-__all__ = ["METHODS", "Inversion", "Method", "invert"]
+__all__ = ["METHODS", "Inversion", "Method", "invert", "source_texts"]
 
 
 class Method(NamedTuple):
@@ -73,6 +73,19 @@ class Inversion:
     trajectory: Tensor | None = None
 
 
+def source_texts(method: str, prompts: str | Sequence[str] | None, count: int) -> list[str]:
+    """The texts that so many images are inverted under.
+
+    Raises:
+        InputError: an unknown method, one that needs prompts without them, or a number of them that does not fit.
+    """
+    if not METHODS[choice("method", method, tuple(METHODS))].with_text:
+        return [""] * count
+    if prompts is None:
+        raise InputError(f"prompts: method {method!r} needs one for each image; give it, or use ddim-without-text")
+    return checks.one_each(prompts, count, "prompts", "images")
+
+
 def invert(
     pipe: SmoothPipeline,
     images: ImageLike | Sequence[ImageLike],
@@ -114,9 +127,7 @@ def invert(
     schedule = pipe.schedule(num_inference_steps)
     height, width = checks.image_size(height, width, pipe.dims)
     found = as_list(images)
-    if chosen.with_text and prompts is None:
-        raise InputError(f"prompts: method {method!r} needs one for each image; give it, or use ddim-without-text")
-    texts = checks.one_each(prompts, len(found), "prompts", "images") if chosen.with_text else [""] * len(found)
+    texts = source_texts(method, prompts, len(found))
     image_latents = pipe.encode_image(found, height, width)
     prompt_embeds = pipe.encode_prompt(texts)
     negative = chosen.negative_embeds(pipe, prompt_embeds)
