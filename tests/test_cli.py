@@ -152,6 +152,17 @@ def test_invert(opened: list[Any], run: Any, picture: Path, tmp_path: Path, meth
     assert load_file(tmp_path / "o" / "noise.safetensors")["latents"].shape == (1, 4, 8, 8)
 
 
+def test_the_noise_of_an_inversion_samples_back(opened: list[Any], run: Any, picture: Path, tmp_path: Path) -> None:
+    common = ["--prompt", "dog", "--guidance-scale", 1, *FAST]
+    assert run("invert", picture, *common, "--output", tmp_path / "o")[0] == 0
+    noise = tmp_path / "o" / "noise.safetensors"
+    assert run("generate", *common, "--latents", noise, "--output", tmp_path / "again")[0] == 0
+    rebuilt, again = (
+        iio.imread(tmp_path / name).astype(int) for name in ("o/reconstruction-001.png", "again/image-001.png")
+    )
+    assert np.abs(rebuilt - again).max() <= 1
+
+
 @pytest.mark.parametrize("method", [["eq15", "--source-prompt", "dog"], ["sdedit"]])
 def test_edit(opened: list[Any], run: Any, picture: Path, tmp_path: Path, method: list[str]) -> None:
     arguments = ["edit", picture, picture, "--prompt", "red apple", "--edit-method", *method, *FAST]
@@ -220,6 +231,10 @@ BETWEEN = ["interpolate", "--prompt", "dog", "--seeds", 1, 2]
         (["invert", "TEXT", "--prompt", "a"], "not an image"),
         (["invert", "DOT", "--prompt", "a"], "1x1 px is too small"),
         (["invert", "HUGE", "--prompt", "a"], "too large"),
+        (["invert", "PICTURE", "MISSING", "--prompt", "a"], "no such file"),
+        ([*GENERATE, "--latents", "MISSING"], "--latents: "),
+        ([*GENERATE, "--latents", "TEXT"], "no safetensors file"),
+        ([*GENERATE, "--latents", "LORA"], "no float32 tensor named latents"),
         (["edit", "PICTURE", "--prompt", "a"], "eq15 needs what each image shows now"),
         (["edit", "PICTURE"], "--prompt: missing"),
         (
@@ -234,11 +249,31 @@ def test_bad_input(opened: list[Any], run: Any, tmp_path: Path, picture: Path, a
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
     (tmp_path / "huge.png").write_bytes(png_header(20_000, 20_000))
     paths = {"PICTURE": picture, "MISSING": tmp_path / "missing.png", "TEXT": tmp_path / "text.png"}
-    paths |= {"DOT": tmp_path / "dot.png", "HUGE": tmp_path / "huge.png"}
+    paths |= {
+        "DOT": tmp_path / "dot.png",
+        "HUGE": tmp_path / "huge.png",
+        "LORA": examples()[0].path.parents[1] / "smooth_lora.safetensors",
+    }
     fast = [] if "--num-inference-steps" in arguments else FAST
     line = refused(run(*(paths.get(a, a) for a in arguments), *fast, "--output", tmp_path / "out"))
     assert said in line
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["invert", "PICTURE"],
+        ["invert", "PICTURE", "PICTURE", "--prompt", "a", "--prompt", "b", "--prompt", "c"],
+        ["interpolate", "PICTURE", "PICTURE", "--method", "magic"],
+        ["interpolate", "PICTURE", "PICTURE", "PICTURE", "--prompt", "a"],
+    ],
+)
+def test_what_an_inversion_lacks_is_said_before_anything_is_opened(
+    opened: list[Any], run: Any, tmp_path: Path, picture: Path, arguments: list[str]
+) -> None:
+    refused(run(*(picture if a == "PICTURE" else a for a in arguments), "--output", tmp_path / "out"))
+    assert opened == []
 
 
 @pytest.mark.parametrize(

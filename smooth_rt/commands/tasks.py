@@ -83,7 +83,7 @@ def interpolate(
         raise InputError(f"--seeds: takes two values and no images, got {named} too; give the images or the seeds")
     if images:
         if len(images) != 2:
-            raise InputError(f"interpolate: {len(images)} images; give two, the ends")
+            raise InputError(f"images: {len(images)}; give the two ends")
         from smooth_rt.tasks.inversion import source_texts
 
         source_texts(method, prompt, len(images))  # refused before an engine is built or opened
