@@ -1,16 +1,20 @@
 r"""The unevenness of whole paths: what ISTD measures, as a loss. Of this project, not of the paper.
 
 SVR (`svr`, Eq. 9) looks at one timestep, without guidance; ISTD sees what all guided steps together make of a walk
-between two noises. Here that walk itself is sampled, in a few steps that training can differentiate, once with the LoRA
-and once, on the same noises and timesteps, without. With :math:`d_k` the distance between the latents of neighbouring
-points, :math:`e` that of the two ends, and a bar for the model without its LoRA, a path's penalty is
+between two noises. Here that walk itself is sampled: without gradients up to some step, and on through a window of a
+few more, once with the LoRA, differentiably, and once without. With :math:`d_k` the distance between the latents of
+neighbouring points after the window, :math:`e` that of the two ends, and a bar for the model without its LoRA from the
+same latents, a path's penalty is
 
 .. math::
-    \frac1K \sum_k \Bigl(\frac{d_k}{s\,\frac1K\sum_j \bar d_j} - 1\Bigr)^2 + w \Bigl(\frac{e}{\bar e} - 1\Bigr)^2
+    \frac1K \sum_k \log^2 \frac{d_k}{s\,\frac1K\sum_j \bar d_j} + w \log^2 \frac{e}{\bar e}
 
 The first term asks all steps of the path to be of one length, `share` s of what they were on average; the second keeps
-the images of independent noises as different as they were, without which all would draw together. First-order gradients
-suffice.
+the images of far noises as different as they were, without which all would draw together. Logarithms weigh a step that
+stalls as one that jumps, and bound what a single jump can do to the gradient. First-order gradients suffice.
+
+The window is for the gradient's sake: through all steps under guidance it is chaotic, and training gets worse with it.
+As all before the window is sampled with the LoRA as it stands, each window mends what the earlier ones have left.
 """
 
 from __future__ import annotations
@@ -25,7 +29,7 @@ from torch import Generator, Tensor
 from smooth_rt.schedule import PredictionType, Schedule, Step, ddim_step
 from smooth_rt.tasks.interpolate import slerp
 
-__all__ = ["Guided", "Lengths", "draw_paths", "draw_schedule", "guided", "measure", "sample", "unevenness"]
+__all__ = ["Guided", "Lengths", "draw_paths", "draw_schedule", "guided", "measure", "sample", "unevenness", "window"]
 
 APART = 0.1  # of the way between two independent noises, as neighbours are in ISTD
 # Timesteps lie closer where there is more noise, since objects and places are decided there. On the default model the
@@ -66,9 +70,8 @@ def guided(unet: Callable[..., Tensor], with_text: Tensor, without: Tensor, guid
     return predict
 
 
-def sample(predict: Predict, noise: Tensor, schedule: Schedule) -> Tensor:
-    """The latents [B, C, H, W] that DDIM reaches from `noise`; differentiable."""
-    latents = noise
+def sample(predict: Predict, latents: Tensor, schedule: Schedule) -> Tensor:
+    """The latents [B, C, H, W] that DDIM reaches from others; differentiable."""
     for step in schedule.steps:
         output = predict(latents, torch.full((len(latents),), step.timestep)).output
         latents = ddim_step(latents, output, step.alpha_from, step.alpha_to, schedule.prediction_type)
@@ -98,6 +101,14 @@ def draw_paths(count: int, points: int, shape: Sequence[int], generator: Generat
     return torch.stack([slerp(start, end, k * APART) for start, end in ends for k in range(points)])
 
 
+def window(schedule: Schedule, length: int, generator: Generator) -> tuple[Schedule, Schedule]:
+    """So many neighbouring steps of a schedule, drawn at random, and before them those that lead there."""
+    first = int(torch.randint(len(schedule.steps) - length + 1, (), generator=generator))
+    parts = schedule.steps[:first], schedule.steps[first : first + length]
+    before, within = (Schedule(steps, schedule.prediction_type) for steps in parts)
+    return before, within
+
+
 def measure(latents: Tensor, points: int) -> Lengths:
     """The distances of latents [paths * points, C, H, W] that `draw_paths` led to."""
     paths = latents.reshape(-1, points, latents[0].numel())
@@ -110,5 +121,5 @@ def measure(latents: Tensor, points: int) -> Lengths:
 def unevenness(found: Lengths, without_lora: Lengths, share: float, end_weight: float) -> Tensor:
     """The mean penalty of paths, beside the same paths on the model without its LoRA."""
     wanted = share * without_lora.steps.mean(dim=1, keepdim=True)
-    uneven = (found.steps / wanted - 1).square().mean()
-    return uneven + end_weight * (found.ends / without_lora.ends - 1).square().mean()
+    uneven = (found.steps / wanted).log().square().mean()
+    return uneven + end_weight * (found.ends / without_lora.ends).log().square().mean()

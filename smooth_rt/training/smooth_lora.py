@@ -20,8 +20,9 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from smooth_rt.errors import InputError
 from smooth_rt.lora import Lora, LoraLayer, write_lora
 from smooth_rt.model import Model
+from smooth_rt.schedule import Schedule
 from smooth_rt.training.captioned import Pictures
-from smooth_rt.training.paths import Lengths, draw_paths, draw_schedule, guided, measure, sample, unevenness
+from smooth_rt.training.paths import draw_paths, draw_schedule, guided, measure, sample, unevenness, window
 from smooth_rt.training.run import Run, keyed_generator
 from smooth_rt.training.settings import check_count, check_number, check_rate, check_seed, check_steps
 from smooth_rt.training.svr import Target, check_target, snr_bins, variation
@@ -32,8 +33,9 @@ class SmoothLoraConfig:
     """What decides the LoRA. `reg_weight` is the paper's lambda; `reg_guidance` regularises the guided prediction.
 
     The `path_...` fields are those of `paths`: the weight of its penalty (0: none) and within it of the ends, the share
-    of the model's own steps that is asked for, the DDIM steps of a sampling, the noises of a path (11 lead all the way
-    between two independent ones), the guidance, and the paths a training step.
+    of the model's own steps that is asked for over a whole sampling, its DDIM steps and how many of them are trained at
+    a time, the noises of a path (11 lead all the way to an independent one), the guidance; and the paths a training
+    step.
 
     Training uses prompts as they are with probability 1 - `drop_prompt`, else the empty prompt, since guidance at
     sampling runs both.
@@ -57,10 +59,11 @@ class SmoothLoraConfig:
     path_weight: float = 0.0
     path_end_weight: float = 4.0
     path_share: float = 1.0
-    path_steps: int = 9
-    path_points: int = 11
+    path_steps: int = 18
+    path_window: int = 3
+    path_points: int = 6
     path_guidance: float = 7.5
-    paths_per_step: int = 1
+    paths_per_step: int = 2
 
     def __post_init__(self) -> None:
         check_seed(self.seed)
@@ -69,6 +72,7 @@ class SmoothLoraConfig:
         check_count("calibration_steps", self.calibration_steps)
         check_count("path_steps", self.path_steps, 100)
         check_number("path_points", self.path_points, 2, 11)
+        check_count("path_window", self.path_window, self.path_steps)
         check_count("paths_per_step", self.paths_per_step)
         check_rate("lr", self.lr)
         check_number("lora_alpha", self.lora_alpha)
@@ -169,22 +173,26 @@ def train_smooth_lora(
         """The unevenness of paths under the batch's first captions."""
         noise = draw_paths(config.paths_per_step, config.path_points, drawn["noise"].shape[1:], generator)
         schedule = draw_schedule(alphas, config.path_steps, prediction_type, generator)
+        before, within = window(schedule, config.path_window, generator)
         rows = torch.arange(len(noise)) // config.path_points % config.batch_size
         predict = guided(network, drawn["context"][rows], drawn["empty"][rows], config.path_guidance)
 
-        def lengths() -> Lengths:
+        def walk(latents: Tensor, schedule: Schedule) -> Tensor:
             # bf16 is 1.4 times as fast and moves the distances by less than 1 %; the math form of attention has the
             # faster backward at the sizes that are trained on a CPU.
             with torch.autocast(noise.device.type, dtype=torch.bfloat16), sdpa_kernel(SDPBackend.MATH):
-                return measure(sample(predict, noise, schedule), config.path_points)
+                return sample(predict, latents, schedule)
 
-        unet.disable_adapters()
-        try:
-            with torch.no_grad():
-                without_lora = lengths()
-        finally:
-            unet.enable_adapters()
-        return unevenness(lengths(), without_lora, config.path_share, config.path_end_weight)
+        with torch.no_grad():
+            start = walk(noise, before)
+            unet.disable_adapters()
+            try:
+                without_lora = measure(walk(start, within), config.path_points)
+            finally:
+                unet.enable_adapters()
+        found = measure(walk(start, within), config.path_points)
+        share = config.path_share ** (config.path_window / config.path_steps)
+        return unevenness(found, without_lora, share, config.path_end_weight)
 
     def step_fn(step: int) -> tuple[Tensor, dict[str, float]]:
         drawn = batch("smooth-lora", step)

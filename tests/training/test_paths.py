@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smooth_rt.schedule import Schedule
 from smooth_rt.tasks.interpolate import slerp
-from smooth_rt.training.paths import Lengths, draw_paths, draw_schedule, guided, measure, sample, unevenness
+from smooth_rt.training.paths import Lengths, draw_paths, draw_schedule, guided, measure, sample, unevenness, window
 
 CONFIG = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 SHAPE = (3, 4, 4)
@@ -109,14 +109,29 @@ def test_lengths_are_those_of_neighbours_and_ends_of_each_path() -> None:
     torch.testing.assert_close(found.ends, side * torch.tensor([10.0, 20.0]).double())
 
 
+@pytest.mark.parametrize("length", [1, 3, 9])
+def test_a_window_and_what_leads_to_it(length: int) -> None:
+    schedule = Schedule.from_config({**CONFIG, "timestep_spacing": "trailing"}, 9)
+    seen = set()
+    for seed in range(60):
+        before, within = window(schedule, length, torch.Generator().manual_seed(seed))
+        assert len(within.steps) == length
+        assert before.steps + within.steps == schedule.steps[: len(before.steps) + length]
+        seen.add(len(before.steps))
+    assert seen == set(range(9 - length + 1))
+
+
 def test_even_steps_of_the_share_that_is_asked_cost_nothing() -> None:
     steps = normal(2, POINTS - 1).abs() + 0.1
     before = Lengths(steps, torch.tensor([3.0, 4.0], dtype=torch.float64))
     even = Lengths(0.8 * steps.mean(1, keepdim=True).expand_as(steps), before.ends)
     assert unevenness(even, before, 0.8, 4.0).item() == pytest.approx(0, abs=1e-12)
-    # As they were: the squared deviation from the mean, relative to it.
-    relative = steps / steps.mean(1, keepdim=True) - 1
+    # As they were: the mean square of the logarithm of what each is of their mean.
+    relative = (steps / steps.mean(1, keepdim=True)).log()
     assert unevenness(before, before, 1.0, 4.0).item() == pytest.approx(relative.square().mean().item())
+    # A step of half the length costs as much as one of twice the length.
+    half, twice = (Lengths(factor * even.steps, before.ends) for factor in (0.5, 2.0))
+    assert unevenness(half, before, 0.8, 4.0).item() == pytest.approx(unevenness(twice, before, 0.8, 4.0).item())
     # Ends that draw together cost what their share of the weight says.
     nearer = Lengths(even.steps, before.ends * torch.tensor([0.5, 1.0]))
-    assert unevenness(nearer, before, 0.8, 4.0).item() == pytest.approx(4 * 0.25 / 2)
+    assert unevenness(nearer, before, 0.8, 4.0).item() == pytest.approx(4 * math.log(2) ** 2 / 2)

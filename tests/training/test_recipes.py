@@ -78,7 +78,7 @@ def test_smooth_lora_trains_resumes_and_fuses(
     tmp_path: Path, emoji: Path, tiny_model: Path, target: str, path_weight: float
 ) -> None:
     config = SmoothLoraConfig(
-        batch_size=2, lr=1e-2, svr_target=target, calibration_steps=2, path_weight=path_weight, path_steps=2
+        batch_size=2, lr=1e-2, svr_target=target, calibration_steps=2, path_weight=path_weight, path_steps=3
     )
     scenes = EmojiScenes(emoji, 16)
     whole = train_smooth_lora(load_model(tiny_model), scenes, tmp_path / "whole", steps=4, config=config)
@@ -115,7 +115,7 @@ def test_paths_are_compared_with_those_of_the_model_without_its_lora(
         return unevenness(found, without_lora, *rest)
 
     monkeypatch.setattr("smooth_rt.training.smooth_lora.unevenness", spy)
-    config = SmoothLoraConfig(batch_size=2, lr=1e-2, path_weight=1.0, path_steps=2)
+    config = SmoothLoraConfig(batch_size=2, lr=1e-2, path_weight=1.0, path_steps=2, path_window=2)
     train_smooth_lora(load_model(tiny_model), EmojiScenes(emoji, 16), tmp_path, steps=3, config=config)
     # The LoRA has no effect yet at the first step, and some later.
     assert [torch.equal(found.ends, without.ends) for found, without in compared] == [True, False, False]
@@ -193,6 +193,10 @@ def test_a_rank_above_every_width_is_named(tmp_path: Path, emoji: Path, tiny_mod
         (["smooth-lora", "--path-points", "1"], "--path-points=1"),
         (["smooth-lora", "--path-points", "12"], "--path-points=12"),
         (["smooth-lora", "--path-steps", "0"], "--path-steps=0"),
+        (
+            ["smooth-lora", "--path-steps", "4", "--path-window", "5"],
+            "--path-window=5: give a whole number",
+        ),
         (["smooth-lora", "--paths-per-step", "0"], "--paths-per-step=0"),
         (["smooth-lora", "--svr-target", "none"], "--svr-target='none'"),
         (["smooth-lora", "--svr-target", "anchored", "--svr-share", "inf"], "--svr-share=inf"),
