@@ -150,7 +150,7 @@ def _first_that_runs(built: Collection[str]) -> Choice:
     for name in AUTO_ORDER:
         reason = "not built" if name != "eager" and name not in built else availability(name)
         if reason is None:
-            because = "preferred on a CPU among those that are built and can run"
+            because = "the first choice on a CPU"
             if passed_over:
                 because += "; passed over: " + ", ".join(passed_over)
             return Choice(name, because)

@@ -138,6 +138,7 @@ def _shown(outcomes: Sequence[Outcome]) -> dict[str, Outcome]:
 def media(outcomes: Sequence[Outcome], scene: Scene) -> dict[str, bytes]:
     """Film and contact sheet of each morph, and the single images, by file name."""
     files = {f"original-{i}.png": writers.encode_png(image) for i, image in enumerate(scene.images, 1)}
+    files |= {f"edit-{i}-original.png": writers.encode_png(edit.image) for i, edit in enumerate(scene.edits, 1)}
     for variant, outcome in _shown(outcomes).items():
         for name in MORPHS:
             frames = outcome.images[name]
@@ -218,7 +219,8 @@ def describe(
         "Two images turn into each other, a real image is inverted and rebuilt, and images are edited by prompt, "
         f"{'with and without the Smooth-LoRA, ' if len(shown) > 1 else ''}on engines built on the spot "
         f"({', '.join(engines)}). The pictures are those of {engines[0]}; {settings.num_inference_steps} DDIM steps. "
-        "Each ISTD here is that of one path, and paths differ much; `smooth-rt evaluate istd` takes a hundred."
+        "Each ISTD here is that of one path, and paths differ much; smooth-rt evaluate istd takes a hundred, between "
+        "seeds. Paths between images run without guidance, as inversion does."
     )
     return report.Page(
         title="Smooth morphs on real engines",

@@ -81,7 +81,7 @@ class RunOptions(ModelOptions):
     guidance_scale: Annotated[
         float | None,
         typer.Option(
-            help="w in uncond + w * (cond - uncond). Left out: 7.5, or what the inversion method asks for.",
+            help="w in uncond + w * (cond - uncond). Left out: 7.5, and 1 where DDIM inverts images.",
             show_default=False,
         ),
     ] = None

@@ -34,7 +34,10 @@ def generate(
     num_images_per_prompt: Annotated[int, typer.Option(help="Images of each prompt.")] = 1,
     latents: Annotated[
         Path | None,
-        typer.Option(help="The noise, in the place of --seed: what `invert` wrote.", show_default=False),
+        typer.Option(
+            help="Noise that `invert` wrote, in the place of --seed; ddim's samples back at --guidance-scale 1.",
+            show_default=False,
+        ),
     ] = None,
 ) -> dict[str, Any]:
     """Images from prompts, as PNG."""

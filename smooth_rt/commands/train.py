@@ -64,7 +64,10 @@ def smooth_lora(
     path_share: Annotated[float, typer.Option(help="Share of the model's own steps that a path is asked for.")] = 1.0,
     path_steps: Annotated[int, typer.Option(help="DDIM steps of a path's samplings.")] = 18,
     path_window: Annotated[int, typer.Option(help="How many of these are trained at a time.")] = 3,
-    path_points: Annotated[int, typer.Option(help="Noises of a path; 11 lead all the way to an independent one.")] = 6,
+    path_points: Annotated[
+        int,
+        typer.Option(help="Noises of a path, 2 to 11: 11 lead all the way to an independent one, a tenth of it each."),
+    ] = 6,
     path_guidance: Annotated[float, typer.Option(help="Their guidance.")] = 7.5,
     paths_per_step: Annotated[int, typer.Option(help="Paths a training step.")] = 2,
     drop_prompt: Annotated[float, typer.Option(help="Share of empty prompts.")] = 0.0,
