@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
@@ -13,6 +14,7 @@ import torch
 
 from engines.bundle import Bundle, Source
 from engines.staging import staging
+from smooth_rt import cli
 from smooth_rt.build import Built, build_engines, cache_root, ensure_engines
 from smooth_rt.errors import BundleError, EngineError, InputError
 from smooth_rt.lora import Lora, LoraLayer, fuse, write_lora
@@ -84,6 +86,20 @@ def test_first_build(first: tuple[Path, Built], tiny_model: Path, lora: Path) ->
     assert source.lora is not None
     assert (source.lora.source, source.lora.strength) == (str(lora), 0.6)
     assert read_config(built.bundle.path / "config").scaling_factor == model.vae.config.scaling_factor
+
+
+def test_inspect_tells_each_graph_on_a_line(
+    first: tuple[Path, Built], lora: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = first[1].bundle
+    assert cli.main(["engines", "inspect", str(bundle.path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert (told["manifest"], told["lora"]) == (str(bundle.path / "manifest.json"), f"{lora} at 0.6")
+    assert [row["network"] for row in told["engines"]] == [record.network for record in bundle.manifest.engines]
+    for row, record in zip(told["engines"], bundle.manifest.engines, strict=True):
+        assert record.key.startswith(row["key"])
+        assert row["worst_error"] == max(parity.relative for parity in record.parity) <= row["tolerance"]
+        assert row["bytes"] == sum((bundle.path / name).stat().st_size for name in (record.file, *record.weights))
 
 
 def test_the_engine_computes_the_fused_model(first: tuple[Path, Built], tiny_model: Path, lora: Path) -> None:

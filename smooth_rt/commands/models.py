@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +18,8 @@ if TYPE_CHECKING:
 __all__ = ["build_engine", "fuse", "inspect_engines", "list_engines", "prune_engines", "verify_engines"]
 
 Output = Annotated[Path, typer.Option(help="The folder to write.", show_default=False)]
+SHORT_KEY = 12  # digits of a key that tell it from others at a glance
+
 Bundles = Annotated[
     list[Path],
     typer.Argument(metavar="BUNDLE...", help="Folders of built engines, or names that `engines list` shows."),
@@ -83,12 +86,35 @@ def list_engines(options: OutputOptions) -> dict[str, Any]:
 
 
 def inspect_engines(bundle: Annotated[Path, typer.Argument(metavar="BUNDLE")]) -> dict[str, Any]:
-    """What a bundle holds: its source, graphs, keys, versions and parity errors."""
-    from engines.bundle import Bundle
+    """What a bundle holds: its source, and each graph with its key, version and worst error. All of it is in its
+    manifest.json."""
+    from engines.bundle import MANIFEST, Bundle
     from smooth_rt.cache import find
 
-    found: dict[str, Any] = Bundle.open(find(bundle), verify=False).manifest.model_dump(mode="json")
-    return {"bundle": str(bundle), **found}
+    folder = find(bundle)
+    manifest = Bundle.open(folder, verify=False).manifest
+    lora = manifest.source.lora
+    return {
+        "manifest": str(folder / MANIFEST),
+        "format": manifest.format,
+        "model": manifest.source.model,
+        "revision": manifest.source.revision,
+        "lora": f"{lora.source} at {lora.strength:g}" if lora is not None else "none",
+        "dims": asdict(manifest.dims),
+        "made_with": manifest.made_with,
+        "engines": [
+            {
+                "network": record.network,
+                "backend": f"{record.backend} {record.backend_version}",
+                "precision": record.hint or record.precision,
+                "key": record.key[:SHORT_KEY],
+                "worst_error": max((parity.relative for parity in record.parity), default=None),
+                "tolerance": min((parity.tolerance for parity in record.parity), default=None),
+                "bytes": sum(file.size for file in manifest.files if file.path in (record.file, *record.weights)),
+            }
+            for record in manifest.engines
+        ],
+    }
 
 
 def verify_engines(bundles: Bundles) -> dict[str, Any]:
