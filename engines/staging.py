@@ -57,6 +57,7 @@ def staging(target: Path, needed: int | None = None) -> Iterator[Path]:
         begun = True
         _OURS.add(partial)
         yield partial
+        _open_to_readers(partial)
         _publish(partial, target)
         done = True
     except OSError as error:
@@ -68,6 +69,14 @@ def staging(target: Path, needed: int | None = None) -> Iterator[Path]:
         if not done:
             for folder in made:
                 _remove_empty(folder)
+
+
+def _open_to_readers(folder: Path) -> None:
+    """Give every file the rights that the user's umask gives: safetensors keeps those that it writes to the owner."""
+    rights = folder.stat().st_mode & 0o666
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(path.stat().st_mode | rights)
 
 
 def _check_replaceable(target: Path) -> None:

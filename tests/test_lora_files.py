@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from torch import Tensor
 
 from smooth_rt.errors import InputError, ModelError
 from smooth_rt.lora import Lora, LoraLayer, read_lora, write_lora
@@ -56,11 +55,12 @@ def test_writing_fails_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     with pytest.raises(InputError, match="cannot be written"):
         write_lora(lora, tmp_path / "file" / "lora.safetensors")
 
-    def full(_: dict[str, Tensor], path: Path, *__: object) -> None:
-        path.write_bytes(b"half")
+    def full(path: Path, content: bytes) -> int:
+        with path.open("wb") as file:
+            file.write(content[: len(content) // 2])
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("smooth_rt.lora.write.save_file", full)
+    monkeypatch.setattr(Path, "write_bytes", full)
     with pytest.raises(InputError, match="No space left"):
         write_lora(lora, tmp_path / "lora.safetensors")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]

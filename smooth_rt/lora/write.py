@@ -11,7 +11,7 @@ from typing import Any, Literal
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
 from smooth_rt.errors import InputError, ModelError, reason
@@ -52,11 +52,11 @@ def write_lora(lora: Lora, path: Path, format: Literal["diffusers", "attn-procs"
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         # Clones: safetensors refuses tensors that share memory.
-        save_file(
-            {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()},
-            partial,
-            metadata,
+        content = save(
+            {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}, metadata
         )
+        # Not its own save_file, which shuts out all but the owner.
+        partial.write_bytes(content)
         partial.replace(path)
     except (OSError, SafetensorError) as error:
         raise InputError(f"{path}: cannot be written ({reason(error)}); free space or name another path") from error

@@ -54,6 +54,13 @@ def test_published_at_the_end(target: Path) -> None:
     assert siblings(target) == ["bundle"]
 
 
+def test_what_a_library_kept_to_the_owner_is_as_open_as_the_folder(target: Path) -> None:
+    with staging(target) as folder:
+        (folder / "manifest.json").touch(mode=0o600)
+    rights = target.stat().st_mode & 0o666
+    assert target.joinpath("manifest.json").stat().st_mode & 0o666 == rights
+
+
 def test_an_old_bundle_is_replaced_whole(old: Path) -> None:
     (old / "onnx").mkdir()
     (old / "onnx" / "unet.onnx").write_text("old")
