@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast, get_args
 
 import typer
+
+from smooth_rt.ranges import choice
 
 __all__ = ["smooth_lora", "tiny"]
 
@@ -51,11 +53,20 @@ def smooth_lora(
         ),
     ],
     model: Annotated[str, typer.Option(help="As for the other commands.")] = "default",
+    model_config: Annotated[str | None, typer.Option(help="As for the other commands.", show_default=False)] = None,
     steps: Annotated[int, typer.Option(help="Steps in all.")] = 30000,
     batch_size: Annotated[int, typer.Option(help="Images a step.")] = 16,
     lr: Annotated[float, typer.Option(help="AdamW's rate.")] = 1e-4,
     rank: Annotated[int, typer.Option(help="Of the LoRA.")] = 8,
+    lora_alpha: Annotated[
+        float | None, typer.Option(help="The rank if left out: a scale of 1.", show_default=False)
+    ] = None,
+    target_modules: Annotated[
+        str, typer.Option(help="Comma-separated: how the names of the layers end that get a LoRA.")
+    ] = "to_q,to_k,to_v,to_out.0",
+    format: Annotated[str, typer.Option(help="diffusers, or attn-procs: the authors' keys.")] = "diffusers",
     reg_weight: Annotated[float, typer.Option(help="The paper's lambda.")] = 1.0,
+    reg_every: Annotated[int, typer.Option(help="One step in so many bears the penalty, so many times as heavy.")] = 1,
     reg_guidance: Annotated[float, typer.Option(help="Guidance of the regularised prediction; 1: none.")] = 1.0,
     svr_target: Annotated[str, typer.Option(help="scalar (the paper's), per-timestep or anchored.")] = "scalar",
     svr_share: Annotated[float, typer.Option(help="Share of the model's own variation that anchored asks for.")] = 1.0,
@@ -78,18 +89,24 @@ def smooth_lora(
     from smooth_rt.writers import check_output
 
     check_output(output)
+    from smooth_rt.lora import LoraFormat
     from smooth_rt.model import load_model
     from smooth_rt.training.captioned import open_pictures
     from smooth_rt.training.settings import check_steps
-    from smooth_rt.training.smooth_lora import SmoothLoraConfig, train_smooth_lora
+    from smooth_rt.training.smooth_lora import train_smooth_lora
+    from smooth_rt.training.smooth_lora_config import SmoothLoraConfig
 
     check_steps("steps", steps)
+    layout = cast("LoraFormat", choice("format", format, get_args(LoraFormat)))
     config = SmoothLoraConfig(
         seed=seed,
         rank=rank,
+        lora_alpha=lora_alpha,
+        target_modules=tuple(name.strip() for name in target_modules.split(",") if name.strip()),
         batch_size=batch_size,
         lr=lr,
         reg_weight=reg_weight,
+        reg_every=reg_every,
         reg_guidance=reg_guidance,
         svr_target=svr_target,
         svr_share=svr_share,
@@ -103,7 +120,7 @@ def smooth_lora(
         path_guidance=path_guidance,
         paths_per_step=paths_per_step,
     )
-    loaded = load_model(model)
+    loaded = load_model(model, config=model_config)
     pictures = open_pictures(data, loaded.dims.sample_size * loaded.dims.vae_factor, seed)
-    written = train_smooth_lora(loaded, pictures, output, steps, resume, config)
+    written = train_smooth_lora(loaded, pictures, output, steps, resume, config, format=layout)
     return {"command": "train smooth-lora", "output": str(written)}

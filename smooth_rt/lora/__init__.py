@@ -2,6 +2,6 @@
 
 from smooth_rt.lora.fuse import fuse, fuse_to_folder, fused_with
 from smooth_rt.lora.read import Lora, LoraLayer, read_lora
-from smooth_rt.lora.write import write_lora
+from smooth_rt.lora.write import LoraFormat, write_lora
 
-__all__ = ["Lora", "LoraLayer", "fuse", "fuse_to_folder", "fused_with", "read_lora", "write_lora"]
+__all__ = ["Lora", "LoraFormat", "LoraLayer", "fuse", "fuse_to_folder", "fused_with", "read_lora", "write_lora"]

@@ -7,7 +7,7 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from safetensors import SafetensorError
@@ -17,12 +17,14 @@ from torch import Tensor
 from smooth_rt.errors import InputError, ModelError, reason
 from smooth_rt.lora.read import METADATA_KEY, Lora, LoraLayer
 
-__all__ = ["write_lora"]
+__all__ = ["LoraFormat", "write_lora"]
+
+LoraFormat = Literal["diffusers", "attn-procs"]
 
 ATTENTION_PROJECTION = re.compile(r"(?P<attention>.+)\.(?P<projection>to_q|to_k|to_v|to_out)(?:\.0)?")
 
 
-def write_lora(lora: Lora, path: Path, format: Literal["diffusers", "attn-procs"] = "diffusers") -> Path:
+def write_lora(lora: Lora, path: Path, format: LoraFormat = "diffusers") -> Path:
     """Write `lora` as a safetensors file, whole or not at all; `read_lora` gives the same tensors back.
 
     Args:
@@ -47,7 +49,7 @@ def write_lora(lora: Lora, path: Path, format: Literal["diffusers", "attn-procs"
         for name, layer in lora.layers.items():
             tensors |= _authors_keys(name, layer)
     else:
-        raise InputError(f"LoRA format {format!r}: unknown; choose diffusers or attn-procs")
+        raise InputError(f"format={format!r} is unknown; it is one of {', '.join(get_args(LoraFormat))}")
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

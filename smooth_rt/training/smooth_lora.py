@@ -7,7 +7,7 @@ asks for it, that of whole sampled paths too (`paths`).
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,72 +18,15 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from smooth_rt.errors import InputError
-from smooth_rt.lora import Lora, LoraLayer, write_lora
+from smooth_rt.lora import Lora, LoraFormat, LoraLayer, write_lora
 from smooth_rt.model import Model
 from smooth_rt.schedule import Schedule
 from smooth_rt.training.captioned import Pictures
 from smooth_rt.training.paths import draw_paths, draw_schedule, guided, measure, sample, unevenness, window
 from smooth_rt.training.run import Run, keyed_generator
-from smooth_rt.training.settings import check_count, check_number, check_rate, check_seed, check_steps
-from smooth_rt.training.svr import Target, check_target, snr_bins, variation
-
-
-@dataclass(frozen=True)
-class SmoothLoraConfig:
-    """What decides the LoRA. `reg_weight` is the paper's lambda; `reg_guidance` regularises the guided prediction.
-
-    The `path_...` fields are those of `paths`: the weight of its penalty (0: none) and within it of the ends, the share
-    of the model's own steps that is asked for over a whole sampling, its DDIM steps and how many of them are trained at
-    a time, the noises of a path (11 lead all the way to an independent one), the guidance; and the paths a training
-    step.
-
-    Training uses prompts as they are with probability 1 - `drop_prompt`, else the empty prompt, since guidance at
-    sampling runs both.
-
-    Raises:
-        InputError: a setting is out of range.
-    """
-
-    seed: int = 0
-    rank: int = 8
-    lora_alpha: float = 8.0
-    target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
-    batch_size: int = 16
-    lr: float = 1e-4
-    reg_weight: float = 1.0
-    reg_guidance: float = 1.0
-    svr_target: str = "scalar"
-    svr_share: float = 1.0
-    drop_prompt: float = 0.0
-    calibration_steps: int = 60
-    path_weight: float = 0.0
-    path_end_weight: float = 4.0
-    path_share: float = 1.0
-    path_steps: int = 18
-    path_window: int = 3
-    path_points: int = 6
-    path_guidance: float = 7.5
-    paths_per_step: int = 2
-
-    def __post_init__(self) -> None:
-        check_seed(self.seed)
-        check_count("rank", self.rank)
-        check_count("batch_size", self.batch_size)
-        check_count("calibration_steps", self.calibration_steps)
-        check_count("path_steps", self.path_steps, 100)
-        check_number("path_points", self.path_points, 2, 11)
-        check_count("path_window", self.path_window, self.path_steps)
-        check_count("paths_per_step", self.paths_per_step)
-        check_rate("lr", self.lr)
-        check_number("lora_alpha", self.lora_alpha)
-        check_number("reg_weight", self.reg_weight, 0)
-        check_number("reg_guidance", self.reg_guidance)
-        check_number("path_weight", self.path_weight, 0)
-        check_number("path_end_weight", self.path_end_weight, 0)
-        check_number("path_share", self.path_share, 0.01)
-        check_number("path_guidance", self.path_guidance)
-        check_number("drop_prompt", self.drop_prompt, 0, 1)
-        check_target(self.svr_target, self.svr_share)
+from smooth_rt.training.settings import check_steps
+from smooth_rt.training.smooth_lora_config import SmoothLoraConfig
+from smooth_rt.training.svr import Target, snr_bins, variation
 
 
 def train_smooth_lora(
@@ -94,8 +37,9 @@ def train_smooth_lora(
     resume: bool = False,
     config: SmoothLoraConfig | None = None,
     every: dict[int, Callable[[int], None]] | None = None,
+    format: LoraFormat = "diffusers",
 ) -> Path:
-    """Train on `pictures` and write `output/smooth_lora.safetensors` in diffusers' format; returns its path.
+    """Train on `pictures` and write `output/smooth_lora.safetensors` in `format` (see `write_lora`); returns its path.
 
     The model's UNet receives a PEFT adapter named "smooth" and keeps it; its own weights do not change.
 
@@ -108,12 +52,12 @@ def train_smooth_lora(
     config = config or SmoothLoraConfig()
     check_steps("steps", steps)
     unet, vae = model.unet, model.vae
-    _check_rank(unet, config)
+    _check_layers(unet, config)
     torch.manual_seed(config.seed)
     unet.add_adapter(
         LoraConfig(
             r=config.rank,
-            lora_alpha=config.lora_alpha,
+            lora_alpha=config.alpha,
             target_modules=list(config.target_modules),
             init_lora_weights="gaussian",
         ),
@@ -149,10 +93,15 @@ def train_smooth_lora(
         output: Tensor = unet(latents, timesteps, context).sample.float()
         return output
 
-    def stepwise(drawn: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-        """The variation [B] at one timestep a sample, and the base loss from the same forward pass."""
+    def stepwise(drawn: dict[str, Tensor], regularise: bool) -> tuple[Tensor | None, Tensor]:
+        """The variation [B] at one timestep a sample, where it is asked for, and the base loss from the same forward
+        pass."""
         timesteps = drawn["timesteps"]
         alpha_bar = alphas[timesteps].view(-1, 1, 1, 1)
+        goal = _goal(drawn["latents"], drawn["noise"], alpha_bar, prediction_type)
+        if not regularise:
+            noisy = alpha_bar.sqrt() * drawn["latents"] + (1 - alpha_bar).sqrt() * drawn["noise"]
+            return None, (network(noisy, timesteps, drawn["context"]) - goal).square().mean()
         predict = guided(network, drawn["context"], drawn["empty"], config.reg_guidance)
         conditional: list[Tensor] = []
 
@@ -166,7 +115,6 @@ def train_smooth_lora(
             norms, _ = variation(
                 regularised, drawn["latents"], drawn["noise"], drawn["direction"], alpha_bar, prediction_type
             )
-        goal = _goal(drawn["latents"], drawn["noise"], alpha_bar, prediction_type)
         return norms, (conditional[0] - goal).square().mean()
 
     def of_paths(drawn: dict[str, Tensor], generator: torch.Generator) -> Tensor:
@@ -196,12 +144,14 @@ def train_smooth_lora(
 
     def step_fn(step: int) -> tuple[Tensor, dict[str, float]]:
         drawn = batch("smooth-lora", step)
-        norms, base = stepwise(drawn)
-        if config.svr_target != "anchored":
-            target.update(norms, drawn["timesteps"])
-        penalty = target.penalty(norms, drawn["timesteps"])
-        loss = base + config.reg_weight * penalty
-        numbers = {"base": base.item(), "reg": penalty.item(), "norm": norms.mean().item()}
+        norms, loss = stepwise(drawn, config.reg_weight > 0 and step % config.reg_every == 0)
+        numbers = {"base": loss.item()}
+        if norms is not None:
+            if config.svr_target != "anchored":
+                target.update(norms, drawn["timesteps"])
+            penalty = target.penalty(norms, drawn["timesteps"])
+            loss = loss + config.reg_weight * config.reg_every * penalty
+            numbers |= {"reg": penalty.item(), "norm": norms.mean().item()}
         if config.path_weight:
             uneven = of_paths(drawn, keyed_generator(config.seed, "paths", step))
             loss = loss + config.path_weight * uneven
@@ -221,32 +171,36 @@ def train_smooth_lora(
         resume=resume,
         extra=target.state,
     )
-    if config.svr_target == "anchored" and run.step == 0:
+    if config.svr_target == "anchored" and config.reg_weight and run.step == 0:
         # PEFT starts a LoRA at exactly zero effect, so this measures the model without it.
         for step in range(config.calibration_steps):
             drawn = batch("calibration", step)
-            target.update(stepwise(drawn)[0], drawn["timesteps"])
+            norms, _ = stepwise(drawn, regularise=True)
+            assert norms is not None
+            target.update(norms, drawn["timesteps"])
         target.fill()
 
     path = output / "smooth_lora.safetensors"
 
     def write(_: int) -> None:
         with run.averaged():
-            write_lora(_lora_of(unet, config, str(path)), path)
+            write_lora(_lora_of(unet, config, str(path)), path, format)
 
     run.fit(step_fn, {200: write, **(every or {})})
     write(run.step)
     return path
 
 
-def _check_rank(unet: torch.nn.Module, config: SmoothLoraConfig) -> None:
+def _check_layers(unet: torch.nn.Module, config: SmoothLoraConfig) -> None:
     """A rank above a layer's width buys nothing, and a slip of the keyboard fills the memory."""
-    sides = [
-        min(module.in_features, module.out_features)
-        for name, module in unet.named_modules()
-        if isinstance(module, torch.nn.Linear) and name.endswith(config.target_modules)
-    ]
-    if sides and config.rank > max(sides):
+    linear = {name: module for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear)}
+    for target in config.target_modules:
+        if not any(name == target or name.endswith(f".{target}") for name in linear):
+            raise InputError(
+                f"target_modules={target!r}: no linear layer's name in the UNet ends so; as to_q or to_out.0"
+            )
+    sides = [min(m.in_features, m.out_features) for name, m in linear.items() if name.endswith(config.target_modules)]
+    if config.rank > max(sides):
         raise InputError(f"rank={config.rank}: give at most {max(sides)}, the width of the model's widest layer")
 
 
@@ -264,7 +218,7 @@ def _lora_of(unet: torch.nn.Module, config: SmoothLoraConfig, source: str) -> Lo
         key.removesuffix(".lora_A.weight"): LoraLayer(
             down=state[key].detach().clone(),
             up=state[key.replace("lora_A", "lora_B")].detach().clone(),
-            alpha=config.lora_alpha,
+            alpha=config.alpha,
         )
         for key in state
         if key.endswith(".lora_A.weight")

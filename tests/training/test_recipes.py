@@ -19,7 +19,9 @@ from smooth_rt.lora import fuse, read_lora
 from smooth_rt.model import load_model
 from smooth_rt.training.data import EmojiScenes
 from smooth_rt.training.paths import Lengths, unevenness
-from smooth_rt.training.smooth_lora import SmoothLoraConfig, train_smooth_lora
+from smooth_rt.training.smooth_lora import train_smooth_lora
+from smooth_rt.training.smooth_lora_config import SmoothLoraConfig
+from smooth_rt.training.svr import variation
 from smooth_rt.training.tiny import train_tiny, training_device
 from smooth_rt.training.tiny_networks import TinyConfig
 
@@ -170,6 +172,40 @@ def test_a_full_disk_in_a_stage_is_named(tmp_path: Path, emoji: Path, monkeypatc
         train_tiny(tmp_path, emoji, config=CONFIG)
 
 
+def test_layers_that_are_not_there_are_named(tmp_path: Path, emoji: Path, tiny_model: Path) -> None:
+    config = SmoothLoraConfig(target_modules=("to_q", "to_z"))
+    with pytest.raises(InputError, match="target_modules='to_z': no linear layer's name"):
+        train_smooth_lora(load_model(tiny_model), EmojiScenes(emoji, 16), tmp_path / "run", 4, config=config)
+    assert not (tmp_path / "run").exists()
+
+
+def test_layers_rank_alpha_and_key_layout_are_those_asked_for(tmp_path: Path, emoji: Path, tiny_model: Path) -> None:
+    config = SmoothLoraConfig(batch_size=1, rank=4, lora_alpha=2.0, target_modules=("attn2.to_q", "attn2.to_k"))
+    scenes = EmojiScenes(emoji, 16)
+    path = train_smooth_lora(load_model(tiny_model), scenes, tmp_path, 1, config=config, format="attn-procs")
+    assert all(".processor.to_" in key for key in load_file(path))
+    layers = read_lora(path).layers
+    assert {name.rpartition("attn")[2] for name in layers} == {"2.to_q", "2.to_k"}
+    assert {(layer.rank, layer.scale) for layer in layers.values()} == {(4, 0.5)}
+
+
+@pytest.mark.parametrize(("weight", "every", "regularised"), [(1.0, 1, 5), (1.0, 2, 3), (1.0, 4, 2), (0.0, 1, 0)])
+def test_lazy_regularisation(
+    tmp_path: Path, emoji: Path, tiny_model: Path, monkeypatch: pytest.MonkeyPatch, weight: float, every: int,
+    regularised: int,
+) -> None:  # fmt: skip
+    called = []
+
+    def spy(*arguments: Any) -> Any:
+        called.append(arguments)
+        return variation(*arguments)
+
+    monkeypatch.setattr("smooth_rt.training.smooth_lora.variation", spy)
+    config = SmoothLoraConfig(batch_size=1, reg_weight=weight, reg_every=every)
+    train_smooth_lora(load_model(tiny_model), EmojiScenes(emoji, 16), tmp_path, 5, config=config)
+    assert len(called) == regularised
+
+
 def test_a_rank_above_every_width_is_named(tmp_path: Path, emoji: Path, tiny_model: Path) -> None:
     config = SmoothLoraConfig(rank=33)
     with pytest.raises(InputError, match="rank=33: give at most 32"):
@@ -181,6 +217,10 @@ def test_a_rank_above_every_width_is_named(tmp_path: Path, emoji: Path, tiny_mod
     [
         (["smooth-lora", "--rank", "0"], "--rank=0"),
         (["smooth-lora", "--rank", "100000000"], "--rank=100000000"),
+        (["smooth-lora", "--lora-alpha", "nan"], "--lora-alpha=nan"),
+        (["smooth-lora", "--target-modules", ","], "target_modules: none is named"),
+        (["smooth-lora", "--format", "kohya"], "--format='kohya'"),
+        (["smooth-lora", "--reg-every", "0"], "--reg-every=0"),
         (["smooth-lora", "--batch-size", "1000000000"], "--batch-size="),
         (["smooth-lora", "--lr", "nan"], "--lr=nan"),
         (["smooth-lora", "--lr", "inf"], "--lr=inf"),
