@@ -196,9 +196,7 @@ def _check_layers(unet: torch.nn.Module, config: SmoothLoraConfig) -> None:
     linear = {name: module for name, module in unet.named_modules() if isinstance(module, torch.nn.Linear)}
     for target in config.target_modules:
         if not any(name == target or name.endswith(f".{target}") for name in linear):
-            raise InputError(
-                f"target_modules={target!r}: no linear layer's name in the UNet ends so; as to_q or to_out.0"
-            )
+            raise InputError(f"target_modules={target!r}: no linear layer of the UNet ends so; name some, as to_q")
     sides = [min(m.in_features, m.out_features) for name, m in linear.items() if name.endswith(config.target_modules)]
     if config.rank > max(sides):
         raise InputError(f"rank={config.rank}: give at most {max(sides)}, the width of the model's widest layer")
