@@ -13,8 +13,10 @@ __all__ = ["SmoothLoraConfig"]
 
 @dataclass(frozen=True)
 class SmoothLoraConfig:
-    """What decides the LoRA. `lora_alpha` None is the rank; `reg_weight` is the paper's lambda; `reg_guidance` regularises
-    the guided prediction; at `reg_every` above 1, one step in so many bears the penalty, so many times as heavy.
+    """What decides the LoRA.
+
+    `lora_alpha` None is the rank; `reg_weight` is the paper's lambda; `reg_guidance` is that of the regularised
+    prediction; at `reg_every` above 1, one step in so many bears the penalty, so many times as heavy.
 
     The `path_...` fields are those of `paths`: the weight of its penalty (0: none) and within it of the ends, the share
     of the model's own steps that is asked for over a whole sampling, its DDIM steps and how many of them are trained at
