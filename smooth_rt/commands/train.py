@@ -82,6 +82,8 @@ def smooth_lora(
     path_guidance: Annotated[float, typer.Option(help="Their guidance.")] = 7.5,
     paths_per_step: Annotated[int, typer.Option(help="Paths a training step.")] = 2,
     drop_prompt: Annotated[float, typer.Option(help="Share of empty prompts.")] = 0.0,
+    save_every: Annotated[int, typer.Option(help="Steps from checkpoint to checkpoint.")] = 200,
+    keep: Annotated[int, typer.Option(help="Checkpoints that stay, the newest.")] = 2,
     resume: Resume = False,
     seed: Seed = 0,
 ) -> dict[str, Any]:
@@ -92,11 +94,13 @@ def smooth_lora(
     from smooth_rt.lora import LoraFormat
     from smooth_rt.model import load_model
     from smooth_rt.training.captioned import open_pictures
-    from smooth_rt.training.settings import check_steps
+    from smooth_rt.training.settings import check_count, check_steps
     from smooth_rt.training.smooth_lora import train_smooth_lora
     from smooth_rt.training.smooth_lora_config import SmoothLoraConfig
 
     check_steps("steps", steps)
+    check_count("save_every", save_every)
+    check_count("keep", keep)
     layout = cast("LoraFormat", choice("format", format, get_args(LoraFormat)))
     config = SmoothLoraConfig(
         seed=seed,
@@ -122,5 +126,7 @@ def smooth_lora(
     )
     loaded = load_model(model, config=model_config)
     pictures = open_pictures(data, loaded.dims.sample_size * loaded.dims.vae_factor, seed)
-    written = train_smooth_lora(loaded, pictures, output, steps, resume, config, format=layout)
+    written = train_smooth_lora(
+        loaded, pictures, output, steps, resume, config, format=layout, save_every=save_every, keep=keep
+    )
     return {"command": "train smooth-lora", "output": str(written)}

@@ -1,10 +1,11 @@
-"""The checkpoints of a run: safetensors files of one folder, each whole or absent, the newest two kept.
+"""The checkpoints of a run: safetensors files of one folder, each whole or absent, the newest few kept.
 
-A checkpoint's metadata hold its `step` and the run's `settings` as JSON.
+A checkpoint's metadata hold its `step`, the run's `settings` as JSON and a `digest` of its tensors.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -21,7 +22,6 @@ from smooth_rt.training.settings import differences
 
 __all__ = ["Checkpoints", "NotFiniteError", "StateError"]
 
-KEPT = 2
 PREFIX = "checkpoint-"
 
 
@@ -35,9 +35,10 @@ class NotFiniteError(StateError):
 
 @dataclass(frozen=True)
 class Checkpoints:
-    """The checkpoints under `folder`, which is made with the first of them."""
+    """The checkpoints under `folder`, which is made with the first of them; the newest `keep` stay."""
 
     folder: Path
+    keep: int = 2
 
     def paths(self) -> list[Path]:
         """Oldest first."""
@@ -50,7 +51,7 @@ class Checkpoints:
         return int(path.stem.removeprefix(PREFIX))
 
     def write(self, step: int, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> None:
-        """Write the state after `step` steps, and remove all but the newest two.
+        """Write the state after `step` steps, and remove all but the newest few.
 
         Raises:
             NotFiniteError: a tensor holds NaN or an infinite value; nothing is written over a state that was good.
@@ -64,13 +65,14 @@ class Checkpoints:
         try:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                save_file(contiguous, partial, {"step": str(step), "settings": json.dumps(settings)})
+                metadata = {"step": str(step), "settings": json.dumps(settings), "digest": _digest(contiguous)}
+                save_file(contiguous, partial, metadata)
                 partial.replace(target)
             finally:
                 # Whatever stopped it, and what a run that was killed may have left.
                 for left in self.folder.glob(f"{PREFIX}*.partial"):
                     left.unlink(missing_ok=True)
-            for old in self.paths()[:-KEPT]:
+            for old in self.paths()[: -self.keep]:
                 old.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             raise StateError(f"{target}: cannot be written ({reason(error)}); make room") from error
@@ -113,12 +115,29 @@ class Checkpoints:
                 raise self._damaged(path, f"{key} is {list(tensors[key].shape)} and should be {list(shape)}")
         if bad := _not_finite(tensors):
             raise self._damaged(path, f"{bad} is not finite")
+        if metadata.get("digest", "") not in ("", _digest(tensors)):
+            raise self._damaged(path, "its tensors are not those that were written")
         return tensors
 
-    def _damaged(self, path: Path, why: str) -> ModelError:
-        earlier = any(self.step(other) < self.step(path) for other in self.paths())
-        then = "to go on from the one before" if earlier else "to begin anew: there is none before it"
-        return ModelError(f"{path}: not a whole checkpoint ({why}); delete it {then}")
+    def set_aside(self, path: Path) -> None:
+        """Take a damaged checkpoint out of the row, under another name."""
+        try:
+            path.replace(path.with_suffix(".damaged"))
+        except OSError as error:
+            raise StateError(f"{path}: cannot be renamed ({reason(error)}); delete it") from error
+
+    @staticmethod
+    def _damaged(path: Path, why: str) -> ModelError:
+        return ModelError(f"{path}: not a whole checkpoint ({why}); delete it to begin anew")
+
+
+def _digest(tensors: Mapping[str, Tensor]) -> str:
+    """A sha256 of names and bytes: safetensors itself does not see a flipped bit."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:

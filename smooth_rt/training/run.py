@@ -19,10 +19,10 @@ import torch
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from smooth_rt.errors import InputError, SmoothRTError, reason
+from smooth_rt.errors import InputError, ModelError, SmoothRTError, reason
 from smooth_rt.training.checkpoints import Checkpoints, NotFiniteError, StateError
 from smooth_rt.training.interrupts import undivided
-from smooth_rt.training.settings import check_rate, check_steps
+from smooth_rt.training.settings import check_count, check_rate, check_steps
 
 __all__ = ["Run", "StepFn", "keyed_generator"]
 
@@ -51,13 +51,14 @@ class Run:
         settings: what makes the run the one it is: data, noise, the weights' shapes. A checkpoint must agree with
             them. The rate, the number of steps and the rhythm of saving are not among them: a resumed run may change
             them.
+        keep: checkpoints that stay.
         extra: further state that a step changes, saved and restored in place.
         rate_option: what the user sets `lr` with, for messages.
 
     Raises:
         InputError: `steps` or `lr` is out of range, the folder holds a checkpoint and `resume` is false, or its
             settings differ.
-        ModelError: the newest checkpoint is damaged.
+        ModelError: all checkpoints are damaged. Where an earlier one is whole, the run goes on from it, with a warning.
     """
 
     folder: Path
@@ -71,6 +72,7 @@ class Run:
     clip: float = 1.0
     weight_decay: float = 0.01
     save_every: int = 500
+    keep: int = 2
     resume: bool = False
     extra: dict[str, Tensor] = field(default_factory=dict)
     rate_option: str = "--lr"
@@ -79,6 +81,7 @@ class Run:
     def __post_init__(self) -> None:
         check_steps("steps", self.steps)
         check_rate("lr", self.lr)
+        check_count("keep", self.keep)
         # As a checkpoint holds them: a tuple comes back from JSON as a list, and must not look like another setting.
         self.settings = json.loads(json.dumps(self.settings))
         self.parameters = {
@@ -88,7 +91,7 @@ class Run:
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(), lr=self.lr, weight_decay=self.weight_decay, fused=True
         )
-        self._checkpoints = Checkpoints(self.folder)
+        self._checkpoints = Checkpoints(self.folder, self.keep)
         self._averaged = False
         self._log = self.folder / "log.jsonl"
         self._made = [part for part in (self._log, self.folder, *self.folder.parents) if not part.exists()]
@@ -98,7 +101,7 @@ class Run:
                 f"{self.folder}: holds a run already; add --resume to go on with it or name another folder"
             )
         if newest:
-            self._load(newest[-1])
+            self._load_newest(newest)
         self._saved = self.step
 
     def checkpoints(self) -> list[Path]:
@@ -252,6 +255,23 @@ class Run:
                 tensors[f"{name}/{key}"] = value
         self._checkpoints.write(self.step, self.settings, tensors)
         self._saved = self.step
+
+    def _load_newest(self, paths: list[Path]) -> None:
+        """Go on from the newest checkpoint that is whole; those after it are set aside."""
+        damaged: list[tuple[Path, ModelError]] = []
+        for path in reversed(paths):
+            try:
+                self._load(path)
+            except ModelError as error:
+                damaged.append((path, error))
+                continue
+            for other, fault in damaged:
+                self._checkpoints.set_aside(other)
+                log.warning("%s; set aside as %s", str(fault).rpartition(";")[0], other.with_suffix(".damaged").name)
+            if damaged:
+                log.warning("going on from %s", path)
+            return
+        raise damaged[0][1]
 
     def _load(self, path: Path) -> None:
         shapes = {f"extra/{key}": value.shape for key, value in self.extra.items()}

@@ -38,12 +38,15 @@ def train_smooth_lora(
     config: SmoothLoraConfig | None = None,
     every: dict[int, Callable[[int], None]] | None = None,
     format: LoraFormat = "diffusers",
+    save_every: int = 200,
+    keep: int = 2,
 ) -> Path:
     """Train on `pictures` and write `output/smooth_lora.safetensors` in `format` (see `write_lora`); returns its path.
 
     The model's UNet receives a PEFT adapter named "smooth" and keeps it; its own weights do not change.
 
-    A checkpoint must agree with the settings but the rate, with the model's digests and with the pictures' identity.
+    A checkpoint is written every `save_every` steps, and the newest `keep` stay. It must agree with the settings but
+    the rate, with the model's digests and with the pictures' identity.
 
     Raises:
         InputError: settings out of range, or a folder that holds a run already, of `resume`, another one.
@@ -167,7 +170,8 @@ def train_smooth_lora(
         {**settings, "model": model.digests, "data": pictures.identity},
         warmup=50,
         ema_decay=0.99,
-        save_every=200,
+        save_every=save_every,
+        keep=keep,
         resume=resume,
         extra=target.state,
     )
@@ -186,7 +190,7 @@ def train_smooth_lora(
         with run.averaged():
             write_lora(_lora_of(unet, config, str(path)), path, format)
 
-    run.fit(step_fn, {200: write, **(every or {})})
+    run.fit(step_fn, {save_every: write, **(every or {})})
     write(run.step)
     return path
 

@@ -221,6 +221,8 @@ def test_a_rank_above_every_width_is_named(tmp_path: Path, emoji: Path, tiny_mod
         (["smooth-lora", "--target-modules", ","], "target_modules: none is named"),
         (["smooth-lora", "--format", "kohya"], "--format='kohya'"),
         (["smooth-lora", "--reg-every", "0"], "--reg-every=0"),
+        (["smooth-lora", "--keep", "0"], "--keep=0"),
+        (["smooth-lora", "--save-every", "0"], "--save-every=0"),
         (["smooth-lora", "--batch-size", "1000000000"], "--batch-size="),
         (["smooth-lora", "--lr", "nan"], "--lr=nan"),
         (["smooth-lora", "--lr", "inf"], "--lr=inf"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from smooth_rt.errors import InputError, ModelError, SmoothRTError
+from smooth_rt.training.checkpoints import Checkpoints
 from smooth_rt.training.run import Run, StepFn, keyed_generator
 
 
@@ -103,25 +105,42 @@ def rewritten(path: Path, change: Callable[[dict[str, str], dict[str, Tensor]], 
         (lambda _, tensors: tensors.pop("weight/model.bias"), "weight/model.bias is missing"),
         (lambda _, tensors: tensors.pop("exp_avg_sq/model.bias"), "exp_avg_sq/model.bias is missing"),
         (lambda _, tensors: tensors.update({"ema/model.bias": torch.zeros(1)}), r"is \[1\] and should be \[3\]"),
+        (lambda _, tensors: tensors["ema/model.bias"][0].add_(1e-6), "not those that were written"),
         (lambda _, tensors: tensors["weight/model.bias"].fill_(float("nan")), "weight/model.bias is not finite"),
     ],
 )
-def test_a_damaged_checkpoint_is_named(tmp_path: Path, change: Any, why: str) -> None:
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    tmp_path: Path, change: Any, why: str, caplog: pytest.LogCaptureFixture
+) -> None:
     run, model = start(tmp_path)
     run.fit(loss_of(model), quiet=True)
     before, newest = run.checkpoints()
     rewritten(newest, change)
-    with pytest.raises(ModelError, match=rf"{newest.name}: not a whole checkpoint \(.*({why}).*one before"):
-        start(tmp_path, resume=True)
-    newest.unlink()
+    content = newest.read_bytes()
     again, _ = start(tmp_path, resume=True)
     assert again.step == 8
+    warned = [record.getMessage() for record in caplog.records]
+    assert len(warned) == 2
+    assert re.search(rf"{newest.name}: not a whole checkpoint \(.*({why}).*set aside", warned[0])
+    assert warned[1] == f"going on from {before}"
+    assert newest.with_suffix(".damaged").read_bytes() == content
+    assert run.checkpoints() == [before]
     before.write_bytes(before.read_bytes()[:-9])
     with pytest.raises(ModelError, match=rf"{before.name}: .*begin anew"):
         start(tmp_path, resume=True)
+    assert run.checkpoints() == [before]
 
 
-@pytest.mark.parametrize("options", [{"steps": 0}, {"lr": float("nan")}, {"lr": float("inf")}, {"lr": 0.0}])
+@pytest.mark.parametrize(("keep", "kept"), [(1, [12]), (2, [8, 12]), (9, [4, 8, 12])])
+def test_the_newest_checkpoints_stay(tmp_path: Path, keep: int, kept: list[int]) -> None:
+    run, model = start(tmp_path, keep=keep)
+    run.fit(loss_of(model), quiet=True)
+    assert [Checkpoints.step(path) for path in run.checkpoints()] == kept
+
+
+@pytest.mark.parametrize(
+    "options", [{"keep": 0}, {"steps": 0}, {"lr": float("nan")}, {"lr": float("inf")}, {"lr": 0.0}]
+)
 def test_steps_and_rate_out_of_range_are_named(tmp_path: Path, options: dict[str, Any]) -> None:
     with pytest.raises(InputError, match=f"^{next(iter(options))}="):
         Run(tmp_path / "run", {"model": nn.Linear(5, 3)}, **{"steps": 12, "lr": 1e-2, "settings": {}, **options})
