@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from smooth_rt.errors import InputError, SmoothRTError
-from smooth_rt.metrics import diversity, istd, lpips, mse, neighbour_distances, psnr, reconstruction, ssim
+from smooth_rt.metrics import diversity, istd, lpips, mse, neighbour_distances, psnr, ratio_interval, reconstruction, ssim
 from smooth_rt.metrics.reconstruction import _lpips_network
 
 
@@ -40,6 +40,22 @@ def test_istd_averages_the_prompts_deviations() -> None:
     assert found.istd == pytest.approx(255 * 0.1)
     assert found.mean_step == pytest.approx(255 * (0.5 + 0.4) / 2)
     assert istd(np.stack([even, uneven])) == found
+
+
+def test_the_interval_of_a_ratio_covers_it() -> None:
+    generator = np.random.default_rng(1)
+    base = generator.gamma(2.0, size=400)
+    # Known beforehand: every prompt at 0.8 of itself, and then prompts that differ on their own.
+    assert ratio_interval(base, 0.8 * base) == pytest.approx((0.8, 0.8))
+    covered = 0
+    for _ in range(60):
+        first, second = generator.gamma(2.0, size=100), 0.8 * generator.gamma(2.0, size=100)
+        low, high = ratio_interval(first, second)
+        assert 0.15 < high - low < 0.6
+        covered += low <= 0.8 <= high
+    assert 50 <= covered <= 60
+    with pytest.raises(InputError, match="100 and 99 prompts"):
+        ratio_interval(base[:100], base[:99])
 
 
 def test_istd_range_ddof_and_dtype() -> None:

@@ -34,6 +34,7 @@ def istd(
 ) -> dict[str, Any]:
     """ISTD, mean step and diversity over prompts, without and with the LoRA, from the same noises."""
     from smooth_rt.evaluation import check_istd, measure_istd, read_prompts
+    from smooth_rt.metrics import ratio_interval
 
     texts = read_prompts(prompts)[:limit]
     check_istd(len(texts), frames, options.seed, batch)
@@ -66,9 +67,14 @@ def istd(
                 "per_prompt": list(found.istd.per_prompt),
             }
         )
-    setup = {"prompts": len(texts), "frames": frames, "steps": options.num_inference_steps, "seed": options.seed}
-    keys = ("istd", "mean_step", "istd_over_mean_step", "diversity")
-    return _finish(options, "istd", {"command": "evaluate istd", **setup}, rows, keys)
+    setup: dict[str, Any] = {"command": "evaluate istd", "prompts": len(texts), "frames": frames}
+    setup |= {"steps": options.num_inference_steps, "seed": options.seed}
+    if len(rows) > 1:
+        base, smooth = rows
+        keys = ("istd", "mean_step", "istd_over_mean_step", "diversity")
+        setup["smooth_over_base"] = {key: smooth[key] / base[key] if base[key] else None for key in keys}
+        setup["istd_95_percent"] = list(ratio_interval(base["per_prompt"], smooth["per_prompt"]))
+    return _finish(options, "istd", setup, rows)
 
 
 def inversion(
@@ -109,7 +115,7 @@ def inversion(
             rows.append({"variant": "VAE bound", **told, **_means(bound)})
         rows.append({"variant": name, **told, **_means(rebuilt)})
     setup = {"images": len(images), "method": method, "steps": options.num_inference_steps}
-    return _finish(options, "inversion", {"command": "evaluate inversion", **setup}, rows, ())
+    return _finish(options, "inversion", {"command": "evaluate inversion", **setup}, rows)
 
 
 def _measured(
@@ -148,17 +154,11 @@ def _check_file(options: RunOptions, name: str, inputs: Sequence[Path]) -> None:
     check_output(options.output, [f"{name}.json"], [*inputs, *options.inputs])
 
 
-def _finish(
-    options: RunOptions, name: str, setup: dict[str, Any], rows: list[dict[str, Any]], ratios: Sequence[str]
-) -> dict[str, Any]:
+def _finish(options: RunOptions, name: str, setup: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Write the whole as JSON; of what is printed for people, leave out what fills a page."""
     from smooth_rt.commands.show import finite
     from smooth_rt.writers import encode_json, write_files
 
-    by_name = {row["variant"]: row for row in rows}
-    if ratios and "smooth" in by_name:
-        base, smooth = by_name["base"], by_name["smooth"]
-        setup["smooth_over_base"] = {key: smooth[key] / base[key] if base[key] else None for key in ratios}
     result = {**setup, "results": rows}
     (written,) = write_files(options.output, {f"{name}.json": encode_json(finite(result))})
     if not options.json:

@@ -1,6 +1,6 @@
 """Measures of smoothness (istd) and of likeness between a picture and its reconstruction."""
 
-from smooth_rt.metrics.istd import Istd, diversity, istd, neighbour_distances
+from smooth_rt.metrics.istd import Istd, diversity, istd, neighbour_distances, ratio_interval
 from smooth_rt.metrics.reconstruction import Reconstruction, lpips, mse, psnr, reconstruction, ssim
 
 __all__ = [
@@ -12,6 +12,7 @@ __all__ = [
     "mse",
     "neighbour_distances",
     "psnr",
+    "ratio_interval",
     "reconstruction",
     "ssim",
 ]

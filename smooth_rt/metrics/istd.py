@@ -25,7 +25,9 @@ from numpy.typing import ArrayLike
 from smooth_rt.errors import InputError
 from smooth_rt.metrics.pixels import FramesLike, as_pixels
 
-__all__ = ["Istd", "diversity", "istd", "neighbour_distances"]
+__all__ = ["Istd", "diversity", "istd", "neighbour_distances", "ratio_interval"]
+
+DRAWS = 4000
 
 
 @dataclass(frozen=True)
@@ -117,3 +119,22 @@ def diversity(images_per_prompt: ArrayLike | Sequence[FramesLike], *, pixel_rang
             raise InputError(f"diversity: prompt {number} has {len(pixels)} image; give at least two seeds")
         means.append(np.mean([np.linalg.norm(a - b) for a, b in combinations(pixels, 2)]))
     return pixel_range * float(np.mean(means))
+
+
+def ratio_interval(base: Sequence[float], other: Sequence[float], seed: int = 0) -> tuple[float, float]:
+    """Where `mean(other) / mean(base)` lies with 95 % confidence: a bootstrap over prompts, which are drawn in pairs.
+
+    Args:
+        base: a number above 0 for each prompt, as `Istd.per_prompt`.
+        other: the same prompts on another model.
+
+    Raises:
+        InputError: the numbers of prompts differ, or there is none.
+    """
+    first, second = np.asarray(base, float), np.asarray(other, float)
+    if first.shape != second.shape or not first.size:
+        raise InputError(f"per_prompt: {first.size} and {second.size} prompts; give the same prompts for both")
+    drawn = np.random.default_rng(seed).integers(0, first.size, (DRAWS, first.size))
+    with np.errstate(divide="ignore", invalid="ignore"):  # a base that does not move at all
+        low, high = np.percentile(second[drawn].mean(1) / first[drawn].mean(1), [2.5, 97.5])
+    return float(low), float(high)
