@@ -14,7 +14,17 @@ import torch
 from PIL import Image
 
 from smooth_rt.errors import InputError, SmoothRTError
-from smooth_rt.metrics import diversity, istd, lpips, mse, neighbour_distances, psnr, ratio_interval, reconstruction, ssim
+from smooth_rt.metrics import (
+    diversity,
+    istd,
+    lpips,
+    mse,
+    neighbour_distances,
+    psnr,
+    ratio_interval,
+    reconstruction,
+    ssim,
+)
 from smooth_rt.metrics.reconstruction import _lpips_network
 
 
