@@ -201,6 +201,8 @@ def _read_manifest(folder: Path) -> Manifest:
     mend = f"rebuild it with `{build_command(folder)}`"
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such bundle folder; build it with `{build_command(folder)}`")
+    if path.exists() and not path.is_file():  # a pipe would never end
+        raise BundleError(f"{path}: not a file; {mend}")
     try:
         content = json.loads(path.read_bytes())
     except FileNotFoundError as error:

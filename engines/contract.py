@@ -7,7 +7,7 @@ high where its latent is `height` high. Names follow diffusers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Literal
 
 from engines.errors import InputError
@@ -44,6 +44,11 @@ class Dims:
     vae_factor: int
     latent_multiple: int
     sample_size: int
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            if getattr(self, field.name) < 1:
+                raise ValueError(f"{field.name}={getattr(self, field.name)}: a size is at least 1")
 
     @property
     def image_multiple(self) -> int:

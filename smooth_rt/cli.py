@@ -20,6 +20,7 @@ import threading
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
+from types import FrameType
 from typing import Any, TextIO
 
 from smooth_rt.errors import SmoothRTError
@@ -28,6 +29,7 @@ __all__ = ["main"]
 
 SIGNALLED = 128  # added to the number of the signal that ended a run
 SIGPIPE = 13  # which Windows does not name
+FINALIZER_SECONDS = 0.05  # until a signal that met a finalizer is raised again
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -99,7 +101,12 @@ def _stoppable(received: list[int]) -> Iterator[None]:
     """
     former: dict[int, Any] = {}
 
-    def stop(number: int, _: Any) -> None:
+    def stop(number: int, frame: FrameType | None) -> None:
+        if _in_finalizer(frame):  # where Python drops what is raised: say it again when it is over
+            again = threading.Timer(FINALIZER_SECONDS, os.kill, (os.getpid(), number))
+            again.daemon = True
+            again.start()
+            return
         for one in former:  # it is being answered; `timeout` and systemd send more than one
             signal.signal(one, signal.SIG_IGN)
         received.append(number)
@@ -116,6 +123,14 @@ def _stoppable(received: list[int]) -> Iterator[None]:
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+def _in_finalizer(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_name == "__del__":
+            return True
+        frame = frame.f_back
+    return False
 
 
 def _carry_out(arguments: Sequence[str]) -> int:

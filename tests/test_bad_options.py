@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 
 from smooth_rt import cli
 
@@ -34,7 +35,7 @@ def empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def images(empty_folder: Path) -> None:
     """The files that EDIT names, so that it gets beyond looking for them."""
     for name in ("a.png", "b.png"):
-        (empty_folder / name).touch()
+        Image.new("RGB", (32, 32)).save(empty_folder / name)
 
 
 def test_an_image_that_is_missing(capsys: pytest.CaptureFixture[str]) -> None:

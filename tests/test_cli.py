@@ -17,6 +17,7 @@ from typing import Any
 import imageio.v3 as iio
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from smooth_rt import cli
@@ -267,12 +268,31 @@ def test_bad_input(opened: list[Any], run: Any, tmp_path: Path, picture: Path, a
         ["invert", "PICTURE", "PICTURE", "--prompt", "a", "--prompt", "b", "--prompt", "c"],
         ["interpolate", "PICTURE", "PICTURE", "--method", "magic"],
         ["interpolate", "PICTURE", "PICTURE", "PICTURE", "--prompt", "a"],
+        ["invert", "TEXT", "--prompt", "a"],
+        ["interpolate", "PICTURE", "TEXT", "--prompt", "a"],
+        ["edit", "TEXT", "--prompt", "a", "--source-prompt", "b"],
+        ["interpolate", "--seeds", "1", "2"],
+        ["interpolate", "--prompt", "a", "--prompt", "b", "--prompt", "c"],
+        ["generate", "--prompt", "a", "--prompt", "b", "--latents", "NOISE"],
+        ["generate", "--prompt", "a", "--latents", "NAN"],
+        ["generate", "--prompt", "a", "--latents", "ABSURD"],
     ],
 )
 def test_what_an_inversion_lacks_is_said_before_anything_is_opened(
     opened: list[Any], run: Any, tmp_path: Path, picture: Path, arguments: list[str]
 ) -> None:
-    refused(run(*(picture if a == "PICTURE" else a for a in arguments), "--output", tmp_path / "out"))
+    from safetensors.torch import save_file
+
+    paths = {name: tmp_path / f"{name.lower()}.safetensors" for name in ("NOISE", "NAN", "ABSURD")}
+    save_file({"latents": torch.zeros(1, 4, 8, 8)}, paths["NOISE"])
+    save_file({"latents": torch.full((1, 4, 8, 8), math.nan)}, paths["NAN"])
+    header = b'{"latents":{"dtype":"F32","shape":[0,4,9223372036854775808,2],"data_offsets":[0,0]}}'
+    paths["ABSURD"].write_bytes(struct.pack("<Q", len(header)) + header)
+    (tmp_path / "text.png").write_text("this is no image")
+    paths |= {"PICTURE": picture, "TEXT": tmp_path / "text.png"}
+    line = refused(run(*(paths.get(a, a) for a in arguments), "--output", tmp_path / "out"))
+    if "--latents" in arguments:
+        assert line.startswith(f"error: --latents: {paths[arguments[-1]]}: ")
     assert opened == []
 
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -93,6 +94,27 @@ def test_a_second_signal_does_not_disturb_the_cleaning_up(engines_list: Any, tmp
     engines_list(work)
     assert cli.main(["engines", "list"]) == 143
     assert (tmp_path / "cleaned up").exists()
+
+
+def test_a_signal_that_meets_a_finalizer_is_not_lost(engines_list: Any) -> None:
+    """What is raised in a finalizer Python drops."""
+
+    class Fragile:
+        def __del__(self) -> None:
+            os.kill(os.getpid(), signal.SIGTERM)
+            for _ in range(100):  # the handler runs between two of these
+                pass
+
+    def work() -> None:
+        fragile = Fragile()
+        del fragile
+        for _ in range(100):
+            time.sleep(0.1)
+
+    began = time.monotonic()
+    engines_list(work)
+    assert cli.main(["engines", "list"]) == 143
+    assert time.monotonic() - began < 5
 
 
 def test_what_was_interrupted_may_say_how_to_go_on(engines_list: Any, capsys: pytest.CaptureFixture[str]) -> None:

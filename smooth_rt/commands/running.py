@@ -107,14 +107,11 @@ def run(
         inputs: the files that the job reads beside the model.
 
     Raises:
-        InputError: an input is missing, or one of the files would take its place; and whatever `open_pipeline` and the
+        InputError: one of the files would take an input's place; and whatever `open_pipeline` and the
             job raise.
     """
     from smooth_rt.writers import check_output
 
-    for path in inputs:
-        if not path.is_file():
-            raise InputError(f"{path}: no such file; name an image")
     check_output(options.output, names, [*inputs, *options.inputs])
     with open_pipeline(options) as pipe, step_progress(command, steps) as on_step:
         watch = Stopwatch()
@@ -187,6 +184,13 @@ def generators(seeds: range | tuple[int, ...]) -> list[Generator]:
 
 def described(pipe: SmoothPipeline, options: ModelOptions) -> dict[str, Any]:
     """What really ran, for a command's result."""
-    lora = pipe.bundle.source.lora if pipe.bundle is not None else None
-    named = lora.source if lora is not None else options.chosen_lora if pipe.bundle is None else None
+    named = options.chosen_lora
+    bundle = pipe.bundle
+    if bundle is None and isinstance(options, RunOptions) and options.engines is not None:  # run on its torch weights
+        from engines.bundle import Bundle
+        from smooth_rt.cache import find
+
+        bundle = Bundle.open(find(options.engines), verify=False)
+    if bundle is not None:
+        named = bundle.source.lora.source if bundle.source.lora is not None else None
     return {"model": pipe.source, "lora": named, "engine": pipe.engine, "reason": pipe.reason}

@@ -46,7 +46,9 @@ def generate(
     check_images("num_images_per_prompt", num_images_per_prompt, len(prompt), "prompts")
     seeds = seeds_from(options.seed, len(prompt) * num_images_per_prompt)
     names = _names({"image": len(seeds)})
-    start: dict[str, Any] = {"generator": generators(seeds)} if latents is None else {"latents": _read_noise(latents)}
+    start: dict[str, Any] = {"generator": generators(seeds)}
+    if latents is not None:
+        start = {"latents": _read_noise(latents, len(seeds))}
     result, told = run(
         options,
         "generate",
@@ -87,9 +89,9 @@ def interpolate(
     if images:
         if len(images) != 2:
             raise InputError(f"images: {len(images)}; give the two ends")
-        from smooth_rt.tasks.inversion import source_texts
-
-        source_texts(method, prompt, len(images))  # refused before an engine is built or opened
+        _check_images(images, method, prompt)
+    else:
+        _check_ends(prompt)
     names = _names({"frame": frames}, film="morph")
     noise: Any = None if images else generators(seeds) if seeds is not None else generators((options.seed,))[0]
     result, told = run(
@@ -128,9 +130,7 @@ def invert(
     method: Method = "ddim",
 ) -> dict[str, Any]:
     """Turn images into noise and back: reconstructions as PNG, the noise as safetensors."""
-    from smooth_rt.tasks.inversion import source_texts
-
-    source_texts(method, prompt, len(images))  # refused before an engine is built or opened
+    _check_images(images, method, prompt)
     names = [*_names({"original": len(images), "reconstruction": len(images)}), "noise.safetensors"]
     result, told = run(
         options,
@@ -172,6 +172,7 @@ def edit(
     if edit_method == "eq15" and not source_prompt:
         raise InputError("--source-prompt: missing; eq15 needs what each image shows now")
     _check_count("--source-prompt", source_prompt, images)
+    _check_readable(images)
     names = _names({"before": len(images), "after": len(images)})
     targets, noise = prompt, generators(seeds_from(options.seed, len(images)))
     steps = options.num_inference_steps
@@ -197,8 +198,15 @@ def edit(
     return {**told, "files": _write(options.output, names, [originals, made])}
 
 
-def _read_noise(path: Path) -> Tensor:
-    """The tensor `latents` of a safetensors file, as `invert` writes it; the pipeline checks its size."""
+def _check_ends(prompts: Sequence[str] | None) -> None:
+    if not prompts:
+        raise InputError("--prompt: missing; give one for both ends, or one each")
+    if len(prompts) > 2:
+        raise InputError(f"prompts: {len(prompts)} for 2 ends; give one for both or one each")
+
+
+def _read_noise(path: Path, count: int) -> Tensor:
+    """The tensor `latents` [count, C, h, w] of a safetensors file, as `invert` writes it; the model has C, h and w."""
     import torch
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -207,13 +215,34 @@ def _read_noise(path: Path) -> Tensor:
         raise InputError(f"--latents: {path}: no such file; name the noise.safetensors that invert wrote")
     try:
         found: Tensor | None = load_file(path).get("latents")
-    except (OSError, SafetensorError) as error:
+    except (OSError, SafetensorError, RuntimeError, TypeError, ValueError, OverflowError) as error:
         raise InputError(
             f"--latents: {path}: no safetensors file ({reason(error)}); name one that invert wrote"
         ) from error
     if found is None or found.dtype != torch.float32:
         raise InputError(f"--latents: {path}: holds no float32 tensor named latents; name one that invert wrote")
+    if found.ndim != 4 or len(found) != count or found.numel() == 0:
+        raise InputError(f"--latents: {path}: shape {list(found.shape)}; {count} images need [{count}, C, h, w]")
+    if not torch.isfinite(found).all():
+        raise InputError(f"--latents: {path}: holds NaN or infinite values; name one that invert wrote")
     return found
+
+
+def _check_images(images: Sequence[Path], method: str, prompts: Sequence[str] | None) -> None:
+    """Refuse what cannot be inverted before an engine is built or opened."""
+    from smooth_rt.tasks.inversion import source_texts
+
+    source_texts(method, prompts, len(images))
+    _check_readable(images)
+
+
+def _check_readable(images: Sequence[Path]) -> None:
+    from smooth_rt.images import read
+
+    for path in images:
+        if not path.is_file():
+            raise InputError(f"{path}: no such file; name an image")
+        read(path, 8, 8)
 
 
 def _check_count(option: str, given: Sequence[str] | None, images: Sequence[Path]) -> None:

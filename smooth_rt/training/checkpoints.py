@@ -43,7 +43,7 @@ class Checkpoints:
     def paths(self) -> list[Path]:
         """Oldest first."""
         found = self.folder.glob(f"{PREFIX}*.safetensors")
-        return sorted(path for path in found if path.stem.removeprefix(PREFIX).isdecimal())
+        return sorted(path for path in found if path.is_file() and path.stem.removeprefix(PREFIX).isdecimal())
 
     @staticmethod
     def step(path: Path) -> int:

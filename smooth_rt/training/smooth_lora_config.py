@@ -10,6 +10,8 @@ from smooth_rt.training.svr import check_target
 
 __all__ = ["SmoothLoraConfig"]
 
+LARGEST = 1e6  # beyond it is a slip of the keyboard, which ends in NaN
+
 
 @dataclass(frozen=True)
 class SmoothLoraConfig:
@@ -63,15 +65,15 @@ class SmoothLoraConfig:
         check_count("path_window", self.path_window, self.path_steps)
         check_count("paths_per_step", self.paths_per_step)
         check_rate("lr", self.lr)
-        check_number("lora_alpha", self.alpha)
+        check_number("lora_alpha", self.alpha, 1e-6, LARGEST)
         if not self.target_modules:
             raise InputError("target_modules: none is named; give names of linear layers, as to_q,to_k,to_v,to_out.0")
-        check_number("reg_weight", self.reg_weight, 0)
-        check_number("reg_guidance", self.reg_guidance)
-        check_number("path_weight", self.path_weight, 0)
-        check_number("path_end_weight", self.path_end_weight, 0)
-        check_number("path_share", self.path_share, 0.01)
-        check_number("path_guidance", self.path_guidance)
+        check_number("reg_weight", self.reg_weight, 0, LARGEST)
+        check_number("reg_guidance", self.reg_guidance, -LARGEST, LARGEST)
+        check_number("path_weight", self.path_weight, 0, LARGEST)
+        check_number("path_end_weight", self.path_end_weight, 0, LARGEST)
+        check_number("path_share", self.path_share, 0.01, 100)
+        check_number("path_guidance", self.path_guidance, -LARGEST, LARGEST)
         check_number("drop_prompt", self.drop_prompt, 0, 1)
         check_target(self.svr_target, self.svr_share)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -73,7 +74,10 @@ def test_no_bundle_at_all(tmp_path: Path) -> None:
     refusal(tmp_path / "nowhere", "no such bundle folder")
     refusal(tmp_path, "manifest.json: missing")
     (tmp_path / "manifest.json").mkdir()
-    refusal(tmp_path, "manifest.json: cannot be read")
+    refusal(tmp_path, "manifest.json: not a file")
+    (tmp_path / "manifest.json").rmdir()
+    os.mkfifo(tmp_path / "manifest.json")  # reading it would never end
+    refusal(tmp_path, "manifest.json: not a file")
 
 
 @pytest.mark.parametrize(
