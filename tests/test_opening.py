@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Generator
 
+from smooth_rt.commands.options import RunOptions
+from smooth_rt.commands.running import described, open_pipeline
 from smooth_rt.errors import BundleError, ModelError
 from smooth_rt.lora import Lora, LoraLayer, read_lora, write_lora
 from smooth_rt.model import load_model
@@ -92,3 +94,7 @@ def test_every_engine_makes_the_images_of_diffusers(
             alone = pipe.invert(made[1], "red apple", num_inference_steps=10, output_type="np").images
         assert -10 * np.log10(np.mean((made - expected) ** 2) + 1e-20) >= 40
         assert np.abs(together[1:] - alone).max() <= 1e-3
+        # The command tells the LoRA that the bundle was made with, on its torch weights too.
+        options = RunOptions(engines=bundle.path, engine=engine)
+        with open_pipeline(options) as pipe:
+            assert described(pipe, options)["lora"] == str(lora)
