@@ -172,9 +172,9 @@ def edit(
     if edit_method == "eq15" and not source_prompt:
         raise InputError("--source-prompt: missing; eq15 needs what each image shows now")
     _check_count("--source-prompt", source_prompt, images)
-    _check_readable(images)
     names = _names({"before": len(images), "after": len(images)})
     targets, noise = prompt, generators(seeds_from(options.seed, len(images)))
+    _check_readable(images)
     steps = options.num_inference_steps
     result, told = run(
         options,
