@@ -132,9 +132,9 @@ def choose(engine: str, built: Collection[str]) -> Choice:
     if engine == "auto":
         choice = _first_that_runs(built)
     else:
-        reason = availability(engine)
-        if reason is not None:
-            raise EngineError(f"engine {engine!r}: {reason}")
+        fault = availability(engine)
+        if fault is not None:
+            raise EngineError(f"engine {engine!r}: {fault}")
         if engine != "eager" and engine not in built:
             raise EngineError(
                 f"engine {engine!r}: not in the bundle, which holds {', '.join(built) or 'none'}; "
@@ -148,13 +148,13 @@ def choose(engine: str, built: Collection[str]) -> Choice:
 def _first_that_runs(built: Collection[str]) -> Choice:
     passed_over: list[str] = []
     for name in AUTO_ORDER:
-        reason = "not built" if name != "eager" and name not in built else availability(name)
-        if reason is None:
+        fault = "not built" if name != "eager" and name not in built else availability(name)
+        if fault is None:
             because = "the first choice on a CPU"
             if passed_over:
                 because += "; passed over: " + ", ".join(passed_over)
             return Choice(name, because)
-        passed_over.append(f"{name} ({reason})")
+        passed_over.append(f"{name} ({fault})")
     raise EngineError(f"engine 'auto': nothing can run: {', '.join(passed_over)}")
 
 
@@ -167,9 +167,9 @@ def open_engine(backend: str, network: Network, path: Path, hint: str | None = N
     Raises:
         EngineError: the backend is unknown, cannot run here or cannot read the graph.
     """
-    reason = availability(backend)
-    if reason is not None:
-        raise EngineError(f"engine {backend!r}: {reason}")
+    fault = availability(backend)
+    if fault is not None:
+        raise EngineError(f"engine {backend!r}: {fault}")
     if backend == "onnxruntime":
         from engines.ort import OrtEngine
 

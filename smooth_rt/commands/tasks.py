@@ -201,8 +201,9 @@ def edit(
 def _check_ends(prompts: Sequence[str] | None) -> None:
     if not prompts:
         raise InputError("--prompt: missing; give one for both ends, or one each")
-    if len(prompts) > 2:
-        raise InputError(f"prompts: {len(prompts)} for 2 ends; give one for both or one each")
+    from smooth_rt.tasks.checks import one_each
+
+    one_each(prompts, 2, "prompts", "ends")
 
 
 def _read_noise(path: Path, count: int) -> Tensor:
