@@ -91,9 +91,13 @@ class EagerEngine(Engine):
         if self._module is None:
             raise EngineError(f"{self.network.name}: the eager engine is closed; open it again")
         # Not inference_mode: its tensors could take no part in a caller's own autograd or in-place work.
+        # Callers hand over and receive CPU tensors, as on every engine; a module being trained may live on a GPU.
+        device = next(self._module.parameters()).device
         with torch.no_grad():
-            outputs = self._module(*(inputs[spec.name] for spec in self.network.inputs))
-        return {spec.name: output.contiguous() for spec, output in zip(self.network.outputs, outputs, strict=True)}
+            outputs = self._module(*(inputs[spec.name].to(device) for spec in self.network.inputs))
+        return {
+            spec.name: output.cpu().contiguous() for spec, output in zip(self.network.outputs, outputs, strict=True)
+        }
 
     def close(self) -> None:
         """Let go of the module; its owner may still hold it."""

@@ -113,6 +113,7 @@ def measure_istd(
     width: int | None = None,
     prompts_per_batch: int = 4,
     progress: Progress | None = None,
+    look: Callable[[NDArray[np.float32]], None] | None = None,
 ) -> Smoothness:
     """ISTD as in Smooth Diffusion (arXiv 2312.04410): for each prompt, slerp between two noises, `frames` images.
 
@@ -124,6 +125,7 @@ def measure_istd(
         frames: images a prompt with both ends, at least 2; the paper has 11.
         prompts_per_batch: prompts sampled together, with at most MOST_IMAGES frames in all.
         progress: called with prompts done and in all.
+        look: called with the frames [F, H, W, 3] of each prompt, in 0..1.
 
     Raises:
         InputError: no prompt, or an option out of its range.
@@ -145,7 +147,11 @@ def measure_istd(
             guidance_scale=guidance_scale,
             output_type="np",
         ).images
-        found += np.split(cast("NDArray[np.float32]", images), len(batch))
+        parts = np.split(cast("NDArray[np.float32]", images), len(batch))
+        found += parts
+        if look is not None:
+            for part in parts:
+                look(part)
         if progress is not None:
             progress(first + len(batch), len(prompts))
     return Smoothness(istd(found), diversity([path[[0, -1]] for path in found]))

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, cast, get_args
+from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
 from smooth_rt.ranges import choice
 
+if TYPE_CHECKING:
+    from smooth_rt.training.settings import Precision
+
 __all__ = ["smooth_lora", "tiny"]
+
+WATCHED = 8  # prompts of a look: 88 samplings by default
 
 Output = Annotated[Path, typer.Option(help="Folder of the run: checkpoints, log, result.", show_default=False)]
 Resume = Annotated[
@@ -55,7 +60,13 @@ def smooth_lora(
     model: Annotated[str, typer.Option(help="As for the other commands.")] = "default",
     model_config: Annotated[str | None, typer.Option(help="As for the other commands.", show_default=False)] = None,
     steps: Annotated[int, typer.Option(help="Steps in all.")] = 30000,
-    batch_size: Annotated[int, typer.Option(help="Images a step.")] = 16,
+    batch_size: Annotated[int, typer.Option(help="Images a step, over all devices.")] = 16,
+    accumulate: Annotated[int, typer.Option(help="Parts of a step, one after the other: less memory.")] = 1,
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Compute activations twice: less memory.")
+    ] = False,
+    mixed_precision: Annotated[str, typer.Option(help="no, bf16, or fp16 (on a GPU).")] = "no",
+    device: Annotated[str, typer.Option(help="auto (a GPU where there is one), cpu or cuda.")] = "auto",
     lr: Annotated[float, typer.Option(help="AdamW's rate.")] = 1e-4,
     rank: Annotated[int, typer.Option(help="Of the LoRA.")] = 8,
     lora_alpha: Annotated[
@@ -68,6 +79,9 @@ def smooth_lora(
     reg_weight: Annotated[float, typer.Option(help="The paper's lambda.")] = 1.0,
     reg_every: Annotated[int, typer.Option(help="One step in so many bears the penalty, so many times as heavy.")] = 1,
     reg_guidance: Annotated[float, typer.Option(help="Guidance of the regularised prediction; 1: none.")] = 1.0,
+    reg_gradient: Annotated[
+        str, typer.Option(help="exact (double backward), or difference: first-order gradients alone.")
+    ] = "exact",
     svr_target: Annotated[str, typer.Option(help="scalar (the paper's), per-timestep or anchored.")] = "scalar",
     svr_share: Annotated[float, typer.Option(help="Share of the model's own variation that anchored asks for.")] = 1.0,
     path_weight: Annotated[float, typer.Option(help="Of uneven steps on sampled paths; 0: none are sampled.")] = 0.0,
@@ -84,6 +98,16 @@ def smooth_lora(
     drop_prompt: Annotated[float, typer.Option(help="Share of empty prompts.")] = 0.0,
     save_every: Annotated[int, typer.Option(help="Steps from checkpoint to checkpoint.")] = 200,
     keep: Annotated[int, typer.Option(help="Checkpoints that stay, the newest.")] = 2,
+    watch_every: Annotated[
+        int, typer.Option(help="Steps from look to look, each ISTD on a few prompts and a morph strip; 0: none.")
+    ] = 0,
+    watch_prompts: Annotated[
+        Path | None,
+        typer.Option(help="For the looks, one prompt a line. Left out: 8 of the model's.", show_default=False),
+    ] = None,
+    report_to: Annotated[
+        str, typer.Option(help="Comma-separated trackers that accelerate knows, as tensorboard.", show_default=False)
+    ] = "",
     resume: Resume = False,
     seed: Seed = 0,
 ) -> dict[str, Any]:
@@ -91,12 +115,18 @@ def smooth_lora(
     from smooth_rt.writers import check_output
 
     check_output(output)
+    from dataclasses import asdict
+
+    from smooth_rt.errors import InputError
+    from smooth_rt.evaluation import read_prompts
     from smooth_rt.lora import LoraFormat
     from smooth_rt.model import load_model
     from smooth_rt.training.captioned import open_pictures
     from smooth_rt.training.settings import check_count, check_steps
     from smooth_rt.training.smooth_lora import train_smooth_lora
     from smooth_rt.training.smooth_lora_config import SmoothLoraConfig
+    from smooth_rt.training.watch import Watch
+    from smooth_rt.training.world import launched
 
     check_steps("steps", steps)
     check_count("save_every", save_every)
@@ -108,10 +138,14 @@ def smooth_lora(
         lora_alpha=lora_alpha,
         target_modules=tuple(name.strip() for name in target_modules.split(",") if name.strip()),
         batch_size=batch_size,
+        accumulate=accumulate,
+        gradient_checkpointing=gradient_checkpointing,
+        mixed_precision=cast("Precision", mixed_precision),
         lr=lr,
         reg_weight=reg_weight,
         reg_every=reg_every,
         reg_guidance=reg_guidance,
+        reg_gradient=reg_gradient,
         svr_target=svr_target,
         svr_share=svr_share,
         drop_prompt=drop_prompt,
@@ -124,9 +158,25 @@ def smooth_lora(
         path_guidance=path_guidance,
         paths_per_step=paths_per_step,
     )
+    if watch_every < 0:
+        raise InputError(f"watch_every={watch_every}: give a whole number of at least 0")
+    prompts = read_prompts(watch_prompts)[:WATCHED] if watch_every else []
+    trackers = [name.strip() for name in report_to.split(",") if name.strip()]
+    world = launched(output, config.mixed_precision, device, trackers, asdict(config))
     loaded = load_model(model, config=model_config)
     pictures = open_pictures(data, loaded.dims.sample_size * loaded.dims.vae_factor, seed)
     written = train_smooth_lora(
-        loaded, pictures, output, steps, resume, config, format=layout, save_every=save_every, keep=keep
+        loaded,
+        pictures,
+        output,
+        steps,
+        resume,
+        config,
+        every=[(watch_every, Watch(loaded, output, prompts, world))] if watch_every else [],
+        format=layout,
+        save_every=save_every,
+        keep=keep,
+        world=world,
     )
+    world.close()
     return {"command": "train smooth-lora", "output": str(written)}

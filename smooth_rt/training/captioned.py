@@ -25,6 +25,9 @@ class Captioned(Protocol):
     def image(self) -> np.ndarray: ...
     @property
     def caption(self) -> str: ...
+    @property
+    def name(self) -> str:
+        """What a person finds it by."""
 
 
 class Pictures(Protocol):
@@ -74,7 +77,7 @@ class CaptionedFolder:
         path, caption = self.items[order[place]]
         pixels = read(path, self.size, self.size)[0].permute(1, 2, 0)
         image = (pixels * 255).round().byte().numpy()
-        return Sample(image, np.full((self.size, self.size), 255, np.uint8), caption, -1, -1)
+        return Sample(image, np.full((self.size, self.size), 255, np.uint8), caption, -1, -1, str(path))
 
 
 def open_pictures(data: Path, size: int, seed: int = 0) -> Pictures:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,9 +58,25 @@ class Checkpoints:
             NotFiniteError: a tensor holds NaN or an infinite value; nothing is written over a state that was good.
             StateError: the file cannot be written.
         """
+        target = self._put(PREFIX, step, settings, tensors)
+        try:
+            for old in self.paths()[: -self.keep]:
+                old.unlink(missing_ok=True)
+        except OSError as error:
+            raise StateError(f"{target}: an older one cannot be removed ({reason(error)})") from error
+
+    def write_failed(self, step: int, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
+        """Write a state that leads nowhere beside the checkpoints, of which it is none; its path.
+
+        Raises:
+            NotFiniteError, StateError: as `write`.
+        """
+        return self._put("failed-", step, settings, tensors)
+
+    def _put(self, prefix: str, step: int, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
         if bad := _not_finite(tensors):
             raise NotFiniteError(f"step {step}: {bad} is not finite")
-        target = self.folder / f"{PREFIX}{step:08d}.safetensors"
+        target = self.folder / f"{prefix}{step:08d}.safetensors"
         partial = target.with_suffix(".partial")
         contiguous = {key: value.contiguous() for key, value in tensors.items()}
         try:
@@ -67,15 +84,15 @@ class Checkpoints:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 metadata = {"step": str(step), "settings": json.dumps(settings), "digest": _digest(contiguous)}
                 save_file(contiguous, partial, metadata)
+                _sync(partial)
                 partial.replace(target)
             finally:
                 # Whatever stopped it, and what a run that was killed may have left.
-                for left in self.folder.glob(f"{PREFIX}*.partial"):
+                for left in self.folder.glob("*-*.partial"):
                     left.unlink(missing_ok=True)
-            for old in self.paths()[: -self.keep]:
-                old.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             raise StateError(f"{target}: cannot be written ({reason(error)}); make room") from error
+        return target
 
     def read(
         self,
@@ -129,6 +146,12 @@ class Checkpoints:
     @staticmethod
     def _damaged(path: Path, why: str) -> ModelError:
         return ModelError(f"{path}: not a whole checkpoint ({why}); delete it to begin anew")
+
+
+def _sync(path: Path) -> None:
+    """On the disk before it takes its name: else a power cut may leave the name with nothing behind it."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
 
 
 def _digest(tensors: Mapping[str, Tensor]) -> str:

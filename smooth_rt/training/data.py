@@ -53,6 +53,7 @@ class Sample:
     caption: str
     obj: int
     colour: int
+    name: str = ""
 
 
 def fetch(folder: Path) -> None:
@@ -157,7 +158,7 @@ class EmojiScenes:
         canvas.paste(sprite, (left, top), sprite)
         mask = Image.new("L", canvas.size)
         mask.paste(sprite.getchannel("A"), (left, top))
-        return Sample(np.asarray(canvas), np.asarray(mask), caption, obj, colour)
+        return Sample(np.asarray(canvas), np.asarray(mask), caption, obj, colour, f"emoji scene {stream} {index}")
 
     def all_captions(self) -> list[str]:
         """Every caption that training can show, held-out pairs included (their words are known)."""

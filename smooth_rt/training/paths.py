@@ -29,7 +29,7 @@ from torch import Generator, Tensor
 from smooth_rt.schedule import PredictionType, Schedule, Step, ddim_step
 from smooth_rt.tasks.interpolate import slerp
 
-__all__ = ["Guided", "Lengths", "draw_paths", "draw_schedule", "guided", "measure", "sample", "unevenness", "window"]
+__all__ = ["Guided", "Lengths", "draw_path", "draw_schedule", "guided", "measure", "sample", "unevenness", "window"]
 
 APART = 0.1  # of the way between two independent noises, as neighbours are in ISTD
 # Timesteps lie closer where there is more noise, since objects and places are decided there. On the default model the
@@ -73,7 +73,7 @@ def guided(unet: Callable[..., Tensor], with_text: Tensor, without: Tensor, guid
 def sample(predict: Predict, latents: Tensor, schedule: Schedule) -> Tensor:
     """The latents [B, C, H, W] that DDIM reaches from others; differentiable."""
     for step in schedule.steps:
-        output = predict(latents, torch.full((len(latents),), step.timestep)).output
+        output = predict(latents, torch.full((len(latents),), step.timestep, device=latents.device)).output
         latents = ddim_step(latents, output, step.alpha_from, step.alpha_to, schedule.prediction_type)
     return latents
 
@@ -94,11 +94,11 @@ def draw_schedule(
     return Schedule(walk, prediction_type)
 
 
-def draw_paths(count: int, points: int, shape: Sequence[int], generator: Generator) -> Tensor:
-    """Noises [count * points, *shape], path by path: each walks from one noise towards an independent one, APART a
-    step, all the way where there are 11 points."""
-    ends = torch.randn((count, 2, *shape), generator=generator)
-    return torch.stack([slerp(start, end, k * APART) for start, end in ends for k in range(points)])
+def draw_path(points: int, shape: Sequence[int], generator: Generator) -> Tensor:
+    """Noises [points, *shape]: a walk from one towards an independent one, APART a step, all the way where there are
+    11 points."""
+    start, end = torch.randn((2, *shape), generator=generator)
+    return torch.stack([slerp(start, end, k * APART) for k in range(points)])
 
 
 def window(schedule: Schedule, length: int, generator: Generator) -> tuple[Schedule, Schedule]:
@@ -110,7 +110,7 @@ def window(schedule: Schedule, length: int, generator: Generator) -> tuple[Sched
 
 
 def measure(latents: Tensor, points: int) -> Lengths:
-    """The distances of latents [paths * points, C, H, W] that `draw_paths` led to."""
+    """The distances of latents [paths * points, C, H, W] that the noises of paths led to."""
     paths = latents.reshape(-1, points, latents[0].numel())
     return Lengths(
         torch.linalg.vector_norm(paths[:, 1:] - paths[:, :-1], dim=2),

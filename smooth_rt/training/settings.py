@@ -4,11 +4,22 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 from smooth_rt.errors import InputError
 
-__all__ = ["MOST_STEPS", "check_count", "check_number", "check_rate", "check_seed", "check_steps", "differences"]
+__all__ = [
+    "MOST_STEPS",
+    "Precision",
+    "check_count",
+    "check_number",
+    "check_rate",
+    "check_seed",
+    "check_steps",
+    "differences",
+]
+
+Precision = Literal["no", "bf16", "fp16"]
 
 MOST_STEPS = 99_999_999  # checkpoints are sorted by name, which has room for eight digits
 MOST_IN_A_BATCH = 10_000  # more is a slip of the keyboard, which would fill the memory

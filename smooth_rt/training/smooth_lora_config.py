@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
 from smooth_rt.errors import InputError
-from smooth_rt.training.settings import check_count, check_number, check_rate, check_seed
-from smooth_rt.training.svr import check_target
+from smooth_rt.training.settings import Precision, check_count, check_number, check_rate, check_seed
+from smooth_rt.training.svr import VARIATIONS, check_target
 
 __all__ = ["SmoothLoraConfig"]
 
@@ -18,7 +19,11 @@ class SmoothLoraConfig:
     """What decides the LoRA.
 
     `lora_alpha` None is the rank; `reg_weight` is the paper's lambda; `reg_guidance` is that of the regularised
-    prediction; at `reg_every` above 1, one step in so many bears the penalty, so many times as heavy.
+    prediction; `reg_gradient` is "exact", by double backward, or "difference" (see `svr`); at `reg_every` above 1, one
+    step in so many bears the penalty, so many times as heavy.
+
+    A step sees `batch_size` images in all, in `accumulate` parts one after the other, each shared by the processes. The
+    moving targets of SVR move once a part.
 
     The `path_...` fields are those of `paths`: the weight of its penalty (0: none) and within it of the ends, the share
     of the model's own steps that is asked for over a whole sampling, its DDIM steps and how many of them are trained at
@@ -37,9 +42,13 @@ class SmoothLoraConfig:
     lora_alpha: float | None = None
     target_modules: tuple[str, ...] = ("to_q", "to_k", "to_v", "to_out.0")
     batch_size: int = 16
+    accumulate: int = 1
+    gradient_checkpointing: bool = False
+    mixed_precision: Precision = "no"
     lr: float = 1e-4
     reg_weight: float = 1.0
     reg_every: int = 1
+    reg_gradient: str = "exact"
     reg_guidance: float = 1.0
     svr_target: str = "scalar"
     svr_share: float = 1.0
@@ -60,6 +69,13 @@ class SmoothLoraConfig:
         check_count("batch_size", self.batch_size)
         check_count("calibration_steps", self.calibration_steps)
         check_count("reg_every", self.reg_every)
+        check_count("accumulate", self.accumulate)
+        if self.batch_size % self.accumulate:
+            raise InputError(f"accumulate={self.accumulate}: does not divide batch_size={self.batch_size}")
+        if self.reg_gradient not in VARIATIONS:
+            raise InputError(f"reg_gradient={self.reg_gradient!r}: choose from {', '.join(VARIATIONS)}")
+        if self.mixed_precision not in get_args(Precision):
+            raise InputError(f"mixed_precision={self.mixed_precision!r}: choose from {', '.join(get_args(Precision))}")
         check_count("path_steps", self.path_steps, 100)
         check_number("path_points", self.path_points, 2, 11)
         check_count("path_window", self.path_window, self.path_steps)

@@ -16,6 +16,7 @@ rounded differently there, so the weights agree in kind and not in bits.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
@@ -33,10 +34,12 @@ from transformers import CLIPTokenizer
 from smooth_rt.errors import InputError, SmoothRTError, reason
 from smooth_rt.training.assets import need, write_assets
 from smooth_rt.training.data import EmojiScenes, fetch
-from smooth_rt.training.run import Run, keyed_generator
+from smooth_rt.training.draws import keyed_generator
+from smooth_rt.training.run import Part, Run
 from smooth_rt.training.settings import check_steps
 from smooth_rt.training.tiny_networks import TinyConfig, new_text_encoder, new_unet, new_vae, pipeline, scheduler
 from smooth_rt.training.tokenizer import train_tokenizer
+from smooth_rt.training.world import World, training_device
 
 STAGES = ("tokenizer", "vae", "latents", "unet", "assets")
 GRID_PROMPTS = (
@@ -114,25 +117,6 @@ def _train(
             write_assets(output, model, scenes)
 
 
-def training_device(name: str) -> torch.device:
-    """The device of that name, "auto" being a GPU where there is one.
-
-    Raises:
-        InputError: a name that torch does not know, or a device that is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise InputError(f"device={name!r}: unknown; use auto, cpu or cuda") from error
-    if device.type not in ("cpu", "cuda"):
-        raise InputError(f"device={name!r}: not supported; use auto, cpu or cuda")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device={name!r}: torch sees {torch.cuda.device_count()} GPUs here; use cpu or leave it out")
-    return device
-
-
 def _attention(device: torch.device) -> AbstractContextManager[None]:
     """The kernels that train fastest: on the CPU the fused attention's backward is slow at these sizes, and the math
     form trains 1.2 times as fast."""
@@ -164,10 +148,10 @@ def _train_vae(
     vae = new_vae(config).to(device)
     run = Run(
         out / "vae", {"vae": vae}, steps, config.vae_lr, config.identity,
-        weight_decay=0.0, resume=resume, rate_option="--vae-lr",
+        weight_decay=0.0, resume=resume, rate_option="--vae-lr", world=World(device),
     )  # fmt: skip
 
-    def step_fn(step: int) -> tuple[Tensor, dict[str, float]]:
+    def step_fn(step: int) -> Iterator[Part]:
         images = _pictures(scenes, "vae", step * config.vae_batch, config.vae_batch)
         images = images.to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype=torch.bfloat16):
@@ -180,7 +164,7 @@ def _train_vae(
             (a - b).abs().mean() for a, b in zip(_image_gradients(decoded), _image_gradients(images), strict=True)
         )
         psnr = 10 * torch.log10(4 / F.mse_loss(decoded.detach(), images))
-        return l1 + 0.5 * edges + config.kl * kl, {"l1": l1.item(), "kl": kl.item(), "psnr": psnr.item()}
+        yield l1 + 0.5 * edges + config.kl * kl, {"l1": l1.item(), "kl": kl.item(), "psnr": psnr.item()}
 
     def look(step: int) -> None:
         images = _pictures(scenes, "vae-look", 0, 16)
@@ -189,7 +173,7 @@ def _train_vae(
         both = torch.cat([images[:8], decoded[:8], images[8:], decoded[8:]]).clamp(-1, 1)
         _grid(both.permute(0, 2, 3, 1).numpy() / 2 + 0.5, 8, out / "vae" / "grids" / f"{step:06d}.png")
 
-    run.fit(step_fn, {1000: look})
+    run.fit(step_fn, [(1000, look)])
     with run.averaged():
         with torch.no_grad():
             latents = vae.encode(_pictures(scenes, "vae-scale", 0, 256).to(device)).latent_dist.mean
@@ -228,7 +212,7 @@ def _train_unet(
     modules = {"unet": unet, "text_encoder": text_encoder}
     run = Run(
         out / "unet", modules, steps, config.unet_lr, config.identity,
-        ema_decay=0.9995, save_every=1000, resume=resume, rate_option="--unet-lr",
+        ema_decay=0.9995, save_every=1000, resume=resume, rate_option="--unet-lr", world=World(device),
     )  # fmt: skip
 
     ddim = scheduler()
@@ -237,7 +221,7 @@ def _train_unet(
     snr = ddim.alphas_cumprod / (1 - ddim.alphas_cumprod)
     weights = snr.clamp(max=5) / snr
 
-    def step_fn(step: int) -> tuple[Tensor, dict[str, float]]:
+    def step_fn(step: int) -> Iterator[Part]:
         generator = keyed_generator(config.seed, "unet", step)
         batch = config.unet_batch
         picked = torch.randint(0, len(cache["caption"]), (batch,), generator=generator)
@@ -252,7 +236,7 @@ def _train_unet(
             context = text_encoder(tokens.input_ids[caption].to(device)).last_hidden_state
             predicted = unet(noisy, timesteps.to(device), context).sample.float()
         error = (predicted - noise.to(device)).square().mean(dim=(1, 2, 3))
-        return (weights[timesteps].to(device) * error).mean(), {"mse": error.mean().item()}
+        yield (weights[timesteps].to(device) * error).mean(), {"mse": error.mean().item()}
 
     def look(step: int) -> None:
         with run.averaged():
@@ -263,7 +247,7 @@ def _train_unet(
             ).images
         _grid(images, 8, out / "unet" / "grids" / f"{step:06d}.png")
 
-    run.fit(step_fn, {1000: look})
+    run.fit(step_fn, [(1000, look)])
     with run.averaged():
         unet.save_pretrained(model / "unet")
         text_encoder.save_pretrained(model / "text_encoder")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from smooth_rt.schedule import Schedule
 from smooth_rt.tasks.interpolate import slerp
-from smooth_rt.training.paths import Lengths, draw_paths, draw_schedule, guided, measure, sample, unevenness, window
+from smooth_rt.training.paths import Lengths, draw_path, draw_schedule, guided, measure, sample, unevenness, window
 
 CONFIG = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}
 SHAPE = (3, 4, 4)
@@ -19,6 +19,12 @@ POINTS = 11
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def drawn(count: int, points: int) -> Tensor:
+    """So many paths of one seed, one after the other."""
+    paths = [draw_path(points, (4, 8, 8), torch.Generator().manual_seed(seed)) for seed in range(count)]
+    return torch.cat(paths)
 
 
 @pytest.mark.parametrize("steps", [1, 3, 6])
@@ -69,7 +75,7 @@ def test_guidance_is_that_of_diffusers() -> None:
 
 
 def test_paths_lead_evenly_between_independent_noises() -> None:
-    noises = draw_paths(3, POINTS, (4, 8, 8), torch.Generator().manual_seed(0))
+    noises = drawn(3, POINTS)
     assert noises.shape == (3 * POINTS, 4, 8, 8)
     assert noises.std().item() == pytest.approx(1, abs=0.03)
     for path in noises.reshape(3, POINTS, 4, 8, 8):
@@ -77,19 +83,19 @@ def test_paths_lead_evenly_between_independent_noises() -> None:
             torch.testing.assert_close(point, slerp(path[0], path[-1], k / (POINTS - 1)), rtol=1e-5, atol=1e-5)
         cosine = torch.nn.functional.cosine_similarity(path[0].flatten(), path[-1].flatten(), dim=0)
         assert abs(cosine) < 0.3  # 256 numbers: four standard deviations of independence
-    assert torch.equal(noises, draw_paths(3, POINTS, (4, 8, 8), torch.Generator().manual_seed(0)))
+    assert torch.equal(noises, drawn(3, POINTS))
 
 
 def test_a_shorter_path_has_the_same_steps() -> None:
-    whole, part = (draw_paths(2, points, (4, 8, 8), torch.Generator().manual_seed(0)) for points in (POINTS, 4))
+    whole, part = (drawn(2, points) for points in (POINTS, 4))
     assert torch.equal(part.reshape(2, 4, -1), whole.reshape(2, POINTS, -1)[:, :4])
 
 
 @pytest.mark.parametrize("steps", [1, 2, 9, 50])
 def test_a_drawn_schedule_leads_from_about_pure_noise_to_none(steps: int) -> None:
     alphas = torch.linspace(0.999, 0.005, 1000)
-    drawn = [draw_schedule(alphas, steps, "epsilon", torch.Generator().manual_seed(seed)) for seed in range(20)]
-    for schedule in drawn:
+    schedules = [draw_schedule(alphas, steps, "epsilon", torch.Generator().manual_seed(seed)) for seed in range(20)]
+    for schedule in schedules:
         timesteps = [step.timestep for step in schedule.steps]
         assert len(timesteps) == steps
         assert 950 <= timesteps[0] <= 999
@@ -97,8 +103,8 @@ def test_a_drawn_schedule_leads_from_about_pure_noise_to_none(steps: int) -> Non
         assert all(step.alpha_from == float(alphas[step.timestep]) for step in schedule.steps)
         following = [step.alpha_from for step in schedule.steps[1:]]
         assert [step.alpha_to for step in schedule.steps] == [*following, 1.0]
-    assert len({schedule.steps for schedule in drawn}) > 10
-    assert drawn[0] == draw_schedule(alphas, steps, "epsilon", torch.Generator().manual_seed(0))
+    assert len({schedule.steps for schedule in schedules}) > 10
+    assert schedules[0] == draw_schedule(alphas, steps, "epsilon", torch.Generator().manual_seed(0))
 
 
 def test_lengths_are_those_of_neighbours_and_ends_of_each_path() -> None:

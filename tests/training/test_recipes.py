@@ -21,9 +21,10 @@ from smooth_rt.training.data import EmojiScenes
 from smooth_rt.training.paths import Lengths, unevenness
 from smooth_rt.training.smooth_lora import train_smooth_lora
 from smooth_rt.training.smooth_lora_config import SmoothLoraConfig
-from smooth_rt.training.svr import variation
-from smooth_rt.training.tiny import train_tiny, training_device
+from smooth_rt.training.svr import VARIATIONS, variation
+from smooth_rt.training.tiny import train_tiny
 from smooth_rt.training.tiny_networks import TinyConfig
+from smooth_rt.training.world import training_device
 
 CONFIG = TinyConfig(
     size=16,
@@ -90,7 +91,7 @@ def test_smooth_lora_trains_resumes_and_fuses(
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt, match="interrupted; state saved at step 2; add --resume to go on"):
-        train_smooth_lora(load_model(tiny_model), scenes, tmp_path / "two", 4, config=config, every={1: stop})
+        train_smooth_lora(load_model(tiny_model), scenes, tmp_path / "two", 4, config=config, every=[(1, stop)])
     resumed = train_smooth_lora(load_model(tiny_model), scenes, tmp_path / "two", 4, resume=True, config=config)
     one, other = load_file(whole), load_file(resumed)
     assert one.keys() == other.keys()
@@ -116,8 +117,8 @@ def test_paths_are_compared_with_those_of_the_model_without_its_lora(
         compared.append((found, without_lora))
         return unevenness(found, without_lora, *rest)
 
-    monkeypatch.setattr("smooth_rt.training.smooth_lora.unevenness", spy)
-    config = SmoothLoraConfig(batch_size=2, lr=1e-2, path_weight=1.0, path_steps=2, path_window=2)
+    monkeypatch.setattr("smooth_rt.training.objective.unevenness", spy)
+    config = SmoothLoraConfig(batch_size=2, lr=1e-2, path_weight=1.0, path_steps=2, path_window=2, paths_per_step=1)
     train_smooth_lora(load_model(tiny_model), EmojiScenes(emoji, 16), tmp_path, steps=3, config=config)
     # The LoRA has no effect yet at the first step, and some later.
     assert [torch.equal(found.ends, without.ends) for found, without in compared] == [True, False, False]
@@ -200,7 +201,7 @@ def test_lazy_regularisation(
         called.append(arguments)
         return variation(*arguments)
 
-    monkeypatch.setattr("smooth_rt.training.smooth_lora.variation", spy)
+    monkeypatch.setitem(VARIATIONS, "exact", spy)
     config = SmoothLoraConfig(batch_size=1, reg_weight=weight, reg_every=every)
     train_smooth_lora(load_model(tiny_model), EmojiScenes(emoji, 16), tmp_path, 5, config=config)
     assert len(called) == regularised

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from smooth_rt.errors import InputError, ModelError, SmoothRTError
 from smooth_rt.training.checkpoints import Checkpoints
-from smooth_rt.training.run import Run, StepFn, keyed_generator
+from smooth_rt.training.draws import keyed_generator
+from smooth_rt.training.run import Part, Run, StepFn
 
 
 def start(folder: Path, **options: Any) -> tuple[Run, nn.Linear]:
@@ -28,14 +29,18 @@ def start(folder: Path, **options: Any) -> tuple[Run, nn.Linear]:
 
 
 def loss_of(model: nn.Linear, stop_at: int | None = None) -> StepFn:
-    def step_fn(step: int) -> tuple[Tensor, dict[str, float]]:
+    def step_fn(step: int) -> Iterator[Part]:
         if step == stop_at:
             raise KeyboardInterrupt
         x = torch.randn(7, 5, generator=keyed_generator(0, "test", step))
         loss = (model(x) - x[:, :3]).square().mean()
-        return loss, {"loss": loss.item()}
+        yield loss, {"error": loss.item()}
 
     return step_fn
+
+
+def loss_at(model: nn.Linear) -> float:
+    return next(iter(loss_of(model)(0)))[0].item()
 
 
 def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
@@ -49,15 +54,15 @@ def test_resumed_equals_uninterrupted(tmp_path: Path) -> None:
     second.fit(loss_of(resumed), quiet=True)
     for name, value in model.state_dict().items():
         assert torch.equal(value, resumed.state_dict()[name]), name
-    for name, value in whole.ema.items():
-        assert torch.equal(value, second.ema[name]), name
+    for name, value in whole.state.ema.items():
+        assert torch.equal(value, second.state.ema[name]), name
 
 
 def test_training_lowers_the_loss_and_averages_the_weights(tmp_path: Path) -> None:
     run, model = start(tmp_path, steps=200)
-    before = loss_of(model)(0)[0].item()
+    before = loss_at(model)
     run.fit(loss_of(model), quiet=True)
-    assert loss_of(model)(0)[0].item() < 0.5 * before
+    assert loss_at(model) < 0.5 * before
     raw = model.weight.detach().clone()
     with run.averaged():
         assert not torch.equal(model.weight, raw)
@@ -151,12 +156,13 @@ def failing(model: nn.Linear, step: int, what: str) -> StepFn:
     """`loss_of`, but at `step` its loss is NaN, or finite with a gradient that is not."""
     good = loss_of(model)
 
-    def step_fn(at: int) -> tuple[Tensor, dict[str, float]]:
-        loss, numbers = good(at)
-        if at == step:
-            # The root's slope is infinite at 0.
-            loss = loss * float("nan") if what == "loss" else loss + (model.weight * 0).abs().sum().sqrt()
-        return loss, numbers
+    def step_fn(at: int) -> Iterator[Part]:
+        for loss, numbers in good(at):
+            bad = loss
+            if at == step:
+                # The root's slope is infinite at 0.
+                bad = loss * float("nan") if what == "loss" else loss + (model.weight * 0).abs().sum().sqrt()
+            yield bad, numbers
 
     return step_fn
 
@@ -166,7 +172,10 @@ def test_what_is_not_finite_leaves_the_checkpoint_before(tmp_path: Path, what: s
     run, model = start(tmp_path)
     with pytest.raises(SmoothRTError) as said:
         run.fit(failing(model, 6, what), quiet=True)
-    assert str(said.value) == f"step 6: the {what} is nan; lower --lr; state saved at step 4; add --resume to go on"
+    assert str(said.value) == (
+        f"step 6: the {what} is nan; what led there is kept as failed-00000006.safetensors; lower --lr; "
+        "state saved at step 4; add --resume to go on"
+    )
     # Saved at step 6, it would end there again whatever the rate.
     assert [path.name for path in run.checkpoints()] == ["checkpoint-00000004.safetensors"]
     again, resumed = start(tmp_path, resume=True, lr=1e-3)
@@ -188,7 +197,7 @@ def test_weights_that_are_not_finite_are_not_saved(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt) as said:
-        run.fit(loss_of(model), {1: damage}, quiet=True)
+        run.fit(loss_of(model), [(1, damage)], quiet=True)
     assert str(said.value) == (
         "interrupted; the state at step 7 is lost (step 7: weight/model.weight is not finite); "
         "state saved at step 4; add --resume to go on"
@@ -211,7 +220,7 @@ def test_any_failure_saves_first(tmp_path: Path, error: Exception, line: str) ->
             raise error
 
     with pytest.raises(SmoothRTError) as said:
-        run.fit(loss_of(model), {1: fail}, quiet=True)
+        run.fit(loss_of(model), [(1, fail)], quiet=True)
     assert str(said.value) == line + "state saved at step 3; add --resume to go on"
     assert isinstance(said.value, InputError) == isinstance(error, InputError)
     assert start(tmp_path, resume=True)[0].step == 3
@@ -221,7 +230,7 @@ def test_a_fault_of_the_program_stays_one_and_is_saved(tmp_path: Path, caplog: p
     run, model = start(tmp_path)
 
     with pytest.raises(ZeroDivisionError):
-        run.fit(loss_of(model), {3: lambda step: 1 // (step - 3)}, quiet=True)
+        run.fit(loss_of(model), [(3, lambda step: 1 // (step - 3))], quiet=True)
     assert "state saved at step 3; add --resume to go on" in caplog.messages
 
 
@@ -275,14 +284,14 @@ def test_a_signal_does_not_part_what_belongs_together(
     whole, model = start(tmp_path / "whole")
     whole.fit(loss_of(model), quiet=True)
     run, halted = start(tmp_path / "halved")
-    update = run.optimizer.step
+    update = run.state.optimizer.step
 
     def interrupted() -> None:
         update()
         if run.step == 5:
             signal.raise_signal(number)
 
-    monkeypatch.setattr(run.optimizer, "step", interrupted)
+    monkeypatch.setattr(run.state.optimizer, "step", interrupted)
     former = signal.signal(number, signal.default_int_handler)
     try:
         with pytest.raises(KeyboardInterrupt, match="state saved at step 6"):
@@ -291,7 +300,7 @@ def test_a_signal_does_not_part_what_belongs_together(
             signal.raise_signal(number)
     finally:
         signal.signal(number, former)
-    assert not torch.equal(halted.weight, run.ema["model.weight"])
+    assert not torch.equal(halted.weight, run.state.ema["model.weight"])
     again, resumed = start(tmp_path / "halved", resume=True)
     again.fit(loss_of(resumed), quiet=True)
     assert torch.equal(model.weight, resumed.weight)
@@ -301,9 +310,9 @@ def test_a_step_that_was_not_finished_leaves_no_trace(tmp_path: Path) -> None:
     met = torch.zeros(())
 
     def step_of(model: nn.Linear, stop_at: int | None) -> StepFn:
-        def step_fn(step: int) -> tuple[Tensor, dict[str, float]]:
+        def step_fn(step: int) -> Iterator[Part]:
             met.add_(step)
-            return loss_of(model, stop_at)(step)
+            yield from loss_of(model, stop_at)(step)
 
         return step_fn
 

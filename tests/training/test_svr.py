@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.utils.checkpoint
 from torch import Tensor
 
 from smooth_rt.errors import InputError
-from smooth_rt.training.svr import Target, clean_estimate, snr_bins, variation
+from smooth_rt.training.svr import VARIATIONS, Target, clean_estimate, snr_bins, variation
 
 SHAPE = (4, 2, 3, 3)
 N = 18
@@ -74,7 +75,7 @@ def test_gradient_of_the_penalty_agrees_with_finite_differences(
             lambda x: linear(weights, x),
             case["latents"], case["noise"], case["direction"], case["alpha_bar"], prediction_type,
         )  # fmt: skip
-        return target.penalty(norms, timesteps)
+        return target.penalties(norms, timesteps).mean()
 
     weights = case["weights"].clone().requires_grad_(True)
     (gradient,) = torch.autograd.grad(penalty(weights), weights)
@@ -101,7 +102,7 @@ def test_scalar_target_moves_by_one_percent_from_zero() -> None:
     assert target.means.tolist() == pytest.approx([0.03])
     target.update(torch.tensor([1.0, 1.0]), timesteps)
     assert target.means.tolist() == pytest.approx([0.03 + 0.01 * (1 - 0.03)])
-    assert target.penalty(torch.tensor([1.0]), torch.tensor([5])).item() == pytest.approx((1 - target.means[0]) ** 2)
+    assert target.penalties(torch.tensor([1.0]), torch.tensor([5])).item() == pytest.approx((1 - target.means[0]) ** 2)
 
 
 def test_per_timestep_target_keeps_a_mean_a_bin_and_is_relative() -> None:
@@ -111,8 +112,8 @@ def test_per_timestep_target_keeps_a_mean_a_bin_and_is_relative() -> None:
     target.update(torch.tensor([100.0, 300.0]), late)
     assert target.means[0].item() == pytest.approx(2.0)
     assert target.means[-1].item() == pytest.approx(200.0)
-    small = target.penalty(torch.tensor([1.0]), early[:1])
-    large = target.penalty(torch.tensor([100.0]), late[:1])
+    small = target.penalties(torch.tensor([1.0]), early[:1])
+    large = target.penalties(torch.tensor([100.0]), late[:1])
     assert small.item() == pytest.approx(large.item()) == pytest.approx(0.25)
 
 
@@ -122,15 +123,15 @@ def test_a_bin_that_was_never_met_takes_its_neighbours_mean() -> None:
     target.fill()
     assert target.means[1].item() == 2.0
     assert target.means[-2].item() == 50.0
-    assert torch.isfinite(target.penalty(torch.ones(1000), torch.arange(1000)))
+    assert torch.isfinite(target.penalties(torch.ones(1000), torch.arange(1000))).all()
 
 
 def test_a_share_of_the_anchor_moves_the_least_penalty() -> None:
     target = Target("anchored", snr_bins(torch.linspace(0.999, 0.005, 1000)), share=0.5)
     timesteps = torch.zeros(1, dtype=torch.long)
     target.update(torch.tensor([4.0]), timesteps)
-    assert target.penalty(torch.tensor([2.0]), timesteps).item() == 0.0
-    assert target.penalty(torch.tensor([4.0]), timesteps).item() == 1.0
+    assert target.penalties(torch.tensor([2.0]), timesteps).item() == 0.0
+    assert target.penalties(torch.tensor([4.0]), timesteps).item() == 1.0
     with pytest.raises(InputError, match=r"svr_share=0\.5: .*the target anchored"):
         Target("scalar", snr_bins(torch.linspace(0.9, 0.1, 10)), share=0.5)
     for share in (float("nan"), float("inf"), 0.0):
@@ -141,3 +142,51 @@ def test_a_share_of_the_anchor_moves_the_least_penalty() -> None:
 def test_an_unknown_target_names_the_choices() -> None:
     with pytest.raises(InputError, match=r"svr_target='none'.*scalar, per-timestep"):
         Target("none", snr_bins(torch.linspace(0.9, 0.1, 10)))
+
+
+def network(seed: int = 0) -> torch.nn.Module:
+    """Two layers that bend, in float64."""
+    torch.manual_seed(seed)
+    return torch.nn.Sequential(
+        torch.nn.Conv2d(2, 8, 3, padding=1), torch.nn.SiLU(), torch.nn.Conv2d(8, 2, 3, padding=1)
+    ).double()
+
+
+def penalty_gradient(case: dict[str, Tensor], kind: str, module: torch.nn.Module) -> tuple[Tensor, Tensor]:
+    target = Target("scalar", snr_bins(torch.linspace(0.999, 0.005, 1000)))
+    target.means += 0.8
+    norms, output = VARIATIONS[kind](
+        module, case["latents"], case["noise"], case["direction"], case["alpha_bar"], "epsilon"
+    )
+    loss = target.penalties(norms, torch.tensor([5, 300, 700, 980])).mean() + output.square().mean()
+    found = torch.autograd.grad(loss, list(module.parameters()))
+    return norms.detach(), torch.cat([gradient.flatten() for gradient in found])
+
+
+def test_the_difference_has_the_same_norms_and_nearly_the_same_gradient(
+    case: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    norms, exact = penalty_gradient(case, "exact", network())
+    for reach, tolerance in ((0.3, 5e-3), (0.01, 1e-5)):  # the error falls with the square of the reach
+        monkeypatch.setattr("smooth_rt.training.svr.REACH", reach)
+        same, near = penalty_gradient(case, "difference", network())
+        torch.testing.assert_close(same, norms, rtol=1e-12, atol=0)
+        assert (near - exact).norm() < tolerance * exact.norm()
+
+
+@pytest.mark.parametrize("kind", ["exact", "difference"])
+def test_the_gradient_through_checkpointed_activations_is_the_same(case: dict[str, Tensor], kind: str) -> None:
+    module = network()
+
+    class Checkpointed(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = module
+
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.utils.checkpoint.checkpoint(self.inner, x, use_reentrant=False)  # type: ignore[no-any-return]
+
+    plain = penalty_gradient(case, kind, module)
+    kept = penalty_gradient(case, kind, Checkpointed())
+    for one, other in zip(plain, kept, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-14)
