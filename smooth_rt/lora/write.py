@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
+from engines.staging import abandoned
 from smooth_rt.errors import InputError, ModelError, reason
 from smooth_rt.lora.read import METADATA_KEY, Lora, LoraLayer
 
@@ -53,6 +54,8 @@ def write_lora(lora: Lora, path: Path, format: LoraFormat = "diffusers") -> Path
     partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        for left in abandoned(path.parent, path.name):  # of a process that was killed
+            left.unlink(missing_ok=True)
         # Clones: safetensors refuses tensors that share memory.
         content = save(
             {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in tensors.items()}, metadata

@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any
+
 import torch
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from torch import nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 from smooth_rt.errors import InputError
 from smooth_rt.lora import Lora, LoraLayer
 from smooth_rt.training.smooth_lora_config import SmoothLoraConfig
 
-__all__ = ["add_adapter", "lora_of"]
+__all__ = ["add_adapter", "checkpoint_activations", "lora_of"]
 
 NAME = "smooth"
 
@@ -38,6 +45,40 @@ def add_adapter(unet: nn.Module, config: SmoothLoraConfig) -> None:
         init_lora_weights="gaussian",
     )
     unet.add_adapter(adapter, NAME)  # type: ignore[operator]
+
+
+def checkpoint_activations(unet: nn.Module) -> None:
+    """Let the UNet compute its activations a second time on the way back instead of keeping them.
+
+    They must be computed as they were, also where that happens after the choice of attention kernels that held then
+    has ended.
+    """
+
+    def checkpointed(function: Callable[..., Any], *arguments: Any) -> Any:
+        # As `svr.variation` sets it, on any device.
+        math_alone = not torch.backends.cuda.flash_sdp_enabled()  # type: ignore[no-untyped-call]
+
+        def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any] | _Again]:
+            return nullcontext(), _Again(partial(sdpa_kernel, SDPBackend.MATH)) if math_alone else nullcontext()
+
+        return checkpoint(function, *arguments, use_reentrant=False, context_fn=contexts)
+
+    unet.enable_gradient_checkpointing(gradient_checkpointing_func=checkpointed)  # type: ignore[operator]
+
+
+class _Again:
+    """A context that can be entered more than once: a double backward computes the activations twice."""
+
+    def __init__(self, make: Callable[[], AbstractContextManager[Any]]) -> None:
+        self.make = make
+        self.entered: list[AbstractContextManager[Any]] = []
+
+    def __enter__(self) -> None:
+        self.entered.append(self.make())
+        self.entered[-1].__enter__()
+
+    def __exit__(self, *error: Any) -> bool | None:
+        return self.entered.pop().__exit__(*error)
 
 
 def lora_of(unet: nn.Module, config: SmoothLoraConfig, source: str) -> Lora:

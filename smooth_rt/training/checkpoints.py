@@ -58,12 +58,20 @@ class Checkpoints:
             NotFiniteError: a tensor holds NaN or an infinite value; nothing is written over a state that was good.
             StateError: the file cannot be written.
         """
-        target = self._put(PREFIX, step, settings, tensors)
-        try:
-            for old in self.paths()[: -self.keep]:
+        self._put(PREFIX, step, settings, tensors)
+        self.prune()
+
+    def prune(self) -> None:
+        """Remove all but the newest few, which a run that was killed may not have come to.
+
+        Raises:
+            StateError: one cannot be removed.
+        """
+        for old in self.paths()[: -self.keep]:
+            try:
                 old.unlink(missing_ok=True)
-        except OSError as error:
-            raise StateError(f"{target}: an older one cannot be removed ({reason(error)})") from error
+            except OSError as error:
+                raise StateError(f"{old}: cannot be removed ({reason(error)}); remove it") from error
 
     def write_failed(self, step: int, settings: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Path:
         """Write a state that leads nowhere beside the checkpoints, of which it is none; its path.

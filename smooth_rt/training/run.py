@@ -144,6 +144,8 @@ class Run:
             raise
 
     def _train(self, step_fn: StepFn, every: Calls, quiet: bool) -> None:
+        if self.world.main:
+            self._checkpoints.prune()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         averages: dict[str, float] = {}
         began, first = time.perf_counter(), self.step

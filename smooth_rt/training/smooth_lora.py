@@ -11,7 +11,7 @@ from pathlib import Path
 from smooth_rt.errors import InputError
 from smooth_rt.lora import LoraFormat, write_lora
 from smooth_rt.model import Model
-from smooth_rt.training.adapter import add_adapter, lora_of
+from smooth_rt.training.adapter import add_adapter, checkpoint_activations, lora_of
 from smooth_rt.training.batches import Batches
 from smooth_rt.training.captioned import Pictures
 from smooth_rt.training.objective import Objective
@@ -63,7 +63,7 @@ def train_smooth_lora(
     add_adapter(model.unet, config)
     model.unet.to(world.device)
     if config.gradient_checkpointing:
-        model.unet.enable_gradient_checkpointing()
+        checkpoint_activations(model.unet)
     objective = Objective(model, config, world)
     batches = Batches(model, pictures, config, len(objective.alphas), world)
 

@@ -149,11 +149,9 @@ def launched(
             f"accelerate: {accelerator.distributed_type.value} cuts the weights up, and the penalty on gradients needs "
             "them whole on each device; launch with --multi_gpu or --cpu"
         )
-    missing = set(trackers) - {
-        tracker if isinstance(tracker, str) else tracker.name for tracker in accelerator.log_with
-    }
-    if missing:
-        raise InputError(f"report_to={sorted(missing)[0]!r}: not installed; pip install it, or leave it out")
+    there = {str(tracker.value) for tracker in accelerator.log_with}
+    if missing := sorted(set(trackers) - there):
+        raise InputError(f"report_to={missing[0]!r}: not installed; pip install it, or leave it out")
     if trackers:
         plain = {key: value for key, value in (settings or {}).items() if isinstance(value, str | int | float | bool)}
         accelerator.init_trackers("tracking", config=plain)

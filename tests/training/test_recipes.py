@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from diffusers import StableDiffusionPipeline
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -266,3 +267,77 @@ def test_settings_out_of_range_are_named(
     assert cli.main(["train", *options, "--output", "run", "--data", "data"]) == 2
     assert capsys.readouterr().err.startswith(f"error: {named}")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_parts_of_a_step_add_up_to_it(tmp_path: Path, emoji: Path, tiny_model: Path) -> None:
+    """With a target that does not move, a step in parts is the step at once, but for the order of its sums."""
+    trained = []
+    for accumulate in (1, 2, 4):
+        config = SmoothLoraConfig(
+            batch_size=4, accumulate=accumulate, lr=1e-3, svr_target="anchored", calibration_steps=2, drop_prompt=0.3,
+            path_weight=0.5, path_steps=2, path_window=1, path_points=3,
+        )  # fmt: skip
+        model = load_model(tiny_model)
+        for network in (model.unet, model.vae, model.text_encoder):
+            network.double()
+        train_smooth_lora(model, EmojiScenes(emoji, 16), tmp_path / str(accumulate), 3, config=config)
+        trained.append(load_file(tmp_path / str(accumulate) / "checkpoint-00000003.safetensors"))
+    for other in trained[1:]:
+        for key, value in trained[0].items():
+            if not key.startswith("extra/"):  # the calibration's means are of other groups of four
+                continue
+            assert value.shape == other[key].shape
+        weights = [key for key in trained[0] if key.startswith("weight/")]
+        assert all((other[key] - trained[0][key]).norm() <= 2e-2 * trained[0][key].norm() + 1e-4 for key in weights)
+
+
+@pytest.mark.parametrize("reg_gradient", ["exact", "difference"])
+def test_checkpointed_activations_train_the_same(
+    tmp_path: Path, emoji: Path, tiny_model: Path, reg_gradient: str
+) -> None:
+    trained = []
+    for checkpointing in (False, True):
+        config = SmoothLoraConfig(
+            batch_size=2, lr=1e-3, reg_gradient=reg_gradient, gradient_checkpointing=checkpointing
+        )
+        path = train_smooth_lora(
+            load_model(tiny_model), EmojiScenes(emoji, 16), tmp_path / str(checkpointing), 3, config=config
+        )
+        trained.append(load_file(path))
+    for key, value in trained[0].items():
+        torch.testing.assert_close(trained[1][key], value, rtol=1e-4, atol=1e-6)
+
+
+def test_a_loss_that_is_not_finite_names_step_and_pictures(tmp_path: Path, emoji: Path, tiny_model: Path) -> None:
+    model, scenes = load_model(tiny_model), EmojiScenes(emoji, 16)
+    draw = scenes.draw
+
+    def damaging(stream: str, index: int) -> Any:
+        if stream == "smooth-lora" and index == 4:
+            with torch.no_grad():
+                model.unet.conv_out.weight[0, 0, 0, 0] = float("nan")
+        return draw(stream, index)
+
+    scenes.draw = damaging  # type: ignore[method-assign, assignment]
+    config = SmoothLoraConfig(batch_size=2, svr_target="per-timestep")
+    with pytest.raises(SmoothRTError) as said:
+        train_smooth_lora(model, scenes, tmp_path, 5, config=config, save_every=1)
+    message = str(said.value)
+    assert message.startswith("step 2: the loss is nan, made of emoji scene smooth-lora 4, emoji scene smooth-lora 5; ")
+    assert "kept as failed-00000002.safetensors" in message
+    assert (tmp_path / "failed-00000002.safetensors").exists()
+
+
+def test_a_look_while_it_trains(tmp_path: Path, emoji: Path, tiny_model: Path) -> None:
+    output = tmp_path / "run"
+    command = ["train", "smooth-lora", "--model", str(tiny_model), "--data", str(emoji), "--output", str(output)]
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("dog on blue background\nred apple on white background\n")
+    command += ["--steps", "3", "--batch-size", "2", "--watch-every", "2", "--watch-prompts", str(prompts)]
+    assert cli.main([*command, "--report-to", "tensorboard", "--device", "cpu"]) == 0
+    looks = [json.loads(line) for line in (output / "istd.jsonl").read_text().splitlines()]
+    assert [look["step"] for look in looks] == [2, 3]
+    assert all(look["istd"] > 0 for look in looks)
+    with Image.open(output / "morph-00000002.png") as sheet:
+        assert sheet.size == (11 * 16, 2 * 16)
+    assert list((output / "tracking").rglob("events.out.tfevents*"))
