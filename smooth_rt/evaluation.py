@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from smooth_rt.errors import InputError
+from smooth_rt.errors import InputError, reason
 from smooth_rt.images import read
 from smooth_rt.metrics.istd import Istd, diversity, istd
 from smooth_rt.metrics.reconstruction import Reconstruction, reconstruction
@@ -66,9 +66,15 @@ def captioned(folder: Path) -> list[Example]:
     Raises:
         InputError: no captioned image is there.
     """
-    from smooth_rt.training.captioned import CaptionedFolder
+    from smooth_rt.training.pictures.folder import captions_of
 
-    return [Example(path, caption) for path, caption in CaptionedFolder(folder, size=1).items]
+    found = [Example(path, caption) for path, caption in captions_of(folder)]
+    for example in found:
+        try:
+            example.path.stat()
+        except OSError as error:
+            raise InputError(f"{example.path}: {reason(error)}; mend or remove it") from error
+    return found
 
 
 def read_prompts(path: Path | None = None) -> list[str]:

@@ -51,12 +51,23 @@ def tiny(
 def smooth_lora(
     output: Output,
     data: Annotated[
-        Path,
+        str,
         typer.Option(
-            help="Images with metadata.jsonl (file_name, text) or a .txt beside each; or what `train tiny` fetched.",
+            help="A folder of images with metadata.jsonl (file_name, text) or a .txt beside each; WebDataset shards, "
+            "as 'data-{000..012}.tar'; a Hugging Face dataset; or what `train tiny` fetched.",
             show_default=False,
         ),
     ],
+    cache: Annotated[
+        Path | None, typer.Option(help="Keep latents and text embeddings here, encoded once.", show_default=False)
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(help="Pixels a side; left out: the model's own.", show_default=False)
+    ] = None,
+    crop: Annotated[str, typer.Option(help="centre, or buckets: of several aspects.")] = "centre",
+    split: Annotated[str, typer.Option(help="Of a Hugging Face dataset.")] = "train",
+    image_column: Annotated[str | None, typer.Option(help="Of it; left out: guessed.", show_default=False)] = None,
+    caption_column: Annotated[str | None, typer.Option(help="Of it; left out: guessed.", show_default=False)] = None,
     model: Annotated[str, typer.Option(help="As for the other commands.")] = "default",
     model_config: Annotated[str | None, typer.Option(help="As for the other commands.", show_default=False)] = None,
     steps: Annotated[int, typer.Option(help="Steps in all.")] = 30000,
@@ -115,13 +126,15 @@ def smooth_lora(
     from smooth_rt.writers import check_output
 
     check_output(output)
+    if cache is not None:
+        check_output(cache)
     from dataclasses import asdict
 
     from smooth_rt.errors import InputError
     from smooth_rt.evaluation import read_prompts
     from smooth_rt.lora import LoraFormat
     from smooth_rt.model import load_model
-    from smooth_rt.training.captioned import open_pictures
+    from smooth_rt.training.pictures import Reading, open_pictures
     from smooth_rt.training.settings import check_count, check_steps
     from smooth_rt.training.smooth_lora import train_smooth_lora
     from smooth_rt.training.smooth_lora_config import SmoothLoraConfig
@@ -164,7 +177,20 @@ def smooth_lora(
     trackers = [name.strip() for name in report_to.split(",") if name.strip()]
     world = launched(output, config.mixed_precision, device, trackers, asdict(config))
     loaded = load_model(model, config=model_config)
-    pictures = open_pictures(data, loaded.dims.sample_size * loaded.dims.vae_factor, seed)
+    multiple = loaded.dims.latent_multiple * loaded.dims.vae_factor
+    if resolution is not None and (resolution < multiple or resolution % multiple):
+        raise InputError(f"resolution={resolution}: give a multiple of {multiple}")
+    reading = Reading(
+        resolution or loaded.dims.sample_size * loaded.dims.vae_factor,
+        seed,
+        crop,
+        batch_size // accumulate,
+        multiple,
+        split,
+        image_column,
+        caption_column,
+    )
+    pictures = open_pictures(data, reading)
     written = train_smooth_lora(
         loaded,
         pictures,
@@ -177,6 +203,11 @@ def smooth_lora(
         save_every=save_every,
         keep=keep,
         world=world,
+        cache=cache,
     )
     world.close()
-    return {"command": "train smooth-lora", "output": str(written)}
+    skipped = dict(sorted({k: v for part in world.gather([dict(pictures.skipped)]) for k, v in part.items()}.items()))
+    result: dict[str, Any] = {"command": "train smooth-lora", "output": str(written)}
+    if skipped:
+        result |= {"skipped": len(skipped), "first_skipped": [f"{k}: {v}" for k, v in list(skipped.items())[:5]]}
+    return result

@@ -11,9 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from smooth_rt.model import Model
-from smooth_rt.training.captioned import Pictures
 from smooth_rt.training.draws import keyed_generator
+from smooth_rt.training.encoded import Encode
 from smooth_rt.training.smooth_lora_config import SmoothLoraConfig
 from smooth_rt.training.world import World
 
@@ -47,16 +46,25 @@ class Batches:
     """Draws the rows of steps.
 
     Args:
+        encode: gives picture number `index` of a stream.
+        empty: the embedding of the empty prompt, [L, D].
         timesteps: how many the training schedule has.
+        dtype: of the UNet's weights.
+        scaling_factor: of the VAE.
     """
 
     def __init__(
-        self, model: Model, pictures: Pictures, config: SmoothLoraConfig, timesteps: int, world: World
+        self,
+        encode: Encode,
+        empty: Tensor,
+        config: SmoothLoraConfig,
+        timesteps: int,
+        dtype: torch.dtype,
+        scaling_factor: float,
+        world: World,
     ) -> None:
-        self.pictures, self.config, self.timesteps, self.world = pictures, config, timesteps, world
-        self.vae = model.vae
-        self.dtype = next(model.unet.parameters()).dtype
-        self._encode = _TextCache(model)
+        self.encode, self.empty, self.config, self.timesteps = encode, empty, config, timesteps
+        self.dtype, self.scaling_factor, self.world = dtype, scaling_factor, world
 
     def part(self, stream: str, step: int, part: int) -> Rows:
         """This process's share of part number `part` of a step, of `accumulate` parts."""
@@ -67,54 +75,36 @@ class Batches:
 
     def rows(self, stream: str, step: int, places: range) -> Rows:
         """The samples of a step at some places of it."""
-        config, device = self.config, self.world.device
-        numbers = [step * config.batch_size + place for place in places]
-        pictures = [self.pictures.draw(stream, number) for number in numbers]
-        images = torch.stack([torch.from_numpy(picture.image.copy()) for picture in pictures]).to(device)
-        with torch.no_grad():
-            posterior = self.vae.encode(images.permute(0, 3, 1, 2).to(self.vae.dtype).div(127.5).sub(1)).latent_dist
-        mean, std = posterior.mean.to(self.dtype), posterior.std.to(self.dtype)
-        shape = mean.shape[1:]
-        latent, noise, direction = (torch.empty(mean.shape) for _ in range(3))
-        dropped, timesteps = [], []
-        for row, number in enumerate(numbers):
+        config = self.config
+        pictures, contexts, timesteps = [], [], []
+        latents, noises, directions = [], [], []
+        for place in places:
+            number = step * config.batch_size + place
+            picture = self.encode(stream, number)
+            shape = picture.mean.shape
             generator = keyed_generator(config.seed, stream, number)
-            latent[row] = torch.randn(shape, generator=generator)
-            noise[row] = torch.randn(shape, generator=generator)
-            direction[row] = torch.randn(shape, generator=generator) / mean[0].numel() ** 0.5
-            dropped.append(torch.rand((), generator=generator).item() < config.drop_prompt)
+            latents.append(picture.mean + picture.std * torch.randn(shape, generator=generator))
+            noises.append(torch.randn(shape, generator=generator))
+            directions.append(torch.randn(shape, generator=generator) / picture.mean.numel() ** 0.5)
+            dropped = torch.rand((), generator=generator).item() < config.drop_prompt
+            contexts.append(self.empty if dropped else picture.context)
             timesteps.append(int(torch.randint(self.timesteps, (), generator=generator)))
-        captions = ["" if drop else picture.caption for drop, picture in zip(dropped, pictures, strict=True)]
+            pictures.append(picture)
         return Rows(
             places=places,
-            latents=(mean + std * latent.to(device, self.dtype)) * self.vae.config.scaling_factor,
-            context=self._encode(captions).to(device, self.dtype),
-            empty=self._encode([""] * len(captions)).to(device, self.dtype),
-            timesteps=torch.tensor(timesteps, device=device),
-            noise=noise.to(device, self.dtype),
-            direction=direction.to(device, self.dtype),
+            latents=self._there(latents) * self.scaling_factor,
+            context=self._there(contexts),
+            empty=self._there([self.empty] * len(places)),
+            timesteps=torch.tensor(timesteps, device=self.world.device),
+            noise=self._there(noises),
+            direction=self._there(directions),
             names=[picture.name for picture in pictures],
         )
+
+    def _there(self, tensors: list[Tensor]) -> Tensor:
+        return torch.stack(tensors).to(self.world.device, self.dtype)
 
     def names(self, stream: str, step: int) -> list[str]:
         """The names of the pictures of this process's share of a step."""
         parts = (self.part(stream, step, part) for part in range(self.config.accumulate))
         return [name for rows in parts for name in rows.names]
-
-
-class _TextCache:
-    """Prompt to embedding [L, D], each prompt encoded once."""
-
-    def __init__(self, model: Model) -> None:
-        self.model = model
-        self.known: dict[str, Tensor] = {}
-
-    def __call__(self, captions: list[str]) -> Tensor:
-        device = next(self.model.text_encoder.parameters()).device
-        for caption in dict.fromkeys(captions):
-            if caption not in self.known:
-                tokens = self.model.tokenizer(caption, padding="max_length", truncation=True, return_tensors="pt")
-                with torch.no_grad():
-                    encoded = self.model.text_encoder(tokens.input_ids.to(device)).last_hidden_state
-                self.known[caption] = encoded[0].cpu()
-        return torch.stack([self.known[caption] for caption in captions])

@@ -21,7 +21,7 @@ from torch import Tensor
 from smooth_rt.errors import InputError, ModelError, SmoothRTError, reason
 from smooth_rt.training.settings import differences
 
-__all__ = ["Checkpoints", "NotFiniteError", "StateError"]
+__all__ = ["Checkpoints", "NotFiniteError", "StateError", "digest_of"]
 
 PREFIX = "checkpoint-"
 
@@ -90,7 +90,7 @@ class Checkpoints:
         try:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                metadata = {"step": str(step), "settings": json.dumps(settings), "digest": _digest(contiguous)}
+                metadata = {"step": str(step), "settings": json.dumps(settings), "digest": digest_of(contiguous)}
                 save_file(contiguous, partial, metadata)
                 _sync(partial)
                 partial.replace(target)
@@ -140,7 +140,7 @@ class Checkpoints:
                 raise self._damaged(path, f"{key} is {list(tensors[key].shape)} and should be {list(shape)}")
         if bad := _not_finite(tensors):
             raise self._damaged(path, f"{bad} is not finite")
-        if metadata.get("digest", "") not in ("", _digest(tensors)):
+        if metadata.get("digest", "") not in ("", digest_of(tensors)):
             raise self._damaged(path, "its tensors are not those that were written")
         return tensors
 
@@ -162,7 +162,7 @@ def _sync(path: Path) -> None:
         os.fsync(file.fileno())
 
 
-def _digest(tensors: Mapping[str, Tensor]) -> str:
+def digest_of(tensors: Mapping[str, Tensor]) -> str:
     """A sha256 of names and bytes: safetensors itself does not see a flipped bit."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):

@@ -117,6 +117,7 @@ class EmojiScenes:
     def __init__(self, folder: Path, size: int = 64, seed: int = 0) -> None:
         self.size = size
         self.seed = seed
+        self.skipped: dict[str, str] = {}  # none: a damaged one is refused at once
         self.captions: list[str] = []
         self.sprites: list[Image.Image] = []
         listed = []

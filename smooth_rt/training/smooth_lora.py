@@ -13,8 +13,9 @@ from smooth_rt.lora import LoraFormat, write_lora
 from smooth_rt.model import Model
 from smooth_rt.training.adapter import add_adapter, checkpoint_activations, lora_of
 from smooth_rt.training.batches import Batches
-from smooth_rt.training.captioned import Pictures
+from smooth_rt.training.encoded import Encoder, cached
 from smooth_rt.training.objective import Objective
+from smooth_rt.training.pictures import Pictures
 from smooth_rt.training.run import Calls, Part, Run
 from smooth_rt.training.settings import check_steps
 from smooth_rt.training.smooth_lora_config import SmoothLoraConfig
@@ -35,6 +36,7 @@ def train_smooth_lora(
     save_every: int = 200,
     keep: int = 2,
     world: World | None = None,
+    cache: Path | None = None,
 ) -> Path:
     """Train on `pictures` and write `output/smooth_lora.safetensors` in `format` (see `write_lora`); returns its path.
 
@@ -46,6 +48,7 @@ def train_smooth_lora(
 
     Args:
         every: periods in steps and calls, made with the averaged weights in the UNet, by the main process.
+        cache: a folder that keeps latents and text embeddings (see `encoded.cached`).
         world: the processes that share the work; this one alone unless given.
 
     Raises:
@@ -65,7 +68,19 @@ def train_smooth_lora(
     if config.gradient_checkpointing:
         checkpoint_activations(model.unet)
     objective = Objective(model, config, world)
-    batches = Batches(model, pictures, config, len(objective.alphas), world)
+    encoder = Encoder(model)
+    identity, encode = pictures.identity, lambda stream, index: encoder(pictures.draw(stream, index))
+    if cache is not None:
+        identity, encode = cached(cache, model, pictures, world)
+    batches = Batches(
+        encode,
+        encoder.text(""),
+        config,
+        len(objective.alphas),
+        next(model.unet.parameters()).dtype,
+        model.vae.config.scaling_factor,
+        world,
+    )
 
     def step_fn(step: int) -> Iterator[Part]:
         for part in range(config.accumulate):
@@ -77,7 +92,7 @@ def train_smooth_lora(
         {"unet": model.unet},
         steps,
         config.lr,
-        {**settings, "model": model.digests, "data": pictures.identity},
+        {**settings, "model": model.digests, "data": identity},
         warmup=50,
         ema_decay=0.99,
         save_every=save_every,

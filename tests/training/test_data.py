@@ -14,8 +14,9 @@ import pytest
 from PIL import Image
 
 from smooth_rt.errors import InputError
-from smooth_rt.training.captioned import CaptionedFolder, open_pictures
 from smooth_rt.training.data import BACKGROUNDS, COLOUR_JITTER, COLOURS, EmojiScenes, fetch, is_held_out
+from smooth_rt.training.pictures import Listed, Reading, open_pictures
+from smooth_rt.training.pictures.folder import FolderSource
 from smooth_rt.training.showcase import evaluation_prompts, write_examples
 
 # A PNG that says that it is 50,000 pixels a side, and holds none.
@@ -77,33 +78,37 @@ def test_a_captioned_folder_reads_both_kinds_of_captions(tmp_path: Path) -> None
     for index in range(3):
         Image.new("RGB", (20 + index, 30), (80 * index, 0, 0)).save(tmp_path / f"{index}.png")
         (tmp_path / f"{index}.txt").write_text(f"picture {index}\n")
-    beside = CaptionedFolder(tmp_path, 16)
+    beside = Listed(FolderSource(tmp_path), 16)
     drawn = [beside.draw("train", index) for index in range(3)]
     assert {d.caption for d in drawn} == {"picture 0", "picture 1", "picture 2"}
     assert all(d.image.shape == (16, 16, 3) for d in drawn)
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "the second"}\n')
-    listed = open_pictures(tmp_path, 16)
+    listed = open_pictures(tmp_path, Reading(16))
     assert listed.draw("train", 0).caption == "the second"
 
 
 def test_bad_folders_are_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no captioned image"):
-        CaptionedFolder(tmp_path, 16)
+        FolderSource(tmp_path)
     with pytest.raises(InputError, match="no such folder"):
-        open_pictures(tmp_path / "none", 16)
+        open_pictures(tmp_path / "none", Reading(16))
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "1.png", "text": "x"}\n')
-    with pytest.raises(InputError, match=r"1\.png: No such file"):
-        CaptionedFolder(tmp_path, 16)
-    (tmp_path / "1.png").write_bytes(b"not an image")
-    with pytest.raises(InputError, match=r"1\.png: not an image that can be read"):
-        CaptionedFolder(tmp_path, 16).draw("train", 0)
-    (tmp_path / "1.png").write_bytes(LARGE_PNG)
-    with pytest.raises(InputError, match=r"1\.png: .*too large"):
-        CaptionedFolder(tmp_path, 16).draw("train", 0)
+    for content, why in (
+        (None, "No such file"),
+        (b"", "cannot identify image file"),
+        (b"not an image", "cannot identify image file"),
+        (LARGE_PNG, "too large|exceeds limit"),
+    ):
+        if content is not None:
+            (tmp_path / "1.png").write_bytes(content)
+        pictures = Listed(FolderSource(tmp_path), 16)
+        with pytest.raises(InputError, match=rf"none of its 1 pictures can be used \(.*1\.png: .*({why})"):
+            pictures.draw("train", 0)
+        assert list(pictures.skipped) == [str(tmp_path / "1.png")]
     (tmp_path / "metadata.jsonl").unlink()
     (tmp_path / "metadata.jsonl").mkdir()
     with pytest.raises(InputError, match=r"metadata\.jsonl: Is a directory"):
-        CaptionedFolder(tmp_path, 16)
+        FolderSource(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -117,7 +122,7 @@ def test_a_line_without_a_caption_is_named(tmp_path: Path, line: bytes) -> None:
     (tmp_path / "1.png").touch()
     (tmp_path / "metadata.jsonl").write_bytes(b'{"file_name": "1.png", "text": "x"}\n\n' + line)
     with pytest.raises(InputError, match=r"metadata\.jsonl:3: needs file_name and text"):
-        CaptionedFolder(tmp_path, 16)
+        Listed(FolderSource(tmp_path), 16)
 
 
 @pytest.mark.parametrize("name", ["metadata.jsonl", "1.txt"])
@@ -125,7 +130,7 @@ def test_captions_that_are_not_utf8_are_named(tmp_path: Path, name: str) -> None
     (tmp_path / "1.png").touch()
     (tmp_path / name).write_bytes("a cafe\u0301 or café".encode("latin-1", "ignore"))
     with pytest.raises(InputError, match=rf"{name}: byte \d+ is not UTF-8"):
-        CaptionedFolder(tmp_path, 16)
+        Listed(FolderSource(tmp_path), 16)
 
 
 def test_the_identity_follows_captions_names_and_sizes(tmp_path: Path) -> None:
@@ -133,14 +138,14 @@ def test_the_identity_follows_captions_names_and_sizes(tmp_path: Path) -> None:
     folder.mkdir()
     (folder / "1.png").write_bytes(b"1234")
     (folder / "1.txt").write_text("a dog")
-    seen = [CaptionedFolder(folder, 16).identity]
+    seen = [Listed(FolderSource(folder), 16).identity]
     moved = folder.rename(tmp_path / "moved")
-    assert CaptionedFolder(moved, 16, seed=3).identity == seen[0]
+    assert Listed(FolderSource(moved), 16, seed=3).identity == seen[0]
     (moved / "1.txt").write_text("a cat")
-    seen.append(CaptionedFolder(moved, 16).identity)
+    seen.append(Listed(FolderSource(moved), 16).identity)
     (moved / "1.png").write_bytes(b"12345")
-    seen.append(CaptionedFolder(moved, 16).identity)
-    seen.append(CaptionedFolder(moved, 32).identity)
+    seen.append(Listed(FolderSource(moved), 16).identity)
+    seen.append(Listed(FolderSource(moved), 32).identity)
     assert len(set(seen)) == 4
 
 
@@ -151,13 +156,13 @@ def test_emoji_that_are_not_as_fetched_are_named(emoji: Path, tmp_path: Path) ->
     picture = min((folder / "fluent" / "package" / "assets").iterdir())
     picture.write_bytes(picture.read_bytes()[:20])
     with pytest.raises(InputError, match=rf"{picture.name} cannot be read.*fetch"):
-        open_pictures(folder, 16)
+        open_pictures(folder, Reading(16))
     picture.unlink()
     with pytest.raises(InputError, match=r"has no picture.*fetch"):
-        open_pictures(folder, 16)
+        open_pictures(folder, Reading(16))
     (folder / "names" / "package" / "emoji.json").unlink()
     with pytest.raises(InputError, match=r"emoji\.json cannot be read: No such file.*fetch"):
-        open_pictures(folder, 16)
+        open_pictures(folder, Reading(16))
 
 
 def test_a_download_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,0 +1,112 @@
+"""A folder of images with captions."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from PIL import Image
+
+from engines.bundle import digest_json
+from smooth_rt.errors import InputError, reason
+
+__all__ = ["FolderSource", "captions_of"]
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
+
+log = logging.getLogger("smooth_rt")
+
+
+class FolderSource:
+    """Images of a folder with captions from `metadata.jsonl` (`file_name`, `text`) or from a .txt beside each image.
+
+    Attributes:
+        identity: a digest of the names, sizes in bytes and captions of the images.
+
+    Raises:
+        InputError: no image with a caption is there, or a caption cannot be read.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.where = str(folder)
+        self.items = captions_of(folder)
+        # ascii: a name that is not UTF-8 has no JSON.
+        listed = [[ascii(os.path.relpath(path, folder)), _bytes(path), text] for path, text in self.items]
+        self.identity = digest_json(listed)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def name(self, item: int) -> str:
+        return str(self.items[item][0])
+
+    def caption(self, item: int) -> str:
+        return self.items[item][1]
+
+    def open(self, item: int) -> Image.Image:
+        return Image.open(self.items[item][0])
+
+
+def captions_of(folder: Path) -> list[tuple[Path, str]]:
+    """Path and caption of each image; those without a caption are counted in a warning.
+
+    Raises:
+        InputError: no image with a caption is there, or a caption cannot be read.
+    """
+    try:
+        found = list(_captions(folder))
+    except OSError as error:
+        raise InputError(f"{error.filename or folder}: {reason(error)}; mend or remove it") from error
+    if not found:
+        raise InputError(f"{folder}: no captioned image; add metadata.jsonl (file_name, text) or a .txt an image")
+    return found
+
+
+def _captions(folder: Path) -> Iterator[tuple[Path, str]]:
+    metadata = folder / "metadata.jsonl"
+    images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    named: set[Path] = set()
+    if metadata.exists():
+        for number, line in enumerate(_text(metadata).split("\n"), 1):
+            if line.strip():
+                name, text = _record(line, f"{metadata}:{number}")
+                named.add(folder / name)
+                yield folder / name, text
+    else:
+        for path in images:
+            beside = path.with_suffix(".txt")
+            if beside.exists():
+                named.add(path)
+                yield path, _text(beside).strip()
+    if named and (bare := [path for path in images if path not in named]):
+        log.warning("%s: no caption for %d of %d images, as %s", folder, len(bare), len(images), bare[0].name)
+
+
+def _record(line: str, where: str) -> tuple[str, str]:
+    try:
+        record = json.loads(line)
+        name, text = record["file_name"], record["text"]
+        text.encode(), name.encode()  # a lone surrogate is valid JSON, and no tokenizer takes it
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise InputError(f"{where}: needs file_name and text ({reason(error)})") from error
+    if "\0" in name:
+        raise InputError(f"{where}: file_name holds a NUL character; mend it")
+    return name, text
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: byte {error.start + 1} is not UTF-8; save it as UTF-8") from error
+
+
+def _bytes(path: Path) -> int:
+    """-1 where nothing is there: a picture that is missing is passed over like a broken one."""
+    try:
+        return path.stat().st_size
+    except OSError:
+        return -1
