@@ -21,6 +21,7 @@ from engines.eager import EagerEngine, torch_networks
 from engines.select import BACKENDS, Choice, choose
 from smooth_rt.errors import EngineError
 from smooth_rt.images import ImageLike, Images, OutputType, read, to_images
+from smooth_rt.lora import fused_with
 from smooth_rt.model import Model, PipelineConfig, load_model, read_config
 from smooth_rt.opening import open_model, reopen_model
 from smooth_rt.ranges import check, shown
@@ -64,7 +65,8 @@ class SmoothPipeline:
         batch_size: images in one call of a network (both halves of guidance go along), or "auto": CELLS_PER_CALL.
 
     Attributes: `engine` is the backend that really runs ("eager", "onnxruntime", "openvino"), `reason` why that one,
-    `bundle` what its engines are from (None for eager); `dims`, `source` and `batch_size` are as given.
+    `bundle` what its engines are from (None for eager), `digests` what tells the weights that run from others, the LoRA
+    and its strength among them; `dims`, `source` and `batch_size` are as given.
     """
 
     def __init__(
@@ -85,6 +87,7 @@ class SmoothPipeline:
         self.source = source
         self.engine, self.reason = (choice.backend, choice.reason) if choice else (engines["unet"].backend, "given")
         self.bundle: Bundle | None = None
+        self.digests: Mapping[str, str] = {}
         self.batch_size = batch_size
 
     # Each task takes the pipeline first, so it is a method as it stands.
@@ -169,13 +172,17 @@ class SmoothPipeline:
         engines = {name: bundle.engine(name, choice.backend) for name in NETWORKS}
         pipe = cls(engines, config, bundle.dims, source=bundle.source.model, choice=choice, batch_size=batch_size)
         pipe.bundle = bundle
+        lora = bundle.source.lora
+        pipe.digests = _digests(bundle.source.digests, (lora.digest, lora.strength) if lora is not None else None)
         return pipe
 
     @classmethod
     def _eager(cls, model: Model, choice: Choice, batch_size: int | str) -> Self:
         networks = torch_networks(model.text_encoder, model.unet, model.vae)
         engines = {name: EagerEngine(contract(name, model.dims), networks[name]) for name in NETWORKS}
-        return cls(engines, model.config(), model.dims, source=model.source, choice=choice, batch_size=batch_size)
+        pipe = cls(engines, model.config(), model.dims, source=model.source, choice=choice, batch_size=batch_size)
+        pipe.digests = _digests(model.digests, fused_with(model.unet))
+        return pipe
 
     @property
     def batch_size(self) -> int | str:
@@ -319,3 +326,7 @@ class SmoothPipeline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _digests(model: Mapping[str, str], lora: tuple[str, float] | None) -> dict[str, str]:
+    return {**model, **({"lora": lora[0], "lora_strength": f"{lora[1]:g}"} if lora is not None else {})}

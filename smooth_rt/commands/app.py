@@ -69,8 +69,8 @@ _group(
 )
 _group(
     "evaluate",
-    "Measure smoothness and inversion, with and without the LoRA.",
-    [("istd", evaluate.istd), ("inversion", evaluate.inversion)],
+    "Measure smoothness, inversion and the images' quality, with and without the LoRA.",
+    [("istd", evaluate.istd), ("inversion", evaluate.inversion), ("quality", evaluate.quality)],
 )
 
 

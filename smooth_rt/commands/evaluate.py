@@ -1,80 +1,106 @@
-"""evaluate istd, evaluate inversion: the numbers of a model with and without its LoRA, printed and written as JSON."""
+"""evaluate istd, inversion, quality: a model with and without its LoRA in numbers: tables, JSON, a plot.
+
+What is measured is kept row by row under `--output`/rows, so that a command that was stopped goes on.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
 
 import typer
 
 from smooth_rt.commands.options import RunOptions
 from smooth_rt.commands.running import Stopwatch, described, item_progress, open_pipeline
+from smooth_rt.errors import InputError
 
 if TYPE_CHECKING:
-    from smooth_rt.metrics.reconstruction import Reconstruction
+    from smooth_rt.evaluation.rows import Task
+    from smooth_rt.metrics.frechet import Gaussian
     from smooth_rt.pipeline import SmoothPipeline
 
-__all__ = ["inversion", "istd"]
+__all__ = ["inversion", "istd", "quality"]
 
-Result = TypeVar("Result")
+Prompts = Annotated[
+    Path | None, typer.Option(help="One prompt a line. Left out: those of the default model.", show_default=False)
+]
+Limit = Annotated[int | None, typer.Option(help="Only so many of the prompts.", min=1, show_default=False)]
+Processes = Annotated[int, typer.Option(help="Share the work; the results are the same.", min=1, max=256)]
+
+
+class Measured(NamedTuple):
+    """A variant of the model, its rows, and what of the run is told."""
+
+    variant: str
+    rows: list[dict[str, Any]]
+    told: dict[str, Any]
 
 
 def istd(
     options: RunOptions,
-    prompts: Annotated[
-        Path | None, typer.Option(help="One prompt a line. Left out: those of the default model.", show_default=False)
-    ] = None,
-    limit: Annotated[int | None, typer.Option(help="Only so many of the prompts.", min=1, show_default=False)] = None,
+    prompts: Prompts = None,
+    limit: Limit = None,
     frames: Annotated[
         int, typer.Option(help="Images a prompt, with both ends; at most 10000 over the prompts of a batch.")
     ] = 11,
+    pairs: Annotated[int, typer.Option(help="Pairs of noises a prompt.")] = 1,
+    pixel_range: Annotated[float, typer.Option(help="Pixels are measured in 0 to this; the paper does not say.")] = 255,
+    ddof: Annotated[int, typer.Option(help="Of the standard deviation; the paper does not say.", min=0)] = 0,
     batch: Annotated[int, typer.Option(help="Prompts sampled together.")] = 4,
+    processes: Processes = 1,
 ) -> dict[str, Any]:
     """ISTD, mean step and diversity over prompts, without and with the LoRA, from the same noises."""
-    from smooth_rt.evaluation import check_istd, measure_istd, read_prompts
+    from smooth_rt.evaluation import IstdTask, read_prompts, summarise_istd
+    from smooth_rt.evaluation.tables import distances_plot
     from smooth_rt.metrics import ratio_interval
 
+    if not 0 < pixel_range <= 1e9:
+        raise InputError(f"pixel_range={pixel_range}: give a number above 0, such as 255")
+    if frames - 1 <= ddof:
+        raise InputError(f"ddof={ddof}: give less than the steps between {frames} frames")
     texts = read_prompts(prompts)[:limit]
-    check_istd(len(texts), frames, options.seed, batch)
+    task = IstdTask(
+        tuple(texts), frames, pairs, options.seed, options.num_inference_steps, _guidance(options), options.height,
+        options.width, batch, pixel_range,
+    )  # fmt: skip
     _check_file(options, "istd", [] if prompts is None else [prompts])
     rows: list[dict[str, Any]] = []
-    for name, found, told in _measured(
-        options,
-        "ISTD",
-        lambda pipe, progress: measure_istd(
-            pipe,
-            texts,
-            frames=frames,
-            seed=options.seed,
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=7.5 if options.guidance_scale is None else options.guidance_scale,
-            height=options.height,
-            width=options.width,
-            prompts_per_batch=batch,
-            progress=progress,
-        ),
-    ):
+    distances = {}
+    for variant, found, told in _measured(options, "istd", task, processes):
+        summary = summarise_istd(found, ddof)
+        distances[variant] = summary.istd.distances
         rows.append(
             {
-                "variant": name,
+                "variant": variant,
                 **told,
-                "istd": found.istd.istd,
-                "mean_step": found.istd.mean_step,
-                "istd_over_mean_step": found.istd.istd_over_mean_step,
-                "diversity": found.diversity,
-                "per_prompt": list(found.istd.per_prompt),
+                "istd": summary.istd.istd,
+                "mean_step": summary.istd.mean_step,
+                "istd_over_mean_step": summary.istd.istd_over_mean_step,
+                "diversity": summary.diversity,
+                "per_prompt": list(summary.istd.per_prompt),
             }
         )
-    setup: dict[str, Any] = {"command": "evaluate istd", "prompts": len(texts), "frames": frames}
+    setup: dict[str, Any] = {"command": "evaluate istd", "prompts": len(texts), "pairs": pairs, "frames": frames}
     setup |= {"steps": options.num_inference_steps, "seed": options.seed}
+    notes = []
     if len(rows) > 1:
         base, smooth = rows
         keys = ("istd", "mean_step", "istd_over_mean_step", "diversity")
         setup["smooth_over_base"] = {key: smooth[key] / base[key] if base[key] else None for key in keys}
         setup["istd_95_percent"] = list(ratio_interval(base["per_prompt"], smooth["per_prompt"]))
-    return _finish(options, "istd", setup, rows)
+        low, high = setup["istd_95_percent"]
+        ratio = setup["smooth_over_base"]["istd"] or float("nan")
+        notes = [f"ISTD, smooth over base: {ratio:.3f} (95 %, bootstrap over prompts: {low:.3f} to {high:.3f})."]
+    columns = {
+        "variant": "model", "istd": "ISTD", "mean_step": "mean step", "istd_over_mean_step": "ISTD / mean step",
+        "diversity": "diversity",
+    }  # fmt: skip
+    plot = distances_plot(distances).encode()
+    return _finish(options, "istd", setup, rows, columns, notes, {"istd.svg": plot})
 
 
 def inversion(
@@ -87,81 +113,198 @@ def inversion(
             show_default=False,
         ),
     ] = None,
-    method: Annotated[str, typer.Option(help="ddim, ddim-without-text or negative-prompt.")] = "ddim",
+    method: Annotated[
+        list[str] | None,
+        typer.Option(help="ddim, ddim-without-text, negative-prompt; several, or all.", show_default="ddim"),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Images inverted together.")] = 16,
+    processes: Processes = 1,
 ) -> dict[str, Any]:
     """How near images come to themselves after inversion and sampling back, without and with the LoRA."""
-    from smooth_rt.evaluation import captioned, examples, measure_inversion
+    from smooth_rt.evaluation import InversionTask, captioned, examples
+    from smooth_rt.ranges import choice
+    from smooth_rt.tasks.inversion import METHODS
 
+    asked = list(METHODS) if "all" in (method or []) else list(dict.fromkeys(method or ["ddim"]))
+    for name in asked:
+        choice("method", name, tuple(METHODS))
     images = examples() if data is None else captioned(data)
     _check_file(options, "inversion", [example.path for example in images])
     rows: list[dict[str, Any]] = []
-    for name, (rebuilt, bound), told in _measured(
-        options,
-        "inversion",
-        lambda pipe, progress: measure_inversion(
-            pipe,
-            images,
-            method=method,
-            num_inference_steps=options.num_inference_steps,
-            guidance_scale=options.guidance_scale,
-            height=options.height,
-            width=options.width,
-            images_per_batch=batch,
-            progress=progress,
-        ),
-    ):
-        if not rows:
-            rows.append({"variant": "VAE bound", **told, **_means(bound)})
-        rows.append({"variant": name, **told, **_means(rebuilt)})
-    setup = {"images": len(images), "method": method, "steps": options.num_inference_steps}
-    return _finish(options, "inversion", {"command": "evaluate inversion", **setup}, rows)
+    notes: dict[str, None] = {}
+    for name in asked:
+        task = InversionTask(
+            tuple(images), name, options.num_inference_steps, options.guidance_scale, options.height, options.width,
+            batch,
+        )  # fmt: skip
+        for variant, found, told in _measured(options, "inversion", task, processes):
+            if not rows:
+                rows.append({"variant": "VAE bound", "method": "", **told, **_means(found, "bound")})
+            rows.append({"variant": variant, "method": name, **told, **_means(found, "rebuilt")})
+            notes |= dict.fromkeys(
+                f"LPIPS is not measured: {row['rebuilt']['lpips_missing']}"
+                for row in found
+                if row["rebuilt"]["lpips_missing"]
+            )
+    setup = {"images": len(images), "method": asked[0] if len(asked) == 1 else asked}
+    setup = {"command": "evaluate inversion", **setup, "steps": options.num_inference_steps}
+    columns = {
+        "variant": "model", "method": "method", "mse": "MSE", "lpips": "LPIPS", "ssim": "SSIM", "psnr": "PSNR",
+    }  # fmt: skip
+    return _finish(options, "inversion", setup, rows, columns, list(notes))
 
 
-def _measured(
-    options: RunOptions, title: str, measure: Callable[[SmoothPipeline, Callable[[int, int], None]], Result]
-) -> Iterator[tuple[str, Result, dict[str, Any]]]:
-    """`measure` of the model without and with its LoRA, one after the other; of a bundle, of what it holds.
+def quality(
+    options: RunOptions,
+    prompts: Prompts = None,
+    images: Annotated[
+        int, typer.Option(help="In all, two of independent noises at a time, over the prompts in turn.", min=2)
+    ] = 512,
+    reference: Annotated[
+        Path | None,
+        typer.Option(help="A folder of real images. Left out: the default model's own data.", show_default=False),
+    ] = None,
+    batch: Annotated[int, typer.Option(help="Pairs of images sampled together.")] = 16,
+    processes: Processes = 1,
+) -> dict[str, Any]:
+    """How near images are to real ones, whether they show what the prompt says, how different they are."""
+    from smooth_rt.evaluation import QualityTask, read_prompts, summarise_quality
+    from smooth_rt.metrics.attributes import load_attributes
+    from smooth_rt.metrics.frechet import load_reference
 
-    Yields the variant's name, what was measured and what of the run is told.
-    """
+    ours = options.model == "default" and options.engines is None
+    if reference is None and not ours:
+        raise InputError("--reference: name a folder of real images, since only the default model's statistics ship")
+    files = _images_of(reference) if reference is not None else []
+    texts = read_prompts(prompts)
+    attributes = load_attributes() if ours else None
+    task = QualityTask(
+        tuple(texts), images // 2, attributes, options.seed, options.num_inference_steps, _guidance(options),
+        options.height, options.width, batch,
+    )  # fmt: skip
+    _check_file(options, "quality", [*files, *([] if prompts is None else [prompts])])
+    rows: list[dict[str, Any]] = []
+    first: list[dict[str, Any]] | None = None
+    real = load_reference() if reference is None else _statistics(options, files)
+    for variant, found, told in _measured(options, "quality", task, processes):
+        rows.append({"variant": variant, **told, **summarise_quality(found, real, first)})
+        first = first or found
+    notes = ["VAE-Fréchet: on the model's own VAE features; it is not FID."]
+    if attributes is None:
+        notes.append("Accuracies are not measured: the classifier knows the default model's data alone.")
+    else:
+        own = attributes.accuracy
+        notes.append(f"On real pictures the classifier is right about {own['object']:.1%} of objects.")
+    columns = {
+        "variant": "model", "images": "images", "vae_frechet": "VAE-Fréchet", "vae_frechet_95_percent": "95 %",
+        "object_accuracy": "objects right", "colour_accuracy": "colours right", "diversity": "diversity",
+    }  # fmt: skip
+    setup = {"command": "evaluate quality", "prompts": len(texts), "images": 2 * (images // 2)}
+    return _finish(options, "quality", {**setup, "steps": options.num_inference_steps}, rows, columns, notes)
+
+
+def _guidance(options: RunOptions) -> float:
+    return 7.5 if options.guidance_scale is None else options.guidance_scale
+
+
+def _measured(options: RunOptions, name: str, task: Task, processes: int) -> Iterator[Measured]:
+    """Rows of the model without and with its LoRA, one after the other; of a bundle, of what it holds."""
+    from dataclasses import asdict
+
+    from engines.bundle import digest_json
+    from smooth_rt.evaluation.rows import Rows, collect
+
     plain = replace(options, lora="none")
     named = {"bundle": options} if options.engines is not None else {"base": plain}
     if options.engines is None and options.chosen_lora is not None:
         named["smooth"] = options
-    for name, chosen in named.items():
-        with open_pipeline(chosen) as pipe, item_progress(f"{title}, {name}") as progress:
+    asked = {key: value for key, value in asdict(task).items() if key != "attributes"}  # type: ignore[call-overload]
+    for variant, chosen in named.items():
+        with open_pipeline(chosen) as pipe, item_progress(f"{name}, {variant}") as progress:
             watch = Stopwatch()
-            found = measure(pipe, progress)
-            told = {**described(pipe, chosen), "seconds": watch.seconds}
-        yield name, found, told
+            told = described(pipe, chosen)
+            settings = {"measurement": name, "engine": pipe.engine, **pipe.digests, "of": digest_json(_plain(asked))}
+            path = options.output / "rows" / f"{name}-{variant}-{digest_json(settings)[:12]}.jsonl"
+            rows = Rows(path, settings)
+            # Another process cannot be handed a pipeline: it opens its own, from the engines that are built by now.
+            opened: Callable[[], Any] = partial(nullcontext, pipe) if processes == 1 else partial(open_pipeline, chosen)
+            found = collect(task, opened, rows, processes, progress)
+            told["seconds"] = watch.seconds
+        yield Measured(variant, found, told)
 
 
-def _means(found: Sequence[Reconstruction]) -> dict[str, float | None]:
+def _plain(value: Any) -> Any:
+    """`value` as JSON holds it; paths by name."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def _means(found: Sequence[dict[str, Any]], part: str) -> dict[str, float | None]:
     import statistics
 
+    held = [row[part] for row in found]
     means: dict[str, float | None] = {
-        name: statistics.fmean(getattr(one, name) for one in found) for name in ("psnr", "ssim", "mse")
+        name: statistics.fmean(one[name] for one in held) for name in ("psnr", "ssim", "mse")
     }
     # LPIPS is there for every image or for none.
-    perceptual = [one.lpips for one in found if one.lpips is not None]
+    perceptual = [one["lpips"] for one in held if one["lpips"] is not None]
     return {**means, "lpips": statistics.fmean(perceptual) if perceptual else None}
+
+
+def _images_of(folder: Path) -> list[Path]:
+    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    if len(found) < 2:
+        raise InputError(f"{folder}: {len(found)} images; give a folder of at least 2, better thousands")
+    return found
+
+
+def _statistics(options: RunOptions, files: Sequence[Path]) -> Gaussian:
+    """Those of real images, by the VAE of the model that the options name."""
+    import numpy as np
+
+    from smooth_rt.metrics.frechet import fit, vae_features
+
+    def features(pipe: SmoothPipeline, some: Sequence[Path]) -> Any:
+        return vae_features(pipe.encode_image(list(some), options.height, options.width) / pipe.scaling_factor)
+
+    with open_pipeline(options) as pipe, item_progress("quality, real images") as progress:
+        found = []
+        for first in range(0, len(files), 16):
+            found.append(features(pipe, files[first : first + 16]))
+            progress(min(first + 16, len(files)), len(files))
+    return fit(np.concatenate(found))
 
 
 def _check_file(options: RunOptions, name: str, inputs: Sequence[Path]) -> None:
     from smooth_rt.writers import check_output
 
-    check_output(options.output, [f"{name}.json"], [*inputs, *options.inputs])
+    check_output(options.output, [f"{name}.json", f"{name}.md", f"{name}.svg"], [*inputs, *options.inputs])
 
 
-def _finish(options: RunOptions, name: str, setup: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Write the whole as JSON; of what is printed for people, leave out what fills a page."""
+def _finish(
+    options: RunOptions,
+    name: str,
+    setup: dict[str, Any],
+    rows: list[dict[str, Any]],
+    columns: dict[str, str],
+    notes: Sequence[str],
+    files: dict[str, bytes] | None = None,
+) -> dict[str, Any]:
+    """Write the whole as JSON and as a table; of what is printed for people, leave out what fills a page."""
     from smooth_rt.commands.show import finite
+    from smooth_rt.evaluation.tables import markdown
     from smooth_rt.writers import encode_json, write_files
 
     result = {**setup, "results": rows}
-    (written,) = write_files(options.output, {f"{name}.json": encode_json(finite(result))})
+    table = markdown(setup["command"], columns, rows, notes).encode()
+    written = write_files(
+        options.output, {f"{name}.json": encode_json(finite(result)), f"{name}.md": table, **(files or {})}
+    )
     if not options.json:
         long = ("per_prompt", "reason", "model", "lora")
         result["results"] = [{key: value for key, value in row.items() if key not in long} for row in rows]
-    return {**result, "file": str(written)}
+        result |= {"notes": list(notes)} if notes else {}
+    return {**result, "file": str(written[0]), "files": [str(path) for path in written[1:]]}

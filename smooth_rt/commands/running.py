@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -31,6 +32,8 @@ __all__ = [
 ]
 
 Result = TypeVar("Result")
+
+SAY_EVERY = 30.0  # seconds
 
 
 class Stopwatch:
@@ -68,12 +71,17 @@ def step_progress(description: str, steps: int) -> Iterator[StepCallback]:
 
 @contextmanager
 def item_progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr for items done and in all."""
+    """A progress bar on stderr for items done and in all; a line now and then where stderr is no terminal."""
     with _bar() as progress:
         task = progress.add_task(description, total=None)
+        said = time.monotonic()
 
         def show(done: int, total: int) -> None:
+            nonlocal said
             progress.update(task, completed=done, total=total)
+            if not progress.console.is_terminal and time.monotonic() - said >= SAY_EVERY:
+                said = time.monotonic()
+                print(f"{description}: {done} of {total}", file=sys.stderr, flush=True)
 
         yield show
 

@@ -26,9 +26,12 @@ Seed = Annotated[int, typer.Option(help="Decides weights, pictures and noise.")]
 def tiny(
     output: Output,
     data: Annotated[Path, typer.Option(help="Where the emoji are, or are fetched to by npm.", show_default=False)],
-    stages: Annotated[str, typer.Option(help="Comma-separated.")] = "tokenizer,vae,latents,unet,assets",
+    stages: Annotated[
+        str, typer.Option(help="Comma-separated.")
+    ] = "tokenizer,vae,latents,unet,attributes,reference,assets",
     vae_steps: Annotated[int, typer.Option(help="Steps of the autoencoder.")] = 3000,
     unet_steps: Annotated[int, typer.Option(help="Steps of the UNet and text encoder.")] = 20000,
+    attribute_steps: Annotated[int, typer.Option(help="Steps of the classifier that judges pictures.")] = 3000,
     vae_lr: Annotated[float, typer.Option(help="AdamW's rate for the autoencoder.")] = 1e-3,
     unet_lr: Annotated[float, typer.Option(help="AdamW's rate for the UNet and text encoder.")] = 8e-4,
     resume: Resume = False,
@@ -44,7 +47,7 @@ def tiny(
     check_output(data)
     chosen = tuple(stage.strip() for stage in stages.split(",") if stage.strip())
     config = TinyConfig(seed=seed, vae_lr=vae_lr, unet_lr=unet_lr)
-    written = train_tiny(output, data, chosen, vae_steps, unet_steps, resume, config, device)
+    written = train_tiny(output, data, chosen, vae_steps, unet_steps, resume, config, device, attribute_steps)
     return {"command": "train tiny", "output": str(written)}
 
 

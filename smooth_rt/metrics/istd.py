@@ -25,7 +25,7 @@ from numpy.typing import ArrayLike
 from smooth_rt.errors import InputError
 from smooth_rt.metrics.pixels import FramesLike, as_pixels
 
-__all__ = ["Istd", "diversity", "istd", "neighbour_distances", "ratio_interval"]
+__all__ = ["Istd", "diversity", "istd", "istd_of", "neighbour_distances", "ratio_interval"]
 
 DRAWS = 4000
 
@@ -85,10 +85,20 @@ def istd(images: ArrayLike | Sequence[FramesLike], *, pixel_range: float = 255.0
         neighbour_distances(frames, pixel_range=pixel_range, what=f"istd: prompt {number}")
         for number, frames in enumerate(images)  # type: ignore[arg-type]
     )
-    shortest = min(len(d) for d in distances)
+    return istd_of(distances, ddof=ddof)
+
+
+def istd_of(distances: Sequence[Sequence[float]], *, ddof: int = 0) -> Istd:
+    """ISTD from the distances between neighbouring frames of each prompt.
+
+    Raises:
+        InputError: too few frames for `ddof`.
+    """
+    held = tuple(tuple(one) for one in distances)
+    shortest = min(len(d) for d in held)
     if shortest <= ddof:
         raise InputError(f"istd: {shortest + 1} frames; give at least {ddof + 2} for ddof={ddof}")
-    per_prompt = tuple(float(np.std(d, ddof=ddof)) for d in distances)
+    per_prompt = tuple(float(np.std(d, ddof=ddof)) for d in held)
     deviation = float(np.mean(per_prompt))
     mean_step = float(np.mean([np.mean(d) for d in distances]))
     return Istd(
@@ -96,7 +106,7 @@ def istd(images: ArrayLike | Sequence[FramesLike], *, pixel_range: float = 255.0
         mean_step=mean_step,
         istd_over_mean_step=deviation / mean_step if mean_step > 0 else math.nan,
         per_prompt=per_prompt,
-        distances=distances,
+        distances=held,
     )
 
 

@@ -7,8 +7,10 @@ Stages, each resumable and each skipped when its result is there:
 3. `latents`: posterior mean and deviation of many pictures, encoded once;
 4. `unet`: UNet2DConditionModel and CLIPTextModel together, epsilon-prediction with min-SNR-5 weights
    (Hang et al. 2023, arXiv 2303.09556), 10 % empty prompts for classifier-free guidance;
-5. `assets`: the averaged weights as fp16 safetensors in one folder that `StableDiffusionPipeline` loads, example images
-   and evaluation prompts.
+5. `attributes`, `reference`: what judges pictures in evaluation: a classifier of objects and colours, and statistics of
+   real pictures;
+6. `assets`: the averaged weights as fp16 safetensors in one folder that `StableDiffusionPipeline` loads, with what
+   judges them, example images and evaluation prompts.
 
 Every random draw is made on the CPU and keyed by seed and step, so a run sees the same data on any device; its sums are
 rounded differently there, so the weights agree in kind and not in bits.
@@ -33,6 +35,7 @@ from transformers import CLIPTokenizer
 
 from smooth_rt.errors import InputError, SmoothRTError, reason
 from smooth_rt.training.assets import need, write_assets
+from smooth_rt.training.attributes import train_attributes, write_reference
 from smooth_rt.training.data import EmojiScenes, fetch
 from smooth_rt.training.draws import keyed_generator
 from smooth_rt.training.run import Part, Run
@@ -41,7 +44,7 @@ from smooth_rt.training.tiny_networks import TinyConfig, new_text_encoder, new_u
 from smooth_rt.training.tokenizer import train_tokenizer
 from smooth_rt.training.world import World, training_device
 
-STAGES = ("tokenizer", "vae", "latents", "unet", "assets")
+STAGES = ("tokenizer", "vae", "latents", "unet", "attributes", "reference", "assets")
 GRID_PROMPTS = (
     "red apple on blue background", "dog face on yellow background", "rocket on purple background",
     "slice of pizza on green background", "octopus on white background", "sunflower on pink background",
@@ -60,6 +63,7 @@ def train_tiny(
     resume: bool = False,
     config: TinyConfig | None = None,
     device: str = "auto",
+    attribute_steps: int = 3000,
 ) -> Path:
     """Train the default model under `output`; pictures are fetched into `data`.
 
@@ -80,10 +84,11 @@ def train_tiny(
         raise InputError(f"stages: {what}; choose from {', '.join(STAGES)}")
     check_steps("vae_steps", vae_steps)
     check_steps("unet_steps", unet_steps)
+    check_steps("attribute_steps", attribute_steps)
     config = config or TinyConfig()
     place = training_device(device)
     try:
-        _train(output, data, stages, (vae_steps, unet_steps), resume, config, place)
+        _train(output, data, stages, (vae_steps, unet_steps, attribute_steps), resume, config, place)
     except (OSError, SafetensorError) as error:
         where = getattr(error, "filename", None) or output
         raise SmoothRTError(f"{where}: {reason(error)}; mend that, and run it again with --resume") from error
@@ -94,7 +99,7 @@ def _train(
     output: Path,
     data: Path,
     stages: tuple[str, ...],
-    steps: tuple[int, int],
+    steps: tuple[int, int, int],
     resume: bool,
     config: TinyConfig,
     place: torch.device,
@@ -113,6 +118,12 @@ def _train(
             _cache_latents(output, model, scenes, config, place)
         elif stage == "unet":
             _train_unet(output, model, scenes, config, steps[1], resume, place)
+        elif stage in ("attributes", "reference"):
+            vae = AutoencoderKL.from_pretrained(need(model / "vae", "vae")).float().to(place)
+            if stage == "attributes":
+                train_attributes(output, vae, scenes, config.seed, steps[2], resume, place)
+            else:
+                write_reference(output, vae, scenes)
         else:
             write_assets(output, model, scenes)
 

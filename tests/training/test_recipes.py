@@ -41,7 +41,7 @@ CONFIG = TinyConfig(
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_tiny_leaves_a_model_that_diffusers_samples(tmp_path: Path, emoji: Path) -> None:
-    assets = train_tiny(tmp_path, emoji, vae_steps=2, unet_steps=2, config=CONFIG)
+    assets = train_tiny(tmp_path, emoji, vae_steps=2, unet_steps=2, attribute_steps=2, config=CONFIG)
     pipe = StableDiffusionPipeline.from_pretrained(assets / "model", safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     images = pipe("dog face on blue background", num_inference_steps=2, output_type="np").images

@@ -1,0 +1,134 @@
+"""What a model's images are worth: near to real ones, of what the prompt says, different from each other."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from smooth_rt.errors import InputError
+from smooth_rt.metrics.attributes import Attributes
+from smooth_rt.metrics.frechet import Gaussian, fit, frechet, frechet_intervals, vae_features
+from smooth_rt.pipeline import SmoothPipeline
+from smooth_rt.ranges import check, seeds_from
+
+__all__ = ["QualityTask", "summarise_quality"]
+
+DRAWS = 2000
+
+
+@dataclass(frozen=True)
+class QualityTask:
+    """For each prompt, two images of independent noises: item i is prompt i % P, with seeds `seed + 2 i` and the next.
+
+    Args:
+        count: of items; twice as many images.
+        attributes: judges what is seen; None: nothing is judged.
+
+    Raises:
+        InputError: a number out of its range.
+    """
+
+    prompts: tuple[str, ...]
+    count: int
+    attributes: Attributes | None
+    seed: int = 0
+    num_inference_steps: int = 50
+    guidance_scale: float = 7.5
+    height: int | None = None
+    width: int | None = None
+    prompts_per_batch: int = 16
+
+    def __post_init__(self) -> None:
+        if not self.prompts or self.count < 1:
+            raise InputError("images=0: give at least 2")
+        check(batch=self.prompts_per_batch)
+        seeds_from(self.seed, 2 * self.count)
+
+    def batches(self) -> list[list[int]]:
+        items = range(self.count)
+        return [list(items[first : first + self.prompts_per_batch]) for first in items[:: self.prompts_per_batch]]
+
+    def measure(self, pipe: SmoothPipeline, items: Sequence[int]) -> list[dict[str, Any]]:
+        """Features of both images, whether they show object and colour, and the distance between them."""
+        captions = [self.prompts[item % len(self.prompts)] for item in items for _ in (0, 1)]
+        seeds = [self.seed + 2 * item + k for item in items for k in (0, 1)]
+        images = pipe(
+            captions,
+            generator=[torch.Generator().manual_seed(seed) for seed in seeds],
+            num_inference_steps=self.num_inference_steps,
+            guidance_scale=self.guidance_scale,
+            height=self.height,
+            width=self.width,
+            output_type="np",
+        ).images
+        pixels = cast("NDArray[np.float32]", images)
+        latents = pipe.encode_image(torch.from_numpy(pixels).permute(0, 3, 1, 2), self.height, self.width)
+        features = vae_features(latents / pipe.scaling_factor)
+        judged = self.attributes.judge(pixels, captions) if self.attributes is not None else None
+        rows = []
+        for k in range(len(items)):
+            pair = slice(2 * k, 2 * k + 2)
+            rows.append(
+                {
+                    "features": features[pair].tolist(),
+                    "objects": list(judged.objects[pair]) if judged else [None, None],
+                    "colours": list(judged.colours[pair]) if judged else [None, None],
+                    "apart": 255 * float(np.linalg.norm(pixels[2 * k] - pixels[2 * k + 1])),
+                }
+            )
+        return rows
+
+
+def summarise_quality(
+    rows: Sequence[dict[str, Any]], reference: Gaussian, base: Sequence[dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """What rows of a `QualityTask` come to; beside those of the base model, with 95 % intervals of the difference.
+
+    Returns:
+        `images`, `vae_frechet` with `vae_frechet_95_percent`; `object_accuracy` and `colour_accuracy`, None where no
+        caption names one; `diversity`, the mean pixel distance of two images of a prompt. With `base`, for the first
+        three also `..._less_base_95_percent`.
+
+    Raises:
+        InputError: fewer than two images, or features of another model than the reference's.
+    """
+    features = _features(rows)
+    spread, apart = frechet_intervals(_features(base) if base else features, features, reference)
+    if base:
+        spread, _ = frechet_intervals(features, features, reference)
+    found: dict[str, Any] = {
+        "images": len(features),
+        "vae_frechet": frechet(fit(features), reference),
+        "vae_frechet_95_percent": list(spread),
+    }
+    for name in ("object", "colour"):
+        right = _right(rows, name)
+        found[f"{name}_accuracy"] = float(np.nanmean(right)) if not np.isnan(right).all() else None
+        if base and found[f"{name}_accuracy"] is not None:
+            found[f"{name}_accuracy_less_base_95_percent"] = _paired(right - _right(base, name))
+    found["diversity"] = float(np.mean([row["apart"] for row in rows]))
+    if base:
+        found["vae_frechet_less_base_95_percent"] = list(apart)
+    return found
+
+
+def _features(rows: Sequence[dict[str, Any]]) -> NDArray[np.float64]:
+    return np.asarray([one for row in rows for one in row["features"]], dtype=np.float64)
+
+
+def _right(rows: Sequence[dict[str, Any]], name: str) -> NDArray[np.float64]:
+    """[N, 2] of 1, 0 and nan where nothing is named."""
+    return np.asarray([[np.nan if x is None else float(x) for x in row[f"{name}s"]] for row in rows])
+
+
+def _paired(differences: NDArray[np.float64]) -> list[float]:
+    """A bootstrap over items of the mean difference."""
+    each = np.nanmean(differences, axis=1)
+    rng = np.random.default_rng(0)
+    drawn = each[rng.integers(0, len(each), (DRAWS, len(each)))].mean(1)
+    return [float(value) for value in np.percentile(drawn, [2.5, 97.5])]
