@@ -57,7 +57,10 @@ class Rows:
         try:
             lines = path.read_text(encoding="utf-8").split("\n")
             whole = lines[:-1]  # each line ends; what follows the last end was cut off
-            first, *rest = (json.loads(line) for line in whole) if whole else ({"settings": self.settings},)
+            if not whole:  # not even the first: as if there were no file
+                self._write("", "w")
+                return
+            first, *rest = (json.loads(line) for line in whole)
             held = first["settings"]
             rows = {int(row.pop("item")): row for row in rest}
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
@@ -68,7 +71,7 @@ class Rows:
                 f"{path}: rows of another {', '.join(names)}; remove it, or name another --output to keep them"
             )
         self.found = rows
-        if lines[-1] or not whole:
+        if lines[-1]:
             self._write("".join(f"{line}\n" for line in whole), "w")
 
     def add(self, items: Iterable[tuple[int, Row]]) -> None:
@@ -80,7 +83,7 @@ class Rows:
         new = dict(items)
         if self.path is not None:
             lines = [json.dumps({"item": item, **row}) for item, row in new.items()]
-            if not self.path.exists():
+            if not self.path.exists() or not self.path.stat().st_size:
                 lines.insert(0, json.dumps({"settings": self.settings}))
             self._write("".join(f"{line}\n" for line in lines), "a")
         self.found |= new
