@@ -69,8 +69,13 @@ _group(
 )
 _group(
     "evaluate",
-    "Measure smoothness, inversion and the images' quality, with and without the LoRA.",
-    [("istd", evaluate.istd), ("inversion", evaluate.inversion), ("quality", evaluate.quality)],
+    "Measure smoothness, inversion, editing and the images' quality, with and without the LoRA.",
+    [
+        ("istd", evaluate.istd),
+        ("inversion", evaluate.inversion),
+        ("editing", evaluate.editing),
+        ("quality", evaluate.quality),
+    ],
 )
 
 

@@ -1,4 +1,4 @@
-"""evaluate istd, inversion, quality: a model with and without its LoRA in numbers: tables, JSON, a plot.
+"""evaluate istd, inversion, editing, quality: a model with and without its LoRA in numbers: tables, JSON, a plot.
 
 What is measured is kept row by row under `--output`/rows, so that a command that was stopped goes on.
 """
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from smooth_rt.metrics.frechet import Gaussian
     from smooth_rt.pipeline import SmoothPipeline
 
-__all__ = ["inversion", "istd", "quality"]
+__all__ = ["editing", "inversion", "istd", "quality"]
 
 Prompts = Annotated[
     Path | None, typer.Option(help="One prompt a line. Left out: those of the default model.", show_default=False)
@@ -154,6 +154,55 @@ def inversion(
     return _finish(options, "inversion", setup, rows, columns, list(notes))
 
 
+def editing(
+    options: RunOptions,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            help="A folder of images with metadata.jsonl (file_name, text, target, mask). Left out: those that ship.",
+            show_default=False,
+        ),
+    ] = None,
+    edit_methods: Annotated[str, typer.Option(help="Comma-separated.")] = "eq15,sdedit",
+    edit_strengths: Annotated[str, typer.Option(help="Comma-separated, 0 to 1.")] = "0.4,0.6,0.8",
+    batch: Annotated[int, typer.Option(help="Images edited together.")] = 16,
+    processes: Processes = 1,
+) -> dict[str, Any]:
+    """What editing by prompt keeps outside the object, and whether the edit happened, without and with the LoRA."""
+    from smooth_rt.evaluation import EditingTask, edit_cases, summarise_editing
+    from smooth_rt.metrics.attributes import load_attributes
+
+    try:
+        strengths = [float(strength) for strength in _listed(edit_strengths)]
+    except ValueError as error:
+        raise InputError(f"edit_strengths={edit_strengths!r}: give numbers from 0 to 1, as 0.4,0.8") from error
+    cases = edit_cases(data)
+    attributes = load_attributes() if options.model == "default" and options.engines is None else None
+    tasks = [
+        EditingTask(
+            tuple(cases), attributes, method, strength, options.seed, options.num_inference_steps, _guidance(options),
+            options.height, options.width, batch,
+        )
+        for method in _listed(edit_methods)
+        for strength in strengths
+    ]  # fmt: skip
+    _check_file(options, "editing", [path for case in cases for path in (case.path, case.mask)])
+    rows: list[dict[str, Any]] = []
+    for task in tasks:
+        for variant, found, told in _measured(options, "editing", task, processes):
+            asked = {"variant": variant, "method": task.edit_method, "strength": task.edit_strength}
+            rows.append({**asked, **told, **summarise_editing(found)})
+    columns = {
+        "variant": "model", "method": "method", "strength": "strength", "psnr": "PSNR outside the mask",
+        "ssim": "SSIM outside the mask", "happened": "shows the target", "kept": "keeps the background",
+    }  # fmt: skip
+    notes = (
+        [] if attributes else ["What is shown is not measured: the classifier knows the default model's data alone."]
+    )
+    setup = {"command": "evaluate editing", "images": len(cases), "steps": options.num_inference_steps}
+    return _finish(options, "editing", setup, rows, columns, notes)
+
+
 def quality(
     options: RunOptions,
     prompts: Prompts = None,
@@ -201,6 +250,13 @@ def quality(
     }  # fmt: skip
     setup = {"command": "evaluate quality", "prompts": len(texts), "images": 2 * (images // 2)}
     return _finish(options, "quality", {**setup, "steps": options.num_inference_steps}, rows, columns, notes)
+
+
+def _listed(text: str) -> list[str]:
+    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not found:
+        raise InputError(f"{text!r}: an empty list; name at least one, as the help page does")
+    return found
 
 
 def _guidance(options: RunOptions) -> float:

@@ -11,10 +11,13 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from smooth_rt.errors import InputError, SmoothRTError
 from smooth_rt.metrics.pixels import PictureLike, Pixels, as_pixels
 
-__all__ = ["Reconstruction", "lpips", "mse", "psnr", "reconstruction", "ssim"]
+__all__ = ["Reconstruction", "lpips", "mse", "outside", "psnr", "reconstruction", "ssim"]
 
 SSIM_WINDOW = 7  # scikit-image's default, a uniform window
 LPIPS_TRUNK = "alexnet-owt-7be5be79.pth"  # torchvision's AlexNet, under which LPIPS puts its own weights
@@ -67,6 +70,24 @@ def ssim(image: PictureLike, reconstructed: PictureLike) -> float:
         size = f"{first.shape[0]}x{first.shape[1]}"
         raise InputError(f"ssim: pictures of {size}; give sides of at least {SSIM_WINDOW} pixels")
     return float(structural_similarity(first, second, data_range=1.0, channel_axis=-1, win_size=SSIM_WINDOW))
+
+
+def outside(image: PictureLike, other: PictureLike, mask: NDArray[np.bool_]) -> tuple[float, float]:
+    """PSNR and SSIM of two pictures where `mask` [H, W] is false: of the pixels there, and of the windows around them.
+
+    Raises:
+        InputError: as `ssim`, or the mask is of another size or covers all.
+    """
+    from skimage.metrics import structural_similarity
+
+    first, second = _pair(image, other)
+    if mask.shape != first.shape[:2] or mask.all():
+        raise InputError(
+            f"mask: {list(mask.shape)} for a picture of {list(first.shape[:2])}; leave something outside it"
+        )
+    error = float(np.square(first - second)[~mask].mean())
+    _, local = structural_similarity(first, second, data_range=1.0, channel_axis=-1, win_size=SSIM_WINDOW, full=True)
+    return (10 * math.log10(1 / error) if error else math.inf), float(local[~mask].mean())
 
 
 def lpips(image: PictureLike, reconstructed: PictureLike) -> float:

@@ -10,30 +10,34 @@ from PIL import Image
 
 from smooth_rt.training.data import COLOURS, EmojiScenes, is_held_out
 
-# Held-out pairs of object and background (`data.is_held_out`).
+# Held-out pairs of object and background (`data.is_held_out`), and an object to edit each into.
 EXAMPLES = (
-    ("dog face", "blue"),
-    ("panda face", "blue"),
-    ("tiger face", "white"),
-    ("lion face", "yellow"),
-    ("owl", "blue"),
-    ("taxi", "purple"),
-    ("rocket", "green"),
-    ("red heart", "green"),
+    ("dog face", "blue", "panda face"),
+    ("panda face", "blue", "owl"),
+    ("tiger face", "white", "dog face"),
+    ("lion face", "yellow", "tiger face"),
+    ("owl", "blue", "penguin"),
+    ("taxi", "purple", "rocket"),
+    ("rocket", "green", "airplane"),
+    ("red heart", "green", "tomato"),
 )
 
 
 def write_examples(scenes: EmojiScenes, folder: Path) -> None:
-    """Draw `EXAMPLES` as PNG files with their captions in metadata.jsonl."""
-    folder.mkdir(parents=True, exist_ok=True)
+    """Draw `EXAMPLES` as PNG files, with captions, edit targets and masks of the objects in metadata.jsonl."""
+    (folder / "masks").mkdir(parents=True, exist_ok=True)
     records = []
-    for index, (name, colour) in enumerate(EXAMPLES):
+    for index, (name, colour, target) in enumerate(EXAMPLES):
         obj, shade = scenes.captions.index(name), COLOURS.index(colour)
         if not is_held_out(obj, shade):
             raise ValueError(f"{name} on {colour} is trained on; choose a held-out pair")
         file = f"{name.replace(' ', '-')}.png"
-        Image.fromarray(scenes.draw("example", index, obj, shade).image).save(folder / file)
-        records.append(json.dumps({"file_name": file, "text": f"{name} on {colour} background"}))
+        drawn = scenes.draw("example", index, obj, shade)
+        Image.fromarray(drawn.image).save(folder / file)
+        Image.fromarray(drawn.mask).save(folder / "masks" / file)
+        record = {"file_name": file, "text": f"{name} on {colour} background"}
+        record |= {"target": f"{target} on {colour} background", "mask": f"masks/{file}"}
+        records.append(json.dumps(record))
     (folder / "metadata.jsonl").write_text("\n".join(records) + "\n", encoding="utf-8")
 
 

@@ -23,9 +23,11 @@ CONFIG = TinyConfig(
 
 
 def test_resumes_and_agrees_with_the_cpu(tmp_path: Path, emoji: Path) -> None:
-    train_tiny(tmp_path / "gpu", emoji, vae_steps=2, unet_steps=2, config=CONFIG, device="cuda")
-    train_tiny(tmp_path / "gpu", emoji, vae_steps=3, unet_steps=4, resume=True, config=CONFIG, device="cuda")
-    train_tiny(tmp_path / "cpu", emoji, vae_steps=3, unet_steps=4, config=CONFIG, device="cpu")
+    train_tiny(tmp_path / "gpu", emoji, vae_steps=2, unet_steps=2, attribute_steps=2, config=CONFIG, device="cuda")
+    train_tiny(
+        tmp_path / "gpu", emoji, vae_steps=3, unet_steps=4, attribute_steps=2, resume=True, config=CONFIG, device="cuda"
+    )
+    train_tiny(tmp_path / "cpu", emoji, vae_steps=3, unet_steps=4, attribute_steps=2, config=CONFIG, device="cpu")
     for name in ("vae", "unet"):
         weights = Path("assets") / "model" / name / "diffusion_pytorch_model.safetensors"
         gpu, cpu = load_file(tmp_path / "gpu" / weights), load_file(tmp_path / "cpu" / weights)

@@ -72,8 +72,8 @@ def _captions(folder: Path) -> Iterator[tuple[Path, str]]:
     if metadata.exists():
         for number, line in enumerate(_text(metadata).split("\n"), 1):
             if line.strip():
-                name, text = _record(line, f"{metadata}:{number}")
-                named.add(folder / name)
+                name, text, mask = _record(line, f"{metadata}:{number}")
+                named |= {folder / name, folder / mask}
                 yield folder / name, text
     else:
         for path in images:
@@ -85,16 +85,18 @@ def _captions(folder: Path) -> Iterator[tuple[Path, str]]:
         log.warning("%s: no caption for %d of %d images, as %s", folder, len(bare), len(images), bare[0].name)
 
 
-def _record(line: str, where: str) -> tuple[str, str]:
+def _record(line: str, where: str) -> tuple[str, str, str]:
+    """The image's name, its caption, and the name of its mask, which editing asks for, if there is one."""
     try:
         record = json.loads(line)
         name, text = record["file_name"], record["text"]
+        mask = str(record.get("mask", name))
         text.encode(), name.encode()  # a lone surrogate is valid JSON, and no tokenizer takes it
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{where}: needs file_name and text ({reason(error)})") from error
     if "\0" in name:
         raise InputError(f"{where}: file_name holds a NUL character; mend it")
-    return name, text
+    return name, text, mask
 
 
 def _text(path: Path) -> str:
