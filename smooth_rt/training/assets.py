@@ -56,7 +56,7 @@ def write_assets(out: Path, model: Path, scenes: EmojiScenes) -> None:
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(model / "tokenizer" / name, partial / "model" / "tokenizer" / name)
     for name, stage in (("attributes", "attributes"), ("reference", "reference")):
-        shutil.copy(need(out / f"{name}.safetensors", stage), partial)
+        shutil.copyfile(need(out / f"{name}.safetensors", stage), partial / f"{name}.safetensors")
     write_examples(scenes, partial / "examples")
     (partial / "prompts.txt").write_text("\n".join(evaluation_prompts(scenes)) + "\n", encoding="utf-8")
     shutil.rmtree(out / "assets", ignore_errors=True)
