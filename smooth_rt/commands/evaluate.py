@@ -5,21 +5,18 @@ What is measured is kept row by row under `--output`/rows, so that a command tha
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import replace
-from functools import partial
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, NamedTuple
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from smooth_rt.commands.measuring import check_file, finish, guidance, listed, measured
 from smooth_rt.commands.options import RunOptions
-from smooth_rt.commands.running import Stopwatch, described, item_progress, open_pipeline
+from smooth_rt.commands.running import item_progress, open_pipeline
 from smooth_rt.errors import InputError
 
 if TYPE_CHECKING:
-    from smooth_rt.evaluation.rows import Task
     from smooth_rt.metrics.frechet import Gaussian
     from smooth_rt.pipeline import SmoothPipeline
 
@@ -30,14 +27,6 @@ Prompts = Annotated[
 ]
 Limit = Annotated[int | None, typer.Option(help="Only so many of the prompts.", min=1, show_default=False)]
 Processes = Annotated[int, typer.Option(help="Share the work; the results are the same.", min=1, max=256)]
-
-
-class Measured(NamedTuple):
-    """A variant of the model, its rows, and what of the run is told."""
-
-    variant: str
-    rows: list[dict[str, Any]]
-    told: dict[str, Any]
 
 
 def istd(
@@ -64,13 +53,13 @@ def istd(
         raise InputError(f"ddof={ddof}: give less than the steps between {frames} frames")
     texts = read_prompts(prompts)[:limit]
     task = IstdTask(
-        tuple(texts), frames, pairs, options.seed, options.num_inference_steps, _guidance(options), options.height,
+        tuple(texts), frames, pairs, options.seed, options.num_inference_steps, guidance(options), options.height,
         options.width, batch, pixel_range,
     )  # fmt: skip
-    _check_file(options, "istd", [] if prompts is None else [prompts])
+    check_file(options, "istd", [] if prompts is None else [prompts])
     rows: list[dict[str, Any]] = []
     distances = {}
-    for variant, found, told in _measured(options, "istd", task, processes):
+    for variant, found, told in measured(options, "istd", task, processes):
         summary = summarise_istd(found, ddof)
         distances[variant] = summary.istd.distances
         rows.append(
@@ -100,7 +89,7 @@ def istd(
         "diversity": "diversity",
     }  # fmt: skip
     plot = distances_plot(distances).encode()
-    return _finish(options, "istd", setup, rows, columns, notes, {"istd.svg": plot})
+    return finish(options, "istd", setup, rows, columns, notes, {"istd.svg": plot})
 
 
 def inversion(
@@ -129,7 +118,7 @@ def inversion(
     for name in asked:
         choice("method", name, tuple(METHODS))
     images = examples() if data is None else captioned(data)
-    _check_file(options, "inversion", [example.path for example in images])
+    check_file(options, "inversion", [example.path for example in images])
     rows: list[dict[str, Any]] = []
     notes: dict[str, None] = {}
     for name in asked:
@@ -137,7 +126,7 @@ def inversion(
             tuple(images), name, options.num_inference_steps, options.guidance_scale, options.height, options.width,
             batch,
         )  # fmt: skip
-        for variant, found, told in _measured(options, "inversion", task, processes):
+        for variant, found, told in measured(options, "inversion", task, processes):
             if not rows:
                 rows.append({"variant": "VAE bound", "method": "", **told, **_means(found, "bound")})
             rows.append({"variant": variant, "method": name, **told, **_means(found, "rebuilt")})
@@ -151,7 +140,7 @@ def inversion(
     columns = {
         "variant": "model", "method": "method", "mse": "MSE", "lpips": "LPIPS", "ssim": "SSIM", "psnr": "PSNR",
     }  # fmt: skip
-    return _finish(options, "inversion", setup, rows, columns, list(notes))
+    return finish(options, "inversion", setup, rows, columns, list(notes))
 
 
 def editing(
@@ -173,23 +162,23 @@ def editing(
     from smooth_rt.metrics.attributes import load_attributes
 
     try:
-        strengths = [float(strength) for strength in _listed(edit_strengths)]
+        strengths = [float(strength) for strength in listed(edit_strengths)]
     except ValueError as error:
         raise InputError(f"edit_strengths={edit_strengths!r}: give numbers from 0 to 1, as 0.4,0.8") from error
     cases = edit_cases(data)
     attributes = load_attributes() if options.model == "default" and options.engines is None else None
     tasks = [
         EditingTask(
-            tuple(cases), attributes, method, strength, options.seed, options.num_inference_steps, _guidance(options),
+            tuple(cases), attributes, method, strength, options.seed, options.num_inference_steps, guidance(options),
             options.height, options.width, batch,
         )
-        for method in _listed(edit_methods)
+        for method in listed(edit_methods)
         for strength in strengths
     ]  # fmt: skip
-    _check_file(options, "editing", [path for case in cases for path in (case.path, case.mask)])
+    check_file(options, "editing", [path for case in cases for path in (case.path, case.mask)])
     rows: list[dict[str, Any]] = []
     for task in tasks:
-        for variant, found, told in _measured(options, "editing", task, processes):
+        for variant, found, told in measured(options, "editing", task, processes):
             asked = {"variant": variant, "method": task.edit_method, "strength": task.edit_strength}
             rows.append({**asked, **told, **summarise_editing(found)})
     columns = {
@@ -200,7 +189,7 @@ def editing(
         [] if attributes else ["What is shown is not measured: the classifier knows the default model's data alone."]
     )
     setup = {"command": "evaluate editing", "images": len(cases), "steps": options.num_inference_steps}
-    return _finish(options, "editing", setup, rows, columns, notes)
+    return finish(options, "editing", setup, rows, columns, notes)
 
 
 def quality(
@@ -228,14 +217,14 @@ def quality(
     texts = read_prompts(prompts)
     attributes = load_attributes() if ours else None
     task = QualityTask(
-        tuple(texts), images // 2, attributes, options.seed, options.num_inference_steps, _guidance(options),
+        tuple(texts), images // 2, attributes, options.seed, options.num_inference_steps, guidance(options),
         options.height, options.width, batch,
     )  # fmt: skip
-    _check_file(options, "quality", [*files, *([] if prompts is None else [prompts])])
+    check_file(options, "quality", [*files, *([] if prompts is None else [prompts])])
     rows: list[dict[str, Any]] = []
     first: list[dict[str, Any]] | None = None
     real = load_reference() if reference is None else _statistics(options, files)
-    for variant, found, told in _measured(options, "quality", task, processes):
+    for variant, found, told in measured(options, "quality", task, processes):
         rows.append({"variant": variant, **told, **summarise_quality(found, real, first)})
         first = first or found
     notes = ["VAE-Fréchet: on the model's own VAE features; it is not FID."]
@@ -249,53 +238,7 @@ def quality(
         "object_accuracy": "objects right", "colour_accuracy": "colours right", "diversity": "diversity",
     }  # fmt: skip
     setup = {"command": "evaluate quality", "prompts": len(texts), "images": 2 * (images // 2)}
-    return _finish(options, "quality", {**setup, "steps": options.num_inference_steps}, rows, columns, notes)
-
-
-def _listed(text: str) -> list[str]:
-    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not found:
-        raise InputError(f"{text!r}: an empty list; name at least one, as the help page does")
-    return found
-
-
-def _guidance(options: RunOptions) -> float:
-    return 7.5 if options.guidance_scale is None else options.guidance_scale
-
-
-def _measured(options: RunOptions, name: str, task: Task, processes: int) -> Iterator[Measured]:
-    """Rows of the model without and with its LoRA, one after the other; of a bundle, of what it holds."""
-    from dataclasses import asdict
-
-    from engines.bundle import digest_json
-    from smooth_rt.evaluation.rows import Rows, collect
-
-    plain = replace(options, lora="none")
-    named = {"bundle": options} if options.engines is not None else {"base": plain}
-    if options.engines is None and options.chosen_lora is not None:
-        named["smooth"] = options
-    asked = {key: value for key, value in asdict(task).items() if key != "attributes"}  # type: ignore[call-overload]
-    for variant, chosen in named.items():
-        with open_pipeline(chosen) as pipe, item_progress(f"{name}, {variant}") as progress:
-            watch = Stopwatch()
-            told = described(pipe, chosen)
-            settings = {"measurement": name, "engine": pipe.engine, **pipe.digests, "of": digest_json(_plain(asked))}
-            path = options.output / "rows" / f"{name}-{variant}-{digest_json(settings)[:12]}.jsonl"
-            rows = Rows(path, settings)
-            # Another process cannot be handed a pipeline: it opens its own, from the engines that are built by now.
-            opened: Callable[[], Any] = partial(nullcontext, pipe) if processes == 1 else partial(open_pipeline, chosen)
-            found = collect(task, opened, rows, processes, progress)
-            told["seconds"] = watch.seconds
-        yield Measured(variant, found, told)
-
-
-def _plain(value: Any) -> Any:
-    """`value` as JSON holds it; paths by name."""
-    if isinstance(value, dict):
-        return {key: _plain(one) for key, one in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(one) for one in value]
-    return str(value) if isinstance(value, Path) else value
+    return finish(options, "quality", {**setup, "steps": options.num_inference_steps}, rows, columns, notes)
 
 
 def _means(found: Sequence[dict[str, Any]], part: str) -> dict[str, float | None]:
@@ -332,35 +275,3 @@ def _statistics(options: RunOptions, files: Sequence[Path]) -> Gaussian:
             found.append(features(pipe, files[first : first + 16]))
             progress(min(first + 16, len(files)), len(files))
     return fit(np.concatenate(found))
-
-
-def _check_file(options: RunOptions, name: str, inputs: Sequence[Path]) -> None:
-    from smooth_rt.writers import check_output
-
-    check_output(options.output, [f"{name}.json", f"{name}.md", f"{name}.svg"], [*inputs, *options.inputs])
-
-
-def _finish(
-    options: RunOptions,
-    name: str,
-    setup: dict[str, Any],
-    rows: list[dict[str, Any]],
-    columns: dict[str, str],
-    notes: Sequence[str],
-    files: dict[str, bytes] | None = None,
-) -> dict[str, Any]:
-    """Write the whole as JSON and as a table; of what is printed for people, leave out what fills a page."""
-    from smooth_rt.commands.show import finite
-    from smooth_rt.evaluation.tables import markdown
-    from smooth_rt.writers import encode_json, write_files
-
-    result = {**setup, "results": rows}
-    table = markdown(setup["command"], columns, rows, notes).encode()
-    written = write_files(
-        options.output, {f"{name}.json": encode_json(finite(result)), f"{name}.md": table, **(files or {})}
-    )
-    if not options.json:
-        long = ("per_prompt", "reason", "model", "lora")
-        result["results"] = [{key: value for key, value in row.items() if key not in long} for row in rows]
-        result |= {"notes": list(notes)} if notes else {}
-    return {**result, "file": str(written[0]), "files": [str(path) for path in written[1:]]}

@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from smooth_rt.errors import InputError, reason
+from smooth_rt.evaluation.rows import in_batches
 from smooth_rt.images import read
 from smooth_rt.metrics.attributes import Attributes
 from smooth_rt.metrics.reconstruction import outside
@@ -86,8 +87,7 @@ class EditingTask:
         seeds_from(self.seed, len(self.cases))
 
     def batches(self) -> list[list[int]]:
-        items = range(len(self.cases))
-        return [list(items[first : first + self.images_per_batch]) for first in items[:: self.images_per_batch]]
+        return in_batches(len(self.cases), self.images_per_batch)
 
     def measure(self, pipe: SmoothPipeline, items: Sequence[int]) -> list[dict[str, Any]]:
         """PSNR and SSIM outside the mask, and whether the target's object and colour are seen."""

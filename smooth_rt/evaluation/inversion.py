@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from smooth_rt.errors import InputError
 from smooth_rt.evaluation.inputs import Example
-from smooth_rt.evaluation.rows import Progress
+from smooth_rt.evaluation.rows import Progress, in_batches
 from smooth_rt.images import read
 from smooth_rt.metrics.reconstruction import Reconstruction, reconstruction
 from smooth_rt.pipeline import SmoothPipeline
@@ -42,8 +42,7 @@ class InversionTask:
         check(batch=self.images_per_batch)
 
     def batches(self) -> list[list[int]]:
-        items = range(len(self.images))
-        return [list(items[first : first + self.images_per_batch]) for first in items[:: self.images_per_batch]]
+        return in_batches(len(self.images), self.images_per_batch)
 
     def measure(self, pipe: SmoothPipeline, items: Sequence[int]) -> list[dict[str, Any]]:
         """Each image's distances to its reconstruction ("rebuilt") and to the VAE's own ("bound")."""

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from smooth_rt.errors import InputError
+from smooth_rt.evaluation.rows import in_batches
 from smooth_rt.metrics.attributes import Attributes
 from smooth_rt.metrics.frechet import Gaussian, fit, frechet, frechet_intervals, vae_features
 from smooth_rt.pipeline import SmoothPipeline
@@ -50,8 +51,7 @@ class QualityTask:
         seeds_from(self.seed, 2 * self.count)
 
     def batches(self) -> list[list[int]]:
-        items = range(self.count)
-        return [list(items[first : first + self.prompts_per_batch]) for first in items[:: self.prompts_per_batch]]
+        return in_batches(self.count, self.prompts_per_batch)
 
     def measure(self, pipe: SmoothPipeline, items: Sequence[int]) -> list[dict[str, Any]]:
         """Features of both images, whether they show object and colour, and the distance between them."""

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 from smooth_rt.errors import EngineError, InputError, SmoothRTError, reason
 from smooth_rt.pipeline import SmoothPipeline
 
-__all__ = ["Open", "Progress", "Rows", "Task", "collect"]
+__all__ = ["Open", "Progress", "Rows", "Task", "collect", "in_batches"]
 
 Row = dict[str, Any]
 Progress = Callable[[int, int], None]
@@ -33,6 +33,11 @@ class Task(Protocol):
 
     def measure(self, pipe: SmoothPipeline, items: Sequence[int]) -> list[Row]:
         """A row an item, of what JSON holds."""
+
+
+def in_batches(count: int, size: int) -> list[list[int]]:
+    """Items 0 to `count` - 1, so many at a time."""
+    return [list(range(first, min(first + size, count))) for first in range(0, count, size)]
 
 
 class Rows:

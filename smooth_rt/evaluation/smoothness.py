@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from smooth_rt.errors import InputError
-from smooth_rt.evaluation.rows import Progress
+from smooth_rt.evaluation.rows import Progress, in_batches
 from smooth_rt.metrics.istd import Istd, istd_of, neighbour_distances
 from smooth_rt.pipeline import SmoothPipeline
 from smooth_rt.ranges import check, check_images, seeds_from
@@ -72,8 +72,7 @@ class IstdTask:
         check_istd(len(self.prompts), self.frames, self.seed, self.prompts_per_batch, self.pairs)
 
     def batches(self) -> list[list[int]]:
-        items = range(len(self.prompts) * self.pairs)
-        return [list(items[first : first + self.prompts_per_batch]) for first in items[:: self.prompts_per_batch]]
+        return in_batches(len(self.prompts) * self.pairs, self.prompts_per_batch)
 
     def measure(self, pipe: SmoothPipeline, items: Sequence[int], look: Look | None = None) -> list[dict[str, Any]]:
         """The distances between neighbours, and that of the ends."""

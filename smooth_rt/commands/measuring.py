@@ -1,0 +1,109 @@
+"""What the commands of `evaluate` have in common: variants measured side by side, kept row by row; files written.
+
+Rows lie under `--output`/rows, in a file named by all that decides them, so that a command that was stopped goes on and
+another one begins anew.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from smooth_rt.commands.options import RunOptions
+from smooth_rt.commands.running import Stopwatch, described, item_progress, open_pipeline
+from smooth_rt.errors import InputError
+
+if TYPE_CHECKING:
+    from smooth_rt.evaluation.rows import Task
+
+__all__ = ["Measured", "check_file", "finish", "guidance", "listed", "measured"]
+
+
+class Measured(NamedTuple):
+    """A variant of the model, its rows, and what of the run is told."""
+
+    variant: str
+    rows: list[dict[str, Any]]
+    told: dict[str, Any]
+
+
+def measured(options: RunOptions, name: str, task: Task, processes: int) -> Iterator[Measured]:
+    """Rows of the model without and with its LoRA, one after the other; of a bundle, of what it holds."""
+    from dataclasses import asdict
+
+    from engines.bundle import digest_json
+    from smooth_rt.evaluation.rows import Rows, collect
+
+    plain = replace(options, lora="none")
+    named = {"bundle": options} if options.engines is not None else {"base": plain}
+    if options.engines is None and options.chosen_lora is not None:
+        named["smooth"] = options
+    asked = {key: value for key, value in asdict(task).items() if key != "attributes"}  # type: ignore[call-overload]
+    for variant, chosen in named.items():
+        with open_pipeline(chosen) as pipe, item_progress(f"{name}, {variant}") as progress:
+            watch = Stopwatch()
+            told = described(pipe, chosen)
+            settings = {"measurement": name, "engine": pipe.engine, **pipe.digests, "of": digest_json(_plain(asked))}
+            path = options.output / "rows" / f"{name}-{variant}-{digest_json(settings)[:12]}.jsonl"
+            rows = Rows(path, settings)
+            # Another process cannot be handed a pipeline: it opens its own, from the engines that are built by now.
+            opened: Callable[[], Any] = partial(nullcontext, pipe) if processes == 1 else partial(open_pipeline, chosen)
+            found = collect(task, opened, rows, processes, progress)
+            told["seconds"] = watch.seconds
+        yield Measured(variant, found, told)
+
+
+def _plain(value: Any) -> Any:
+    """`value` as JSON holds it; paths by name."""
+    if isinstance(value, dict):
+        return {key: _plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    return str(value) if isinstance(value, Path) else value
+
+
+def listed(text: str) -> list[str]:
+    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if not found:
+        raise InputError(f"{text!r}: an empty list; name at least one, as the help page does")
+    return found
+
+
+def guidance(options: RunOptions) -> float:
+    return 7.5 if options.guidance_scale is None else options.guidance_scale
+
+
+def check_file(options: RunOptions, name: str, inputs: Sequence[Path]) -> None:
+    from smooth_rt.writers import check_output
+
+    check_output(options.output, [f"{name}.json", f"{name}.md", f"{name}.svg"], [*inputs, *options.inputs])
+
+
+def finish(
+    options: RunOptions,
+    name: str,
+    setup: dict[str, Any],
+    rows: list[dict[str, Any]],
+    columns: dict[str, str],
+    notes: Sequence[str],
+    files: dict[str, bytes] | None = None,
+) -> dict[str, Any]:
+    """Write the whole as JSON and as a table; of what is printed for people, leave out what fills a page."""
+    from smooth_rt.commands.show import finite
+    from smooth_rt.evaluation.tables import markdown
+    from smooth_rt.writers import encode_json, write_files
+
+    result = {**setup, "results": rows}
+    table = markdown(setup["command"], columns, rows, notes).encode()
+    written = write_files(
+        options.output, {f"{name}.json": encode_json(finite(result)), f"{name}.md": table, **(files or {})}
+    )
+    if not options.json:
+        long = ("per_prompt", "reason", "model", "lora")
+        result["results"] = [{key: value for key, value in row.items() if key not in long} for row in rows]
+        result |= {"notes": list(notes)} if notes else {}
+    return {**result, "file": str(written[0]), "files": [str(path) for path in written[1:]]}
