@@ -129,8 +129,6 @@ def smooth_lora(
     from smooth_rt.writers import check_output
 
     check_output(output)
-    if cache is not None:
-        check_output(cache)
     from dataclasses import asdict
 
     from smooth_rt.errors import InputError
@@ -144,6 +142,8 @@ def smooth_lora(
     from smooth_rt.training.watch import Watch
     from smooth_rt.training.world import launched
 
+    if cache is not None and cache.exists() and not cache.is_dir():
+        raise InputError(f"cache={str(cache)!r}: not a folder; name one")
     check_steps("steps", steps)
     check_count("save_every", save_every)
     check_count("keep", keep)
@@ -208,8 +208,10 @@ def smooth_lora(
         world=world,
         cache=cache,
     )
-    world.close()
     skipped = dict(sorted({k: v for part in world.gather([dict(pictures.skipped)]) for k, v in part.items()}.items()))
+    world.close()
+    if not world.main:  # one speaks for all
+        return {}
     result: dict[str, Any] = {"command": "train smooth-lora", "output": str(written)}
     if skipped:
         result |= {"skipped": len(skipped), "first_skipped": [f"{k}: {v}" for k, v in list(skipped.items())[:5]]}

@@ -128,7 +128,11 @@ def launched(
     """
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import LoggerType
 
+    known = sorted(str(kind.value) for kind in LoggerType)
+    if unknown := sorted(set(trackers) - set(known)):
+        raise InputError(f"report_to={unknown[0]!r}: unknown; choose from {', '.join(known)}")
     if precision not in get_args(Precision):
         raise InputError(f"mixed_precision={precision!r}: unknown; choose from {', '.join(get_args(Precision))}")
     chosen = training_device(device)

@@ -75,6 +75,28 @@ def test_two_processes_train_what_one_does(tmp_path: Path, tiny_model: Path, emo
     assert moved > 0.01  # lora_B starts at zero
 
 
+def test_the_command_runs_on_two_processes(tmp_path: Path, tiny_model: Path, emoji: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+        "-m",
+        "smooth_rt",
+    ]
+    command += ["train", "smooth-lora", "--model", str(tiny_model), "--data", str(emoji), "--device", "cpu"]
+    command += ["--output", str(tmp_path / "run"), "--steps", "2", "--batch-size", "2", "--report-to", "tensorboard"]
+    done = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, check=False,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("smooth_lora.safetensors") == 1  # one speaks for both
+    assert (tmp_path / "run" / "smooth_lora.safetensors").exists()
+
+
 def test_one_process_is_alone() -> None:
     world = World()
     assert (world.rank, world.size, world.main) == (0, 1, True)
