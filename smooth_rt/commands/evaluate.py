@@ -228,6 +228,9 @@ def quality(
         rows.append({"variant": variant, **told, **summarise_quality(found, real, first)})
         first = first or found
     notes = ["VAE-Fréchet: on the model's own VAE features; it is not FID."]
+    for key, name in (("vae_frechet", "VAE-Fréchet"), ("object_accuracy", "objects right")):
+        if (between := rows[-1].get(f"{key}_less_base_95_percent")) is not None:
+            notes.append(f"{name}, smooth less base: {between[0]:.4g} to {between[1]:.4g} (95 %, paired bootstrap).")
     if attributes is None:
         notes.append("Accuracies are not measured: the classifier knows the default model's data alone.")
     else:

@@ -110,6 +110,7 @@ def test_the_command_measures_and_goes_on(tiny_model: Path, tmp_path: Path, caps
     assert first["object_accuracy"] is None
     table = (tmp_path / "o" / "quality.md").read_text()
     assert "not measured" in table
+    assert "less base" not in table  # there is no LoRA to compare
     (rows,) = (tmp_path / "o" / "rows").iterdir()
     held = rows.read_text()
     assert len(held.splitlines()) == 1 + 4
