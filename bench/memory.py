@@ -6,15 +6,13 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict
 
+from bench.apart import apart
 from bench.environment import peak_memory
-from smooth_rt.errors import EngineError
 
 __all__ = ["Morph", "peaks_of_morph"]
 
@@ -49,23 +47,12 @@ def peaks_of_morph(morph: Morph) -> dict[int, int]:
     Raises:
         EngineError: the process failed; its last line is passed on.
     """
-    home = str(Path(__file__).resolve().parent.parent)
-    paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
-    ran = subprocess.run(
-        [sys.executable, "-m", "bench.memory"],
-        input=morph.model_dump_json(),
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+    peaks = apart(
+        "bench.memory",
+        [],
+        lambda said: f"{morph.engine}: the process that measures memory failed ({said}); try a smaller --batch-sizes",
+        morph.model_dump_json(),
     )
-    if ran.returncode:
-        said = ran.stderr.strip().splitlines()
-        raise EngineError(
-            f"{morph.engine}: the process that measures memory failed ({said[-1] if said else ran.returncode}); "
-            "try a smaller --batch-sizes"
-        )
-    peaks = json.loads(ran.stdout.strip().splitlines()[-1])
     return {int(size): int(peak) for size, peak in peaks.items()}
 
 

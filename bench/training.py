@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -21,7 +19,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from smooth_rt.errors import EngineError, InputError, SmoothRTError
+from bench.apart import apart
+from smooth_rt.errors import InputError, SmoothRTError
 from smooth_rt.training.smooth_lora_config import SmoothLoraConfig
 
 __all__ = ["VARIANTS", "main", "measured"]
@@ -82,21 +81,10 @@ def measured(argv: Sequence[str]) -> list[dict[str, Any]]:
         EngineError: a process failed; its last line is passed on.
     """
     rows = []
-    home = str(Path(__file__).resolve().parent.parent)
-    paths = [home, *filter(None, [os.environ.get("PYTHONPATH")])]
     for name in VARIANTS:
         print(f"measuring {name}", file=sys.stderr, flush=True)
-        ran = subprocess.run(
-            [sys.executable, "-m", "bench.training", *argv, "--variant", name],
-            capture_output=True,
-            text=True,
-            check=False,
-            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        )
-        if ran.returncode:
-            said = ran.stderr.strip().splitlines()
-            raise EngineError(f"{name}: failed ({said[-1] if said else ran.returncode}); try a smaller --size")
-        rows.append(json.loads(ran.stdout.strip().splitlines()[-1]))
+        message = f"{name}: failed ({{}}); try a smaller --size"
+        rows.append(apart("bench.training", [*argv, "--variant", name], message.format))
     for row in rows:
         row["over_plain"] = row["seconds_per_step"] / rows[0]["seconds_per_step"]
     return rows

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -33,8 +33,6 @@ class Measured(NamedTuple):
 
 def measured(options: RunOptions, name: str, task: Task, processes: int) -> Iterator[Measured]:
     """Rows of the model without and with its LoRA, one after the other; of a bundle, of what it holds."""
-    from dataclasses import asdict
-
     from engines.bundle import digest_json
     from smooth_rt.evaluation.rows import Rows, collect
 
@@ -42,7 +40,9 @@ def measured(options: RunOptions, name: str, task: Task, processes: int) -> Iter
     named = {"bundle": options} if options.engines is not None else {"base": plain}
     if options.engines is None and options.chosen_lora is not None:
         named["smooth"] = options
-    asked = {key: value for key, value in asdict(task).items() if key != "attributes"}  # type: ignore[call-overload]
+    # The classifier decides nothing of what is sampled, and a network is dear to copy.
+    kept = [f.name for f in fields(task) if f.name != "attributes"]  # type: ignore[arg-type]
+    asked = {name: getattr(task, name) for name in kept}
     for variant, chosen in named.items():
         with open_pipeline(chosen) as pipe, item_progress(f"{name}, {variant}") as progress:
             watch = Stopwatch()
@@ -59,6 +59,8 @@ def measured(options: RunOptions, name: str, task: Task, processes: int) -> Iter
 
 def _plain(value: Any) -> Any:
     """`value` as JSON holds it; paths by name."""
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
     if isinstance(value, dict):
         return {key: _plain(one) for key, one in value.items()}
     if isinstance(value, list | tuple):

@@ -55,8 +55,8 @@ def write_assets(out: Path, model: Path, scenes: EmojiScenes) -> None:
         path.write_text(re.sub(r'\n *"_name_or_path": .*', "", path.read_text()))
     for name in ("vocab.json", "merges.txt"):
         shutil.copy(model / "tokenizer" / name, partial / "model" / "tokenizer" / name)
-    for name, stage in (("attributes", "attributes"), ("reference", "reference")):
-        shutil.copyfile(need(out / f"{name}.safetensors", stage), partial / f"{name}.safetensors")
+    for stage in ("attributes", "reference"):
+        shutil.copyfile(need(out / f"{stage}.safetensors", stage), partial / f"{stage}.safetensors")
     write_examples(scenes, partial / "examples")
     (partial / "prompts.txt").write_text("\n".join(evaluation_prompts(scenes)) + "\n", encoding="utf-8")
     shutil.rmtree(out / "assets", ignore_errors=True)

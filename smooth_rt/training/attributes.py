@@ -15,7 +15,7 @@ from torch import Tensor
 
 from smooth_rt.metrics.attributes import AttributeNetwork
 from smooth_rt.metrics.frechet import fit, vae_features
-from smooth_rt.training.data import COLOURS, EmojiScenes, is_held_out
+from smooth_rt.training.data import COLOURS, EmojiScenes, as_tensor, is_held_out
 from smooth_rt.training.draws import keyed_generator
 from smooth_rt.training.run import Part, Run
 from smooth_rt.training.world import World
@@ -45,7 +45,7 @@ def train_attributes(
 
     def step_fn(step: int) -> Iterator[Part]:
         drawn = [scenes.draw("attributes", step * BATCH + i) for i in range(BATCH)]
-        images = _images([one.image for one in drawn]).to(device)
+        images = as_tensor([one.image for one in drawn]).to(device)
         worn = _worn(_through(vae, images, THROUGH_VAE), keyed_generator(seed, "attributes", step))
         objects, colours = network(worn)
         truth = torch.tensor([[one.obj, one.colour] for one in drawn], device=device)
@@ -72,7 +72,7 @@ def write_reference(out: Path, vae: AutoencoderKL, scenes: EmojiScenes) -> Path:
     """Write the statistics of real pictures that no training has seen (`metrics.frechet`); returns their path."""
     features = []
     for first in range(0, REFERENCES, 32):
-        images = _images([scenes.draw("reference", first + i).image for i in range(32)]).to(vae.device)
+        images = as_tensor([scenes.draw("reference", first + i).image for i in range(32)]).to(vae.device)
         with torch.no_grad():
             features.append(vae_features(vae.encode(images).latent_dist.mean.cpu()))
     found = fit(np.concatenate(features))
@@ -80,10 +80,6 @@ def write_reference(out: Path, vae: AutoencoderKL, scenes: EmojiScenes) -> Path:
     tensors = {"mean": torch.from_numpy(found.mean).float(), "covariance": torch.from_numpy(found.covariance).float()}
     save_file(tensors, path, {"count": str(found.count), "format": "pt"})
     return path
-
-
-def _images(pictures: list[np.ndarray]) -> Tensor:
-    return torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
 def _through(vae: AutoencoderKL, images: Tensor, count: int) -> Tensor:
@@ -120,7 +116,7 @@ def _accuracy(
     for first in range(0, JUDGED, 32):
         chosen = [pairs[int(rng.integers(len(pairs)))] for _ in range(32)]
         drawn = [scenes.draw("judged", first + i, *pair) for i, pair in enumerate(chosen)]
-        images = _through(vae, _images([one.image for one in drawn]).to(device), 32)
+        images = _through(vae, as_tensor([one.image for one in drawn]).to(device), 32)
         with torch.no_grad():
             objects, colours = (logits.argmax(1).cpu().numpy() for logits in network(images))
         truth = np.array(chosen)

@@ -13,13 +13,15 @@ import json
 import shutil
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
 from engines.bundle import digest_json
 from smooth_rt.errors import InputError, reason
@@ -97,6 +99,11 @@ def _packed(package: str, folder: Path) -> Path:
 def is_held_out(obj: int, colour: int) -> bool:
     """Whether the pair of object and background colour is kept from training, for honest inversion and morphs."""
     return (obj * 5 + colour * 7) % HOLD_OUT_EVERY == 0
+
+
+def as_tensor(images: Sequence[np.ndarray]) -> Tensor:
+    """Pictures uint8 [H, W, 3] as networks take them: [N, 3, H, W] in -1..1, channels last."""
+    return torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2).float().div(127.5).sub(1)
 
 
 class EmojiScenes:

@@ -36,7 +36,7 @@ from transformers import CLIPTokenizer
 from smooth_rt.errors import InputError, SmoothRTError, reason
 from smooth_rt.training.assets import need, write_assets
 from smooth_rt.training.attributes import train_attributes, write_reference
-from smooth_rt.training.data import EmojiScenes, fetch
+from smooth_rt.training.data import EmojiScenes, as_tensor, fetch
 from smooth_rt.training.draws import keyed_generator
 from smooth_rt.training.run import Part, Run
 from smooth_rt.training.settings import check_steps
@@ -137,8 +137,7 @@ def _attention(device: torch.device) -> AbstractContextManager[None]:
 
 def _pictures(scenes: EmojiScenes, stream: str, first: int, count: int) -> Tensor:
     """[count, 3, H, W] in -1..1, channels last."""
-    images = np.stack([scenes.draw(stream, first + i).image for i in range(count)])
-    return torch.from_numpy(images).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+    return as_tensor([scenes.draw(stream, first + i).image for i in range(count)])
 
 
 def _grid(images: np.ndarray, columns: int, path: Path) -> None:
@@ -200,7 +199,7 @@ def _cache_latents(out: Path, model: Path, scenes: EmojiScenes, config: TinyConf
     means, deviations, ids = [], [], []
     for first in range(0, config.pictures, 64):
         samples = [scenes.draw("unet", first + i) for i in range(min(64, config.pictures - first))]
-        images = torch.from_numpy(np.stack([s.image for s in samples])).permute(0, 3, 1, 2).float().div(127.5).sub(1)
+        images = as_tensor([sample.image for sample in samples])
         with torch.no_grad(), torch.autocast(device.type, dtype=torch.bfloat16):
             posterior = vae.encode(images.to(device, memory_format=torch.channels_last)).latent_dist
         means.append(posterior.mean.half().cpu())
