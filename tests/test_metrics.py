@@ -4,16 +4,13 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator
-from pathlib import Path
-from types import ModuleType
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from smooth_rt.errors import InputError, SmoothRTError
+from smooth_rt.errors import InputError
 from smooth_rt.metrics import (
     diversity,
     istd,
@@ -25,7 +22,7 @@ from smooth_rt.metrics import (
     reconstruction,
     ssim,
 )
-from smooth_rt.metrics.reconstruction import _lpips_network
+from smooth_rt.metrics.pretrained import lpips_network
 
 
 def grey(*values: float, size: tuple[int, int, int] = (2, 2, 1)) -> np.ndarray:
@@ -160,31 +157,12 @@ def test_pictures_that_do_not_compare() -> None:
         lpips(picture[..., :1], picture[..., :1])
 
 
-@pytest.fixture
-def lpips_installed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A package `lpips` whose network is the mean absolute difference; its trunk's weights lie in the folder given."""
+def test_lpips_takes_pictures_in_minus_one_to_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    def distance(first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
+        assert first.shape == second.shape == (1, 3, 8, 8)
+        return (first - second).abs().mean()
 
-    class Network(torch.nn.Module):
-        def __init__(self, net: str, verbose: bool) -> None:
-            super().__init__()
-            assert (net, verbose) == ("alex", False)
-
-        def forward(self, first: torch.Tensor, second: torch.Tensor) -> torch.Tensor:
-            assert first.shape == second.shape == (1, 3, 8, 8)
-            return (first - second).abs().mean().reshape(1, 1, 1, 1)
-
-    package = ModuleType("lpips")
-    package.LPIPS = Network  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "lpips", package)
-    monkeypatch.setattr("torch.hub.get_dir", lambda: str(tmp_path))
-    _lpips_network.cache_clear()
-    (tmp_path / "checkpoints").mkdir()
-    yield tmp_path / "checkpoints"
-    _lpips_network.cache_clear()
-
-
-def test_lpips_takes_pictures_in_minus_one_to_one(lpips_installed: Path) -> None:
-    (lpips_installed / "alexnet-owt-7be5be79.pth").touch()
+    monkeypatch.setattr(sys.modules["smooth_rt.metrics.reconstruction"], "lpips_network", lambda: distance)
     first, second = np.full((8, 8, 3), 0.25), np.full((8, 8, 3), 0.5)
     assert lpips(first, second) == pytest.approx(0.5)
     found = reconstruction(first, second)
@@ -192,15 +170,9 @@ def test_lpips_takes_pictures_in_minus_one_to_one(lpips_installed: Path) -> None
     assert found.lpips_missing is None
 
 
-def test_lpips_without_its_weights_downloads_nothing(lpips_installed: Path) -> None:
-    with pytest.raises(SmoothRTError, match=r"alexnet.*is missing"):
-        lpips(np.zeros((8, 8, 3)), np.zeros((8, 8, 3)))
-    assert list(lpips_installed.iterdir()) == []
-
-
 def test_reconstruction_says_why_lpips_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lpips", None)
-    _lpips_network.cache_clear()
+    monkeypatch.setitem(sys.modules, "torchmetrics.image.lpip", None)
+    lpips_network.cache_clear()
     first, second = np.zeros((8, 8, 3)), np.full((8, 8, 3), 0.1)
     found = reconstruction(first, second)
     assert (found.mse, found.psnr, found.ssim) == (mse(first, second), psnr(first, second), ssim(first, second))

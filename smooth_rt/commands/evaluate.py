@@ -59,7 +59,7 @@ def istd(
     check_file(options, "istd", [] if prompts is None else [prompts])
     rows: list[dict[str, Any]] = []
     distances = {}
-    for variant, found, told in measured(options, "istd", task, processes):
+    for variant, found, told, _ in measured(options, "istd", task, processes):
         summary = summarise_istd(found, ddof)
         distances[variant] = summary.istd.distances
         rows.append(
@@ -126,7 +126,7 @@ def inversion(
             tuple(images), name, options.num_inference_steps, options.guidance_scale, options.height, options.width,
             batch,
         )  # fmt: skip
-        for variant, found, told in measured(options, "inversion", task, processes):
+        for variant, found, told, _ in measured(options, "inversion", task, processes):
             if not rows:
                 rows.append({"variant": "VAE bound", "method": "", **told, **_means(found, "bound")})
             rows.append({"variant": variant, "method": name, **told, **_means(found, "rebuilt")})
@@ -178,7 +178,7 @@ def editing(
     check_file(options, "editing", [path for case in cases for path in (case.path, case.mask)])
     rows: list[dict[str, Any]] = []
     for task in tasks:
-        for variant, found, told in measured(options, "editing", task, processes):
+        for variant, found, told, _ in measured(options, "editing", task, processes):
             asked = {"variant": variant, "method": task.edit_method, "strength": task.edit_strength}
             rows.append({**asked, **told, **summarise_editing(found)})
     columns = {
@@ -202,18 +202,21 @@ def quality(
         Path | None,
         typer.Option(help="A folder of real images. Left out: the default model's own data.", show_default=False),
     ] = None,
+    clip: Annotated[
+        str, typer.Option(help="For the CLIP score: a model in the Hugging Face cache, or its folder.")
+    ] = "openai/clip-vit-large-patch14",
     batch: Annotated[int, typer.Option(help="Pairs of images sampled together.")] = 16,
     processes: Processes = 1,
 ) -> dict[str, Any]:
     """How near images are to real ones, whether they show what the prompt says, how different they are."""
-    from smooth_rt.evaluation import QualityTask, read_prompts, summarise_quality
+    from smooth_rt.evaluation import ByNetworks, QualityTask, read_prompts, summarise_quality
     from smooth_rt.metrics.attributes import load_attributes
     from smooth_rt.metrics.frechet import load_reference
 
     ours = options.model == "default" and options.engines is None
     if reference is None and not ours:
         raise InputError("--reference: name a folder of real images, since only the default model's statistics ship")
-    files = _images_of(reference) if reference is not None else []
+    files = _images_of(reference, options.output) if reference is not None else []
     texts = read_prompts(prompts)
     attributes = load_attributes() if ours else None
     task = QualityTask(
@@ -224,10 +227,14 @@ def quality(
     rows: list[dict[str, Any]] = []
     first: list[dict[str, Any]] | None = None
     real = load_reference() if reference is None else _statistics(options, files)
-    for variant, found, told in measured(options, "quality", task, processes):
-        rows.append({"variant": variant, **told, **summarise_quality(found, real, first)})
+    networks = ByNetworks(files, clip)
+    for variant, found, told, done in measured(options, "quality", task, processes):
+        with item_progress(f"quality, {variant}, by networks") as progress:
+            judged = networks.of(done.kept(), progress)
+        told["pictures"] = str(done.pictures)
+        rows.append({"variant": variant, **told, **judged, **summarise_quality(found, real, first)})
         first = first or found
-    notes = ["VAE-Fréchet: on the model's own VAE features; it is not FID."]
+    notes = ["VAE-Fréchet: on the model's own VAE features; it is not FID.", *networks.missing]
     for key, name in (("vae_frechet", "VAE-Fréchet"), ("object_accuracy", "objects right")):
         if (between := rows[-1].get(f"{key}_less_base_95_percent")) is not None:
             notes.append(f"{name}, smooth less base: {between[0]:.4g} to {between[1]:.4g} (95 %, paired bootstrap).")
@@ -237,7 +244,8 @@ def quality(
         own = attributes.accuracy
         notes.append(f"On real pictures the classifier is right about {own['object']:.1%} of objects.")
     columns = {
-        "variant": "model", "images": "images", "vae_frechet": "VAE-Fréchet", "vae_frechet_95_percent": "95 %",
+        "variant": "model", "images": "images", "fid": "FID", "clip": "CLIP score",
+        "vae_frechet": "VAE-Fréchet", "vae_frechet_95_percent": "95 %",
         "object_accuracy": "objects right", "colour_accuracy": "colours right", "diversity": "diversity",
     }  # fmt: skip
     setup = {"command": "evaluate quality", "prompts": len(texts), "images": 2 * (images // 2)}
@@ -256,8 +264,10 @@ def _means(found: Sequence[dict[str, Any]], part: str) -> dict[str, float | None
     return {**means, "lpips": statistics.fmean(perceptual) if perceptual else None}
 
 
-def _images_of(folder: Path) -> list[Path]:
+def _images_of(folder: Path, output: Path) -> list[Path]:
+    """Those of a folder and of the folders in it, but what was made there."""
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
+    found = [path for path in found if not path.resolve().is_relative_to(output.resolve())]
     if len(found) < 2:
         raise InputError(f"{folder}: {len(found)} images; give a folder of at least 2, better thousands")
     return found

@@ -24,11 +24,12 @@ __all__ = ["Measured", "check_file", "finish", "guidance", "listed", "measured"]
 
 
 class Measured(NamedTuple):
-    """A variant of the model, its rows, and what of the run is told."""
+    """A variant of the model, its rows, what of the run is told, and the task, with a folder if it keeps pictures."""
 
     variant: str
     rows: list[dict[str, Any]]
     told: dict[str, Any]
+    task: Any
 
 
 def measured(options: RunOptions, name: str, task: Task, processes: int) -> Iterator[Measured]:
@@ -40,9 +41,9 @@ def measured(options: RunOptions, name: str, task: Task, processes: int) -> Iter
     named = {"bundle": options} if options.engines is not None else {"base": plain}
     if options.engines is None and options.chosen_lora is not None:
         named["smooth"] = options
-    # The classifier decides nothing of what is sampled, and a network is dear to copy.
-    kept = [f.name for f in fields(task) if f.name != "attributes"]  # type: ignore[arg-type]
-    asked = {name: getattr(task, name) for name in kept}
+    held = fields(task)  # type: ignore[arg-type]
+    asked = {f.name: getattr(task, f.name) for f in held if not f.metadata.get("aside")}
+    keeps = any(f.name == "pictures" for f in held)
     for variant, chosen in named.items():
         with open_pipeline(chosen) as pipe, item_progress(f"{name}, {variant}") as progress:
             watch = Stopwatch()
@@ -50,11 +51,12 @@ def measured(options: RunOptions, name: str, task: Task, processes: int) -> Iter
             settings = {"measurement": name, "engine": pipe.engine, **pipe.digests, "of": digest_json(_plain(asked))}
             path = options.output / "rows" / f"{name}-{variant}-{digest_json(settings)[:12]}.jsonl"
             rows = Rows(path, settings)
+            mine: Any = replace(task, pictures=path.with_suffix("")) if keeps else task  # type: ignore[type-var]
             # Another process cannot be handed a pipeline: it opens its own, from the engines that are built by now.
             opened: Callable[[], Any] = partial(nullcontext, pipe) if processes == 1 else partial(open_pipeline, chosen)
-            found = collect(task, opened, rows, processes, progress)
+            found = collect(mine, opened, rows, processes, progress)
             told["seconds"] = watch.seconds
-        yield Measured(variant, found, told)
+        yield Measured(variant, found, told, mine)
 
 
 def _plain(value: Any) -> Any:

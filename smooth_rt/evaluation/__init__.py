@@ -3,11 +3,12 @@
 from smooth_rt.evaluation.editing import EditCase, EditingTask, edit_cases, summarise_editing
 from smooth_rt.evaluation.inputs import Example, captioned, examples, read_prompts
 from smooth_rt.evaluation.inversion import InversionTask, measure_inversion
-from smooth_rt.evaluation.quality import QualityTask, summarise_quality
+from smooth_rt.evaluation.quality import ByNetworks, QualityTask, summarise_quality
 from smooth_rt.evaluation.rows import Rows, collect
 from smooth_rt.evaluation.smoothness import IstdTask, Smoothness, check_istd, measure_istd, summarise_istd
 
 __all__ = [
+    "ByNetworks",
     "EditCase",
     "EditingTask",
     "Example",

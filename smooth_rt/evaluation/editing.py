@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any, cast
@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from smooth_rt.errors import InputError, reason
-from smooth_rt.evaluation.rows import in_batches
+from smooth_rt.evaluation.rows import ASIDE, in_batches
 from smooth_rt.images import read
 from smooth_rt.metrics.attributes import Attributes
 from smooth_rt.metrics.reconstruction import outside
@@ -72,7 +72,7 @@ class EditingTask:
     """
 
     cases: tuple[EditCase, ...]
-    attributes: Attributes | None
+    attributes: Attributes | None = field(metadata=ASIDE)
     edit_method: str = "eq15"
     edit_strength: float = 0.8
     seed: int = 0

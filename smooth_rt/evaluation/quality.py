@@ -2,24 +2,30 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
 
-from smooth_rt.errors import InputError
-from smooth_rt.evaluation.rows import in_batches
+from smooth_rt.errors import InputError, SmoothRTError, reason
+from smooth_rt.evaluation.rows import ASIDE, Progress, in_batches
+from smooth_rt.images import read, to_images
 from smooth_rt.metrics.attributes import Attributes
 from smooth_rt.metrics.frechet import Gaussian, fit, frechet, frechet_intervals, vae_features
+from smooth_rt.metrics.pretrained import CLIP, Fid, MissingError, clip_score
 from smooth_rt.pipeline import SmoothPipeline
 from smooth_rt.ranges import check, seeds_from
 
-__all__ = ["QualityTask", "summarise_quality"]
+__all__ = ["ByNetworks", "QualityTask", "summarise_quality"]
 
 DRAWS = 2000
+BATCH = 32  # images a call of a network that judges them
 
 
 @dataclass(frozen=True)
@@ -29,6 +35,7 @@ class QualityTask:
     Args:
         count: of items; twice as many images.
         attributes: judges what is seen; None: nothing is judged.
+        pictures: a folder that keeps the images as PNG, in the order of items; None: they are not kept.
 
     Raises:
         InputError: a number out of its range.
@@ -36,13 +43,14 @@ class QualityTask:
 
     prompts: tuple[str, ...]
     count: int
-    attributes: Attributes | None
+    attributes: Attributes | None = field(metadata=ASIDE)
     seed: int = 0
     num_inference_steps: int = 50
     guidance_scale: float = 7.5
     height: int | None = None
     width: int | None = None
     prompts_per_batch: int = 16
+    pictures: Path | None = field(default=None, metadata=ASIDE)
 
     def __post_init__(self) -> None:
         if not self.prompts or self.count < 1:
@@ -70,6 +78,7 @@ class QualityTask:
         latents = pipe.encode_image(torch.from_numpy(pixels).permute(0, 3, 1, 2), self.height, self.width)
         features = vae_features(latents / pipe.scaling_factor)
         judged = self.attributes.judge(pixels, captions) if self.attributes is not None else None
+        self._keep(items, pixels)
         rows = []
         for k in range(len(items)):
             pair = slice(2 * k, 2 * k + 2)
@@ -82,6 +91,76 @@ class QualityTask:
                 }
             )
         return rows
+
+    def _keep(self, items: Sequence[int], pixels: NDArray[np.float32]) -> None:
+        if self.pictures is None:
+            return
+        images = cast("list[Image.Image]", to_images(torch.from_numpy(pixels).permute(0, 3, 1, 2), "pil"))
+        paths = [path for item in items for path in self._kept(item)]
+        try:
+            self.pictures.mkdir(parents=True, exist_ok=True)
+            for image, path in zip(images, paths, strict=True):
+                image.save(path)
+        except OSError as error:
+            raise SmoothRTError(f"{self.pictures}: cannot be written ({reason(error)}); make room") from error
+
+    def kept(self) -> list[tuple[Path, str]]:
+        """The images that were kept, each with its prompt.
+
+        Raises:
+            InputError: one is not there any more.
+        """
+        found = [(path, self.prompts[i % len(self.prompts)]) for i in range(self.count) for path in self._kept(i)]
+        for path, _ in found:
+            if not path.is_file():
+                raise InputError(f"{path}: is gone; remove the file of rows beside its folder to sample it again")
+        return found
+
+    def _kept(self, item: int) -> list[Path]:
+        assert self.pictures is not None
+        return [self.pictures / f"{item:05d}-{k}.png" for k in (0, 1)]
+
+
+class ByNetworks:
+    """FID and CLIP score of the images that a task has kept, where the networks are at hand.
+
+    Args:
+        real: real images for FID, scaled and cropped to the size of those that are judged; none: no FID.
+        clip: the CLIP model.
+    """
+
+    def __init__(self, real: Sequence[Path], clip: str = CLIP) -> None:
+        self.real, self.clip = real, clip
+        self.missing: dict[str, None] = {}  # why something was not measured, in order
+        self._fid: Fid | None = None
+
+    def of(self, kept: Sequence[tuple[Path, str]], progress: Progress | None = None) -> dict[str, float | None]:
+        """`fid` and `clip`; None for what is not at hand."""
+        with Image.open(kept[0][0]) as first:
+            width, height = first.size
+        tell = progress or (lambda *_: None)
+        paths = [path for path, _ in kept]
+        fid = clip = None
+        try:
+            if not self.real:
+                raise MissingError("FID: real images are missing; name a folder of them with --reference")
+            self._fid = self._fid or Fid(_batches(self.real, height, width))
+            fid = self._fid.of(_batches(paths, height, width))
+        except MissingError as error:
+            self.missing[f"Not measured: {error}."] = None
+        tell(len(paths), 2 * len(paths))
+        try:
+            captions = [[caption for _, caption in kept[k : k + BATCH]] for k in range(0, len(kept), BATCH)]
+            clip = clip_score(zip(_batches(paths, height, width), captions, strict=True), self.clip)
+        except MissingError as error:
+            self.missing[f"Not measured: {error}."] = None
+        tell(2 * len(paths), 2 * len(paths))
+        return {"fid": fid, "clip": clip}
+
+
+def _batches(paths: Sequence[Path], height: int, width: int) -> Iterator[Tensor]:
+    for first in range(0, len(paths), BATCH):
+        yield (read(list(paths[first : first + BATCH]), height, width) * 255).round().byte()
 
 
 def summarise_quality(
@@ -98,9 +177,7 @@ def summarise_quality(
         InputError: fewer than two images, or features of another model than the reference's.
     """
     features = _features(rows)
-    spread, apart = frechet_intervals(_features(base) if base else features, features, reference)
-    if base:
-        spread, _ = frechet_intervals(features, features, reference)
+    spread, apart = frechet_intervals(features, reference, _features(base) if base else None)
     found: dict[str, Any] = {
         "images": len(features),
         "vae_frechet": frechet(fit(features), reference),

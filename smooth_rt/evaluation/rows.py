@@ -18,7 +18,9 @@ from typing import Any, Protocol
 from smooth_rt.errors import EngineError, InputError, SmoothRTError, reason
 from smooth_rt.pipeline import SmoothPipeline
 
-__all__ = ["Open", "Progress", "Rows", "Task", "collect", "in_batches"]
+__all__ = ["ASIDE", "Open", "Progress", "Rows", "Task", "collect", "in_batches"]
+
+ASIDE = {"aside": True}  # metadata of a task's field that does not decide its rows
 
 Row = dict[str, Any]
 Progress = Callable[[int, int], None]

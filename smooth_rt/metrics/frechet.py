@@ -73,23 +73,21 @@ def frechet(one: Gaussian, other: Gaussian) -> float:
 
 
 def frechet_intervals(
-    base: Features, smooth: Features, reference: Gaussian, seed: int = 0
+    features: Features, reference: Gaussian, base: Features | None = None, seed: int = 0
 ) -> tuple[tuple[float, float], tuple[float, float]]:
-    """Where the distance of `base`, and the distance of `smooth` less that of `base`, lie with 95 % confidence: a
-    bootstrap over images, drawn in pairs, since image i of both is from the same noise.
+    """Where the distance of `features`, and that distance less the one of `base`, lie with 95 % confidence: a bootstrap
+    over images, drawn in pairs, since image i of both is from the same noise. Without `base`, both are the same.
 
     Raises:
         InputError: different numbers of images.
     """
-    if base.shape != smooth.shape:
-        raise InputError(f"features: {len(base)} and {len(smooth)} images; give the same noises for both")
+    if base is not None and base.shape != features.shape:
+        raise InputError(f"features: {len(base)} and {len(features)} images; give the same noises for both")
     rng = np.random.default_rng(seed)
-    plain, apart = [], []
-    for _ in range(DRAWS):
-        rows = rng.integers(0, len(base), len(base))
-        plain.append(frechet(fit(base[rows]), reference))
-        apart.append(frechet(fit(smooth[rows]), reference) - plain[-1])
-    return _middle(plain), _middle(apart)
+    drawn = [rng.integers(0, len(features), len(features)) for _ in range(DRAWS)]
+    found = np.array([frechet(fit(features[rows]), reference) for rows in drawn])
+    less = 0.0 if base is None else np.array([frechet(fit(base[rows]), reference) for rows in drawn])
+    return _middle(found), _middle(found - less)
 
 
 def load_reference(path: Path | None = None) -> Gaussian:
@@ -107,6 +105,6 @@ def load_reference(path: Path | None = None) -> Gaussian:
         raise ModelError(f"{path}: not a reference's statistics ({reason(error)})") from error
 
 
-def _middle(values: list[float]) -> tuple[float, float]:
+def _middle(values: Features) -> tuple[float, float]:
     low, high = np.percentile(values, [2.5, 97.5])
     return float(low), float(high)

@@ -1,4 +1,4 @@
-"""How near a reconstruction is to its picture: MSE, PSNR and SSIM by scikit-image, LPIPS where it is installed.
+"""How near a reconstruction is to its picture: MSE, PSNR and SSIM by scikit-image, LPIPS where its network is at hand.
 
 Each takes two pictures [H, W, C] of the same shape, uint8 or floats in 0..1, or PIL; the data range is 1.
 """
@@ -7,25 +7,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from functools import cache
-from pathlib import Path
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from smooth_rt.errors import InputError, SmoothRTError
+from smooth_rt.errors import InputError
 from smooth_rt.metrics.pixels import PictureLike, Pixels, as_pixels
+from smooth_rt.metrics.pretrained import MissingError, lpips_network
 
 __all__ = ["Reconstruction", "lpips", "mse", "outside", "psnr", "reconstruction", "ssim"]
 
 SSIM_WINDOW = 7  # scikit-image's default, a uniform window
-LPIPS_TRUNK = "alexnet-owt-7be5be79.pth"  # torchvision's AlexNet, under which LPIPS puts its own weights
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """The distances of one pair. `lpips` is None where LPIPS is not installed and `lpips_missing` then says why."""
+    """The distances of one pair. `lpips` is None where its network is not at hand and `lpips_missing` then says why."""
 
     mse: float
     psnr: float
@@ -91,25 +88,25 @@ def outside(image: PictureLike, other: PictureLike, mask: NDArray[np.bool_]) -> 
 
 
 def lpips(image: PictureLike, reconstructed: PictureLike) -> float:
-    """Learned perceptual distance with AlexNet, by the package `lpips`; nothing is downloaded by it here.
+    """Learned perceptual distance with AlexNet; see `pretrained`.
 
     Raises:
         InputError: as `mse`, or the pictures have not 3 channels.
-        SmoothRTError: the package or its weights are not installed; the line says how to get them.
+        MissingError: the network is not at hand; the line says how to get it.
     """
     import torch
 
     pair = _pair(image, reconstructed)
     if pair[0].shape[2] != 3:
         raise InputError(f"lpips: pictures of {pair[0].shape[2]} channels; give RGB")
-    network = _lpips_network()
+    network = lpips_network()
     first, second = (torch.from_numpy(p).float().permute(2, 0, 1)[None] * 2 - 1 for p in pair)
     with torch.no_grad():
         return float(network(first, second))
 
 
 def reconstruction(image: PictureLike, reconstructed: PictureLike) -> Reconstruction:
-    """All distances of one pair, LPIPS where it is installed.
+    """All distances of one pair, LPIPS where its network is at hand.
 
     Raises:
         InputError: as `mse` and `ssim`.
@@ -118,9 +115,7 @@ def reconstruction(image: PictureLike, reconstructed: PictureLike) -> Reconstruc
     values = mse(image, reconstructed), psnr(image, reconstructed), ssim(image, reconstructed)
     try:
         perceptual = lpips(image, reconstructed)
-    except InputError:
-        raise
-    except SmoothRTError as error:
+    except MissingError as error:
         missing = str(error)
     return Reconstruction(*values, perceptual, missing)
 
@@ -130,21 +125,3 @@ def _pair(image: PictureLike, reconstructed: PictureLike) -> tuple[Pixels, Pixel
     if first.shape != second.shape:
         raise InputError(f"reconstruction: {list(second.shape)}, the picture {list(first.shape)}; give equal shapes")
     return first, second
-
-
-@cache
-def _lpips_network() -> Any:
-    import importlib
-
-    import torch
-
-    try:
-        package = importlib.import_module("lpips")
-    except ImportError as error:
-        raise SmoothRTError(
-            "lpips: not installed, so this distance is left out; pip install lpips torchvision"
-        ) from error
-    weights = Path(torch.hub.get_dir()) / "checkpoints" / LPIPS_TRUNK
-    if not weights.is_file():
-        raise SmoothRTError(f"lpips: {weights} is missing; put torchvision's AlexNet weights there")
-    return package.LPIPS(net="alex", verbose=False).eval()

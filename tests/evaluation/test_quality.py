@@ -38,9 +38,12 @@ def test_the_distance_follows_what_is_drawn() -> None:
     real = fit(rng.normal(size=(4000, 6)))
     near, far = rng.normal(size=(400, 6)), rng.normal(size=(400, 6)) * 1.5 + 0.5
     assert frechet(fit(near), real) < 0.1 < frechet(fit(far), real)
-    (low, high), (less, more) = frechet_intervals(near, far, real)
-    assert low < high < less < more
-    _, (less, more) = frechet_intervals(near, near, real)
+    assert frechet_intervals(near, real)[0] == frechet_intervals(near, real)[1]
+    (low, high), (less, more) = frechet_intervals(far, real, near)
+    assert low < high
+    assert 0 < less < more
+    assert low > less  # the nearer one is a little apart too
+    _, (less, more) = frechet_intervals(near, real, near)
     assert less == more == 0
     with pytest.raises(InputError, match="1; give at least 2"):
         fit(near[:1])
@@ -111,13 +114,21 @@ def test_the_command_measures_and_goes_on(tiny_model: Path, tmp_path: Path, caps
     table = (tmp_path / "o" / "quality.md").read_text()
     assert "not measured" in table
     assert "less base" not in table  # there is no LoRA to compare
-    (rows,) = (tmp_path / "o" / "rows").iterdir()
+    (rows,) = (tmp_path / "o" / "rows").glob("*.jsonl")
+    kept = sorted(rows.with_suffix("").iterdir())
+    assert [path.name for path in kept[:3]] == ["00000-0.png", "00000-1.png", "00001-0.png"]
+    assert len(kept) == 8
+    assert "Not measured: FID" in table
+    assert "Not measured: CLIP score: openai/clip-vit-large-patch14 is not at hand; hf download" in table
     held = rows.read_text()
     assert len(held.splitlines()) == 1 + 4
     assert cli.main(command) == 0
     again = json.loads(capsys.readouterr().out)["results"][0]
     assert {**again, "seconds": 0} == {**first, "seconds": 0}
     assert rows.read_text() == held
+    kept[5].unlink()
+    assert cli.main(command) == 2
+    assert "00002-1.png: is gone; remove the file of rows" in capsys.readouterr().err
 
 
 def test_istd_by_several_processes_is_the_same(
