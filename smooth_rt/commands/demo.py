@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from smooth_rt.commands.options import ModelOptions
+from smooth_rt.commands.options import ModelOptions, listed
 from smooth_rt.commands.running import Stopwatch, build_progress
 
 __all__ = ["demo"]
@@ -27,7 +27,7 @@ def demo(
     from smooth_rt.demo import run_demo
     from smooth_rt.demo_report import table
 
-    engines = [name.strip() for name in engine.split(",") if name.strip()]
+    engines = listed(engine)
     watch = Stopwatch()
     with build_progress("") as progress:
         made = run_demo(

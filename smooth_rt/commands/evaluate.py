@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smooth_rt.commands.measuring import check_file, finish, guidance, listed, measured
-from smooth_rt.commands.options import RunOptions
+from smooth_rt.commands.measuring import check_file, finish, measured
+from smooth_rt.commands.options import RunOptions, listed
 from smooth_rt.commands.running import item_progress, open_pipeline
 from smooth_rt.errors import InputError
 
@@ -53,7 +53,7 @@ def istd(
         raise InputError(f"ddof={ddof}: give less than the steps between {frames} frames")
     texts = read_prompts(prompts)[:limit]
     task = IstdTask(
-        tuple(texts), frames, pairs, options.seed, options.num_inference_steps, guidance(options), options.height,
+        tuple(texts), frames, pairs, options.seed, options.num_inference_steps, options.guidance, options.height,
         options.width, batch, pixel_range,
     )  # fmt: skip
     check_file(options, "istd", [] if prompts is None else [prompts])
@@ -165,14 +165,17 @@ def editing(
         strengths = [float(strength) for strength in listed(edit_strengths)]
     except ValueError as error:
         raise InputError(f"edit_strengths={edit_strengths!r}: give numbers from 0 to 1, as 0.4,0.8") from error
+    methods = listed(edit_methods)
+    if not (methods and strengths):
+        raise InputError("edit_methods, edit_strengths: one of them is empty; name at least one of each")
     cases = edit_cases(data)
     attributes = load_attributes() if options.model == "default" and options.engines is None else None
     tasks = [
         EditingTask(
-            tuple(cases), attributes, method, strength, options.seed, options.num_inference_steps, guidance(options),
+            tuple(cases), attributes, method, strength, options.seed, options.num_inference_steps, options.guidance,
             options.height, options.width, batch,
         )
-        for method in listed(edit_methods)
+        for method in methods
         for strength in strengths
     ]  # fmt: skip
     check_file(options, "editing", [path for case in cases for path in (case.path, case.mask)])
@@ -220,7 +223,7 @@ def quality(
     texts = read_prompts(prompts)
     attributes = load_attributes() if ours else None
     task = QualityTask(
-        tuple(texts), images // 2, attributes, options.seed, options.num_inference_steps, guidance(options),
+        tuple(texts), images // 2, attributes, options.seed, options.num_inference_steps, options.guidance,
         options.height, options.width, batch,
     )  # fmt: skip
     check_file(options, "quality", [*files, *([] if prompts is None else [prompts])])

@@ -15,12 +15,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smooth_rt.commands.options import RunOptions
 from smooth_rt.commands.running import Stopwatch, described, item_progress, open_pipeline
-from smooth_rt.errors import InputError
 
 if TYPE_CHECKING:
     from smooth_rt.evaluation.rows import Task
 
-__all__ = ["Measured", "check_file", "finish", "guidance", "listed", "measured"]
+__all__ = ["Measured", "check_file", "finish", "measured"]
 
 
 class Measured(NamedTuple):
@@ -68,17 +67,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_plain(one) for one in value]
     return str(value) if isinstance(value, Path) else value
-
-
-def listed(text: str) -> list[str]:
-    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
-    if not found:
-        raise InputError(f"{text!r}: an empty list; name at least one, as the help page does")
-    return found
-
-
-def guidance(options: RunOptions) -> float:
-    return 7.5 if options.guidance_scale is None else options.guidance_scale
 
 
 def check_file(options: RunOptions, name: str, inputs: Sequence[Path]) -> None:

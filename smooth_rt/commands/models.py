@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from smooth_rt.commands.options import ModelOptions, OutputOptions
+from smooth_rt.commands.options import ModelOptions, OutputOptions, listed
 from smooth_rt.commands.running import Stopwatch, build_progress, opened_model
 from smooth_rt.errors import InputError
 
@@ -46,7 +46,7 @@ def build_engine(
     ] = None,
 ) -> dict[str, Any]:
     """Export every network, compare it with PyTorch and write a bundle of engines."""
-    backends = [name.strip() for name in backend.split(",") if name.strip()]
+    backends = listed(backend)
     from smooth_rt.build import ensure_engines
 
     watch = Stopwatch()

@@ -12,7 +12,7 @@ import typer
 
 from smooth_rt.ranges import RANGES, check
 
-__all__ = ["ModelOptions", "OutputOptions", "RunOptions", "flattened"]
+__all__ = ["ModelOptions", "OutputOptions", "RunOptions", "flattened", "listed"]
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
@@ -91,6 +91,16 @@ class RunOptions(ModelOptions):
     output: Annotated[
         Path, typer.Option(help="Folder for the results; made if need be. Files of the same names are replaced.")
     ] = Path("smooth-rt-out")
+
+    @property
+    def guidance(self) -> float:
+        """The guidance of sampling from noise."""
+        return 7.5 if self.guidance_scale is None else self.guidance_scale
+
+
+def listed(text: str) -> list[str]:
+    """The parts of a comma-separated option, each once."""
+    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
 
 
 def flattened(function: Callable[..., Any]) -> Callable[..., Any]:

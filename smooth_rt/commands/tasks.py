@@ -55,7 +55,7 @@ def generate(
         options.num_inference_steps,
         lambda pipe, shared: pipe(
             prompt,
-            guidance_scale=7.5 if options.guidance_scale is None else options.guidance_scale,
+            guidance_scale=options.guidance,
             negative_prompt=negative_prompt,
             num_images_per_prompt=num_images_per_prompt,
             **start,
@@ -186,7 +186,7 @@ def edit(
             source_prompt,
             edit_method=edit_method,
             edit_strength=edit_strength,
-            guidance_scale=7.5 if options.guidance_scale is None else options.guidance_scale,
+            guidance_scale=options.guidance,
             generator=noise,
             **shared,
         ),

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
 import typer
 
+from smooth_rt.commands.options import listed
 from smooth_rt.ranges import choice
 
 if TYPE_CHECKING:
@@ -45,7 +46,7 @@ def tiny(
 
     check_output(output)
     check_output(data)
-    chosen = tuple(stage.strip() for stage in stages.split(",") if stage.strip())
+    chosen = tuple(listed(stages))
     config = TinyConfig(seed=seed, vae_lr=vae_lr, unet_lr=unet_lr)
     written = train_tiny(output, data, chosen, vae_steps, unet_steps, resume, config, device, attribute_steps)
     return {"command": "train tiny", "output": str(written)}
@@ -152,7 +153,7 @@ def smooth_lora(
         seed=seed,
         rank=rank,
         lora_alpha=lora_alpha,
-        target_modules=tuple(name.strip() for name in target_modules.split(",") if name.strip()),
+        target_modules=tuple(listed(target_modules)),
         batch_size=batch_size,
         accumulate=accumulate,
         gradient_checkpointing=gradient_checkpointing,
@@ -177,7 +178,7 @@ def smooth_lora(
     if watch_every < 0:
         raise InputError(f"watch_every={watch_every}: give a whole number of at least 0")
     prompts = read_prompts(watch_prompts)[:WATCHED] if watch_every else []
-    trackers = [name.strip() for name in report_to.split(",") if name.strip()]
+    trackers = listed(report_to)
     world = launched(output, config.mixed_precision, device, trackers, asdict(config))
     loaded = load_model(model, config=model_config)
     multiple = loaded.dims.latent_multiple * loaded.dims.vae_factor

@@ -12,7 +12,9 @@ import logging
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -30,6 +32,7 @@ from smooth_rt.writers import encode_json, write_files
 
 __all__ = ["ENDLESS", "Encoded", "Encoder", "cached"]
 
+OPEN = 64  # files of the cache at a time
 SHARD = 256  # pictures a file: what an interruption loses at most
 ENDLESS = 8192  # of pictures without an end, so many are cached
 
@@ -116,6 +119,8 @@ class _Shards:
         self.made_of = {"pictures": listed.identity, **networks}
         self.key = digest_json(self.made_of)
         self._where: dict[int, tuple[Path, str, str]] = {}
+        # Mapped into memory: of a large cache only what is read is loaded. Some stay open, since their header is long.
+        self._open: Callable[[Path], Any] = lru_cache(OPEN)(lambda path: safe_open(path, "pt"))
 
     def paths(self) -> list[Path]:
         count = -(-len(self.listed.source) // SHARD)
@@ -196,8 +201,7 @@ class _Shards:
         if item not in self._where:
             return None
         path, text, name = self._where[item]
-        # Mapped into memory: of a large cache only what is read is loaded.
-        with safe_open(path, "pt") as file:
-            return Encoded(
-                file.get_tensor(f"mean/{item}"), file.get_tensor(f"std/{item}"), file.get_tensor(f"text/{text}"), name
-            )
+        file = self._open(path)
+        return Encoded(
+            file.get_tensor(f"mean/{item}"), file.get_tensor(f"std/{item}"), file.get_tensor(f"text/{text}"), name
+        )
