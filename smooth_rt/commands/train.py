@@ -29,7 +29,7 @@ def tiny(
     data: Annotated[Path, typer.Option(help="Where the emoji are, or are fetched to by npm.", show_default=False)],
     stages: Annotated[
         str, typer.Option(help="Comma-separated.")
-    ] = "tokenizer,vae,latents,unet,attributes,reference,assets",
+    ] = "tokenizer,vae,latents,unet,attributes,reference,scenes,assets",
     vae_steps: Annotated[int, typer.Option(help="Steps of the autoencoder.")] = 3000,
     unet_steps: Annotated[int, typer.Option(help="Steps of the UNet and text encoder.")] = 20000,
     attribute_steps: Annotated[int, typer.Option(help="Steps of the classifier that judges pictures.")] = 3000,

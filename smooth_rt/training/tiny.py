@@ -40,11 +40,12 @@ from smooth_rt.training.data import EmojiScenes, as_tensor, fetch
 from smooth_rt.training.draws import keyed_generator
 from smooth_rt.training.run import Part, Run
 from smooth_rt.training.settings import check_steps
+from smooth_rt.training.showcase import held_out, write_scenes
 from smooth_rt.training.tiny_networks import TinyConfig, new_text_encoder, new_unet, new_vae, pipeline, scheduler
 from smooth_rt.training.tokenizer import train_tokenizer
 from smooth_rt.training.world import World, training_device
 
-STAGES = ("tokenizer", "vae", "latents", "unet", "attributes", "reference", "assets")
+STAGES = ("tokenizer", "vae", "latents", "unet", "attributes", "reference", "scenes", "assets")
 GRID_PROMPTS = (
     "red apple on blue background", "dog face on yellow background", "rocket on purple background",
     "slice of pizza on green background", "octopus on white background", "sunflower on pink background",
@@ -124,6 +125,8 @@ def _train(
                 train_attributes(output, vae, scenes, config.seed, steps[2], resume, place)
             else:
                 write_reference(output, vae, scenes)
+        elif stage == "scenes":
+            write_scenes(scenes, output / "scenes", held_out(scenes), "held out")
         else:
             write_assets(output, model, scenes)
 

@@ -14,10 +14,11 @@ import pytest
 from PIL import Image
 
 from smooth_rt.errors import InputError
+from smooth_rt.evaluation import edit_cases
 from smooth_rt.training.data import BACKGROUNDS, COLOUR_JITTER, COLOURS, EmojiScenes, fetch, is_held_out
 from smooth_rt.training.pictures import Listed, Reading, open_pictures
 from smooth_rt.training.pictures.folder import FolderSource
-from smooth_rt.training.showcase import evaluation_prompts, write_examples
+from smooth_rt.training.showcase import evaluation_prompts, held_out, write_examples, write_scenes
 
 # A PNG that says that it is 50,000 pixels a side, and holds none.
 CHUNKS = (b"IHDR" + struct.pack(">IIBBBBB", 50_000, 50_000, 8, 2, 0, 0, 0), b"IDAT", b"IEND")
@@ -70,6 +71,15 @@ def test_examples_are_held_out_and_prompts_differ(scenes: EmojiScenes, tmp_path:
         assert is_held_out(scenes.captions.index(name), COLOURS.index(colour))
         with Image.open(tmp_path / record["file_name"]) as picture:
             assert picture.size == (32, 32)
+    named = held_out(scenes, 40)
+    assert len(named) == 40
+    write_scenes(scenes, tmp_path / "more", named, "held out")
+    cases = edit_cases(tmp_path / "more")
+    assert len(cases) == 40
+    assert all(case.caption != case.target and case.path.is_file() and case.mask.is_file() for case in cases)
+    assert len(held_out(scenes, 10**6)) == sum(
+        is_held_out(o, c) for o in range(len(scenes)) for c in range(len(COLOURS))
+    )
     prompts = evaluation_prompts(scenes, 100)
     assert len(set(prompts)) == 100
 
