@@ -35,6 +35,7 @@ FINALIZER_SECONDS = 0.05  # until a signal that met a finalizer is raised again
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command line and return its exit code (see the module's docstring). `argv` leaves out the program."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")  # it speaks of processors that nothing here uses
     received: list[int] = []
     try:
         with _stoppable(received):

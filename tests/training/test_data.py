@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import shutil
@@ -77,9 +78,8 @@ def test_examples_are_held_out_and_prompts_differ(scenes: EmojiScenes, tmp_path:
     cases = edit_cases(tmp_path / "more")
     assert len(cases) == 40
     assert all(case.caption != case.target and case.path.is_file() and case.mask.is_file() for case in cases)
-    assert len(held_out(scenes, 10**6)) == sum(
-        is_held_out(o, c) for o in range(len(scenes)) for c in range(len(COLOURS))
-    )
+    pairs = itertools.product(range(len(scenes)), range(len(COLOURS)))
+    assert len(held_out(scenes, 10**6)) == sum(itertools.starmap(is_held_out, pairs))
     prompts = evaluation_prompts(scenes, 100)
     assert len(set(prompts)) == 100
 
