@@ -65,13 +65,19 @@ class Batches:
     ) -> None:
         self.encode, self.empty, self.config, self.timesteps = encode, empty, config, timesteps
         self.dtype, self.scaling_factor, self.world = dtype, scaling_factor, world
+        self._drawn: tuple[str, int] | None = None
+        self._names: list[str] = []
 
     def part(self, stream: str, step: int, part: int) -> Rows:
         """This process's share of part number `part` of a step, of `accumulate` parts."""
         config = self.config
         each = config.batch_size // config.accumulate
         places = self.world.share(range(part * each, (part + 1) * each))
-        return self.rows(stream, step, places)
+        rows = self.rows(stream, step, places)
+        if (stream, step) != self._drawn:
+            self._drawn, self._names = (stream, step), []
+        self._names += rows.names
+        return rows
 
     def rows(self, stream: str, step: int, places: range) -> Rows:
         """The samples of a step at some places of it."""
@@ -105,6 +111,5 @@ class Batches:
         return torch.stack(tensors).to(self.world.device, self.dtype)
 
     def names(self, stream: str, step: int) -> list[str]:
-        """The names of the pictures of this process's share of a step."""
-        parts = (self.part(stream, step, part) for part in range(self.config.accumulate))
-        return [name for rows in parts for name in rows.names]
+        """The names of the pictures of this process's share of a step, as far as it was drawn; of the latest alone."""
+        return self._names if (stream, step) == self._drawn else []
