@@ -206,8 +206,13 @@ def quality(
         typer.Option(help="A folder of real images. Left out: the default model's own data.", show_default=False),
     ] = None,
     clip: Annotated[
-        str, typer.Option(help="For the CLIP score: a model in the Hugging Face cache, or its folder.")
-    ] = "openai/clip-vit-large-patch14",
+        str | None,
+        typer.Option(
+            help="For the CLIP score: a model in the Hugging Face cache, or its folder. "
+            "Left out: openai/clip-vit-large-patch14, if it is there.",
+            show_default=False,
+        ),
+    ] = None,
     batch: Annotated[int, typer.Option(help="Pairs of images sampled together.")] = 16,
     processes: Processes = 1,
 ) -> dict[str, Any]:
@@ -220,6 +225,7 @@ def quality(
     if reference is None and not ours:
         raise InputError("--reference: name a folder of real images, since only the default model's statistics ship")
     files = _images_of(reference, options.output) if reference is not None else []
+    networks = ByNetworks(files, clip)
     texts = read_prompts(prompts)
     attributes = load_attributes() if ours else None
     task = QualityTask(
@@ -230,7 +236,6 @@ def quality(
     rows: list[dict[str, Any]] = []
     first: list[dict[str, Any]] | None = None
     real = load_reference() if reference is None else _statistics(options, files)
-    networks = ByNetworks(files, clip)
     for variant, found, told, done in measured(options, "quality", task, processes):
         with item_progress(f"quality, {variant}, by networks") as progress:
             judged = networks.of(done.kept(), progress)
@@ -269,6 +274,8 @@ def _means(found: Sequence[dict[str, Any]], part: str) -> dict[str, float | None
 
 def _images_of(folder: Path, output: Path) -> list[Path]:
     """Those of a folder and of the folders in it, but what was made there."""
+    if not folder.is_dir():
+        raise InputError(f"{folder}: not a folder; name one of real images")
     found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
     found = [path for path in found if not path.resolve().is_relative_to(output.resolve())]
     if len(found) < 2:

@@ -18,7 +18,7 @@ from smooth_rt.evaluation.rows import ASIDE, Progress, in_batches
 from smooth_rt.images import read, to_images
 from smooth_rt.metrics.attributes import Attributes
 from smooth_rt.metrics.frechet import Gaussian, fit, frechet, frechet_intervals, vae_features
-from smooth_rt.metrics.pretrained import CLIP, Fid, MissingError, clip_score
+from smooth_rt.metrics.pretrained import CLIP, Fid, MissingError, clip_model, clip_score
 from smooth_rt.pipeline import SmoothPipeline
 from smooth_rt.ranges import check, seeds_from
 
@@ -126,11 +126,16 @@ class ByNetworks:
 
     Args:
         real: real images for FID, scaled and cropped to the size of those that are judged; none: no FID.
-        clip: the CLIP model.
+        clip: the CLIP model, which must be at hand; None: the usual one, if it is.
+
+    Raises:
+        MissingError: `clip` is named and not at hand.
     """
 
-    def __init__(self, real: Sequence[Path], clip: str = CLIP) -> None:
-        self.real, self.clip = real, clip
+    def __init__(self, real: Sequence[Path], clip: str | None = None) -> None:
+        if clip is not None:
+            clip_model(clip)
+        self.real, self.clip = real, clip or CLIP
         self.missing: dict[str, None] = {}  # why something was not measured, in order
         self._fid: Fid | None = None
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from smooth_rt.errors import InputError, SmoothRTError, reason
 
-__all__ = ["CLIP", "Fid", "MissingError", "clip_score", "inception", "lpips_network"]
+__all__ = ["CLIP", "Fid", "MissingError", "clip_model", "clip_score", "inception", "lpips_network"]
 
 CLIP = "openai/clip-vit-large-patch14"  # SD1.x's own text encoder; the paper does not say which it scores with
 # Under torch.hub's folder of checkpoints, as the libraries themselves name them:
@@ -94,7 +94,7 @@ def clip_score(batches: Iterable[tuple[Tensor, Sequence[str]]], name: str = CLIP
     Raises:
         MissingError: the model is not at hand.
     """
-    metric: Any = _torchmetrics("CLIP score", "multimodal.clip_score").CLIPScore(lambda: _clip(name)).to(_device())
+    metric: Any = _torchmetrics("CLIP score", "multimodal.clip_score").CLIPScore(lambda: clip_model(name)).to(_device())
     with torch.no_grad():
         for images, captions in batches:
             metric.update(list(images.to(_device())), list(captions))
@@ -122,7 +122,15 @@ class _Features(nn.Module):
 
 
 @cache
-def _clip(name: str) -> tuple[nn.Module, Any]:
+def clip_model(name: str) -> tuple[nn.Module, Any]:
+    """A CLIP model and its processor, as torchmetrics takes them.
+
+    Args:
+        name: as in `clip_score`.
+
+    Raises:
+        MissingError: it is not at hand.
+    """
     import transformers
 
     try:

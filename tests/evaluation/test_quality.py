@@ -106,7 +106,12 @@ def test_the_command_measures_and_goes_on(tiny_model: Path, tmp_path: Path, caps
     command += ["--prompts", str(tmp_path / "prompts.txt"), "--images", "8", "--output", str(tmp_path / "o"), "--json"]
     assert cli.main(command) == 2
     assert "--reference: name a folder of real images" in capsys.readouterr().err
+    assert cli.main([*command, "--reference", str(tmp_path / "nowhere")]) == 2
+    assert "nowhere: not a folder" in capsys.readouterr().err
     command += ["--reference", str(tmp_path), "--batch", "3"]
+    assert cli.main([*command, "--clip", "nobody/nothing"]) == 2
+    assert "nobody/nothing is not at hand" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
     assert cli.main(command) == 0
     first = json.loads(capsys.readouterr().out)["results"][0]
     assert first["vae_frechet"] > 0
