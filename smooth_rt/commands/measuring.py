@@ -95,7 +95,10 @@ def finish(
         options.output, {f"{name}.json": encode_json(finite(result)), f"{name}.md": table, **(files or {})}
     )
     if not options.json:
-        long = ("per_prompt", "reason", "model", "lora")
-        result["results"] = [{key: value for key, value in row.items() if key not in long} for row in rows]
+        long = ("per_prompt", "reason", "model", "lora", "pictures")
+        result["results"] = [
+            {key: value for key, value in row.items() if key not in long and not key.endswith("_95_percent")}
+            for row in rows
+        ]  # the notes and the table have the intervals
         result |= {"notes": list(notes)} if notes else {}
     return {**result, "file": str(written[0]), "files": [str(path) for path in written[1:]]}

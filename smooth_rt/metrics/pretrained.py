@@ -44,7 +44,7 @@ class Fid:
     def __init__(self, real: Iterable[Tensor], network: nn.Module | None = None) -> None:
         network = network or inception()
         metric = _torchmetrics("FID", "image.fid").FrechetInceptionDistance
-        self._metric: Any = metric(network, reset_real_features=False).set_dtype(torch.float64).to(_device())
+        self._metric: Any = metric(network, reset_real_features=False).to(_device())
         self._update(real, real=True)
 
     def of(self, generated: Iterable[Tensor]) -> float:
