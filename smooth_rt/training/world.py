@@ -7,6 +7,7 @@ added up.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -143,9 +144,12 @@ def launched(
     # The state is the interpreter's; of a run before, only the processes stay.
     AcceleratorState._reset_state()
     try:
-        accelerator = Accelerator(
-            mixed_precision=precision, cpu=chosen.type == "cpu", log_with=list(trackers) or None, project_dir=folder
-        )
+        with warnings.catch_warnings():
+            # Of a tracker that is not installed, which is an error of our own below.
+            warnings.filterwarnings("ignore", message=".*log_with.*")
+            accelerator = Accelerator(
+                mixed_precision=precision, cpu=chosen.type == "cpu", log_with=list(trackers) or None, project_dir=folder
+            )
     except (ValueError, ImportError, RuntimeError) as error:
         raise InputError(f"accelerate: {reason(error)}") from error
     if accelerator.distributed_type.value in WRAPPED:

@@ -150,7 +150,7 @@ def test_a_shard_that_is_not_whole_is_named(tmp_path: Path) -> None:
         path.write_bytes(content)
         with pytest.raises(InputError, match=r"a\.tar: (not a whole tar file|no sample)"):
             open_pictures(path, Reading(16))
-    with pytest.raises(InputError, match=r"b\.tar: not a whole tar file \(No such file"):
+    with pytest.raises(InputError, match=r"b\.tar: no such shard; fetch it"):
         open_pictures(tmp_path / "b.tar", Reading(16))
 
 
@@ -182,6 +182,14 @@ def test_saved_datasets_are_read(tmp_path: Path) -> None:
 def test_a_hub_that_cannot_be_reached_is_said() -> None:
     with pytest.raises(InputError, match=r"^nobody/nothing: no folder of that name, and no dataset .*network$"):
         open_pictures("nobody/nothing", Reading(16))
+
+
+def test_a_file_of_another_kind_and_a_missing_shard_are_named(tmp_path: Path) -> None:
+    (tmp_path / "notes").write_text("no pictures")
+    with pytest.raises(InputError, match=r"/notes: a file that is neither \.tar nor \.parquet; give a folder"):
+        open_pictures(tmp_path / "notes", Reading(16))
+    with pytest.raises(InputError, match=r"/a-0\.tar: no such shard; "):
+        open_pictures(tmp_path / "a-{0..1}.tar", Reading(16))
 
 
 def test_an_unknown_crop_is_named() -> None:

@@ -72,4 +72,6 @@ def _source(data: str, path: Path, reading: Reading) -> Source:
         return ShardSource(shards, data) if shards else FolderSource(path)
     if not path.exists() and (data.count("/") != 1 or data.startswith((".", "/", "~"))):
         raise InputError(f"{data}: no such folder; give a folder of captioned images, tar shards or owner/name")
+    if path.is_file() and path.suffix != ".parquet":
+        raise InputError(f"{data}: a file that is neither .tar nor .parquet; give a folder of captioned images instead")
     return HubSource(data, reading.split, reading.image_column, reading.caption_column)

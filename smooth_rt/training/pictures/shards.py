@@ -97,6 +97,8 @@ def _samples(shard: Path) -> Iterator[tuple[Member, str]]:
         held = shard.stat().st_size
         if any(m.offset + m.size > held for sample in members.values() for m in sample.values()):
             raise tarfile.ReadError("unexpected end of data")
+    except FileNotFoundError as error:
+        raise InputError(f"{shard}: no such shard; fetch it, or name only those that are there") from error
     except (OSError, tarfile.TarError, EOFError) as error:
         raise InputError(f"{shard}: not a whole tar file ({reason(error)}); fetch it again") from error
     for sample in members.values():
