@@ -102,10 +102,10 @@ def inversion(
             show_default=False,
         ),
     ] = None,
-    method: Annotated[
-        list[str] | None,
-        typer.Option(help="ddim, ddim-without-text, negative-prompt; several, or all.", show_default="ddim"),
-    ] = None,
+    methods: Annotated[
+        str,
+        typer.Option("--method", help="Of ddim, ddim-without-text and negative-prompt, comma-separated; or all."),
+    ] = "ddim",
     batch: Annotated[int, typer.Option(help="Images inverted together.")] = 16,
     processes: Processes = 1,
 ) -> dict[str, Any]:
@@ -114,9 +114,10 @@ def inversion(
     from smooth_rt.ranges import choice
     from smooth_rt.tasks.inversion import METHODS
 
-    asked = list(METHODS) if "all" in (method or []) else list(dict.fromkeys(method or ["ddim"]))
-    for name in asked:
-        choice("method", name, tuple(METHODS))
+    named = listed(methods)
+    asked = list(METHODS) if "all" in named else [choice("method", name, tuple(METHODS)) for name in named]
+    if not asked:
+        raise InputError(f"method={methods!r}: names none; name at least one, or all")
     images = examples() if data is None else captioned(data)
     check_file(options, "inversion", [example.path for example in images])
     rows: list[dict[str, Any]] = []
@@ -167,7 +168,8 @@ def editing(
         raise InputError(f"edit_strengths={edit_strengths!r}: give numbers from 0 to 1, as 0.4,0.8") from error
     methods = listed(edit_methods)
     if not (methods and strengths):
-        raise InputError("edit_methods, edit_strengths: one of them is empty; name at least one of each")
+        empty = f"edit_strengths={edit_strengths!r}" if methods else f"edit_methods={edit_methods!r}"
+        raise InputError(f"{empty}: names none; name at least one")
     cases = edit_cases(data)
     attributes = load_attributes() if options.model == "default" and options.engines is None else None
     tasks = [

@@ -35,11 +35,13 @@ def measured(options: RunOptions, name: str, task: Task, processes: int) -> Iter
     """Rows of the model without and with its LoRA, one after the other; of a bundle, of what it holds."""
     from engines.bundle import digest_json
     from smooth_rt.evaluation.rows import Rows, collect
+    from smooth_rt.lora import read_lora
 
     plain = replace(options, lora="none")
     named = {"bundle": options} if options.engines is not None else {"base": plain}
     if options.engines is None and options.chosen_lora is not None:
         named["smooth"] = options
+        read_lora(options.chosen_lora)  # an error of its file is said before hours of the base model
     held = fields(task)  # type: ignore[arg-type]
     asked = {f.name: getattr(task, f.name) for f in held if not f.metadata.get("aside")}
     keeps = any(f.name == "pictures" for f in held)

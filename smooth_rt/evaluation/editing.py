@@ -49,7 +49,9 @@ def edit_cases(folder: Path | None = None) -> list[EditCase]:
             number += 1
             if line.strip():
                 record = json.loads(line)
-                name, mask, text, target = (str(record[key]) for key in ("file_name", "mask", "text", "target"))
+                name, mask, text, target = (record[key] for key in ("file_name", "mask", "text", "target"))
+                if not all(isinstance(one, str) for one in (name, mask, text, target)):
+                    raise TypeError("each a text")
                 found.append(EditCase(folder / name, folder / mask, text, target))
     except OSError as error:
         raise InputError(f"{listed}: {reason(error)}; give a folder with metadata.jsonl") from error
@@ -114,6 +116,8 @@ class EditingTask:
         judged = self.attributes.judge(edited, targets) if self.attributes is not None else None
         rows = []
         for k in range(len(items)):
+            if masks[k].all():
+                raise InputError(f"{cases[k].mask}: covers the whole picture; leave something outside it")
             psnr, ssim = outside(originals[k], edited[k], masks[k])
             seen = (judged.objects[k], judged.colours[k]) if judged else (None, None)
             rows.append({"psnr": psnr, "ssim": ssim, "object": seen[0], "colour": seen[1]})

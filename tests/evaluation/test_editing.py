@@ -56,7 +56,16 @@ def test_cases_ship_with_masks_of_their_objects() -> None:
         assert case.target.partition(" on ")[2] == case.caption.partition(" on ")[2]
 
 
-@pytest.mark.parametrize("text", ["{}", "[]", "", '{"file_name": "a.png", "text": "x", "target": "y"}'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "{}",
+        "[]",
+        "",
+        '{"file_name": "a.png", "text": "x", "target": "y"}',
+        '{"file_name": "a.png", "text": 3, "target": "y", "mask": "m.png"}',
+    ],
+)
 def test_a_folder_without_cases_is_named(tmp_path: Path, text: str) -> None:
     with pytest.raises(InputError, match=r"metadata\.jsonl: No such file"):
         edit_cases(tmp_path)
@@ -86,3 +95,7 @@ def test_the_command_measures_every_method_and_strength(
     assert (tmp_path / "o" / "editing.md").exists()
     for option in ("--edit-methods=erase", "--edit-strengths=2", "--edit-strengths=x", "--edit-methods=,"):
         assert cli.main([*command, option]) == 2
+    capsys.readouterr()
+    Image.new("L", (16, 16), 255).save(data / "m.png")
+    assert cli.main(command) == 2
+    assert "m.png: covers the whole picture" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from smooth_rt.errors import InputError
 from smooth_rt.evaluation import Example, captioned, examples, measure_inversion, measure_istd, read_prompts
 from smooth_rt.lora import Lora, LoraLayer, write_lora
 from smooth_rt.pipeline import SmoothPipeline
+from smooth_rt.tasks.inversion import METHODS
 
 
 @pytest.fixture(scope="module")
@@ -110,3 +111,28 @@ def test_commands_write_json(tiny_model: Path, tmp_path: Path, capsys: pytest.Ca
     result = json.loads(capsys.readouterr().out)
     assert [row["variant"] for row in result["results"]] == ["VAE bound", "base"]
     assert result["results"][0]["psnr"] != result["results"][1]["psnr"]
+
+
+def test_inversion_by_every_method(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = tmp_path / "data"
+    data.mkdir()
+    Image.new("RGB", (16, 16), (9, 90, 200)).save(data / "a.png")
+    (data / "a.txt").write_text("a dog")
+    common = ["evaluate", "inversion", "--model", str(tiny_model), "--engine", "eager", "--num-inference-steps", "2"]
+    common += ["--json", "--data", str(data), "--output", str(tmp_path / "o")]
+    for said, methods in (("all", METHODS), ("negative-prompt, ddim", ("negative-prompt", "ddim"))):
+        assert cli.main([*common, "--method", said]) == 0
+        assert [row["method"] for row in json.loads(capsys.readouterr().out)["results"]] == ["", *methods]
+    for said, line in (("magic", "--method='magic' is unknown"), (",", "--method=',': names none")):
+        assert cli.main([*common, "--method", said]) == 2
+        assert line in capsys.readouterr().err
+
+
+def test_a_lora_that_is_none_is_said_before_the_base_model_is_measured(
+    tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "lora.safetensors").write_bytes(b"not a LoRA")
+    istd = ["evaluate", "istd", "--model", str(tiny_model), "--engine", "eager", "--output", str(tmp_path / "o")]
+    assert cli.main([*istd, "--lora", str(tmp_path / "lora.safetensors")]) == 2
+    assert "lora.safetensors: truncated or no safetensors file" in capsys.readouterr().err
+    assert not (tmp_path / "o").exists()
