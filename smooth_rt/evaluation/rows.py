@@ -70,6 +70,8 @@ class Rows:
             first, *rest = (json.loads(line) for line in whole)
             held = first["settings"]
             rows = {int(row.pop("item")): row for row in rest}
+            if len({frozenset(row) for row in rows.values()}) > 1:
+                raise ValueError("rows of several kinds")
         except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(f"{path}: not rows of a measurement ({reason(error)}); name another --output") from error
         if held != self.settings:

@@ -73,7 +73,8 @@ def test_rows_of_something_else_are_refused(tmp_path: Path) -> None:
     Rows(path, {"steps": 2, "engine": "eager"}).add([(0, {"x": 1})])
     with pytest.raises(InputError, match=r"rows\.jsonl: rows of another steps; remove it"):
         Rows(path, {"steps": 3, "engine": "eager"})
-    for content in ("no rows\n", "[1]\n", '{"settings": {}}\n{"x": 1}\n'):
+    altered = '{"settings": {}}\n{"item": 0, "x": 1}\n{"item": 1, "y": 1}\n'
+    for content in ("no rows\n", "[1]\n", '{"settings": {}}\n{"x": 1}\n', altered):
         path.write_text(content)
         with pytest.raises(InputError, match=r"rows\.jsonl: not rows of a measurement"):
             Rows(path, {})
