@@ -86,9 +86,8 @@ def drawing(points: Sequence[Point]) -> str:
     marks.append(f'<line class="pace" x1="{x:.1f}" x2="{WIDTH - RIGHT}" y1="{y:.1f}" y2="{y:.1f}"/>')
     marks.append(f'<text x="{x + 6:.1f}" y="{y - 6:.1f}">motion at an even pace; fading lies below</text>')
     x, y = at(1, 1)
-    marks.append(
-        f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"/><text x="{x - 9:.1f}" y="{y - 7:.1f}" text-anchor="end">base model</text>'
-    )
+    marks.append(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5"/>')
+    marks.append(f'<text x="{x - 9:.1f}" y="{y - 7:.1f}" text-anchor="end">base model</text>')
     ordered = sorted(points, key=lambda p: (p.lora, float(p.strength)))
     for colour, (lora, some) in zip(COLOURS * 9, groupby(ordered, key=lambda p: p.lora), strict=False):
         group = list(some)
