@@ -12,7 +12,7 @@ import torch
 
 from bench.results import Environment
 
-__all__ = ["busy", "environment", "peak_memory", "uneven"]
+__all__ = ["busy", "environment", "uneven"]
 
 DISTRIBUTIONS = (
     "smooth-rt", "torch", "diffusers", "transformers", "peft", "numpy",
@@ -71,23 +71,6 @@ def uneven(now: Environment) -> str | None:
         f"uneven threads: torch and diffusers run on {torch_threads}, the other engines on {others} ({said}); "
         f"speed-ups over eager and diffusers are not fair; set OMP_NUM_THREADS={others} and run again"
     )
-
-
-def peak_memory() -> int:
-    """Bytes of the largest resident set of this process so far.
-
-    Linux keeps ru_maxrss across exec, so the child of a large process starts with its parent's size; VmHWM belongs to
-    the new program alone and is read where it exists.
-    """
-    status = Path("/proc/self/status")
-    if status.exists():
-        for line in status.read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) * 1024
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if platform.system() == "Darwin" else peak * 1024
 
 
 def _versions() -> dict[str, str]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from pydantic import BaseModel, ConfigDict
 
 from bench.apart import apart
-from bench.environment import peak_memory
+from export.versions import peak_memory
 
 __all__ = ["Morph", "peaks_of_morph"]
 

@@ -93,7 +93,7 @@ def measured(argv: Sequence[str]) -> list[dict[str, Any]]:
 def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
     import torch
 
-    from bench.environment import peak_memory
+    from export.versions import peak_memory
     from smooth_rt.training.adapter import add_adapter, checkpoint_activations
     from smooth_rt.training.batches import Rows
     from smooth_rt.training.objective import Objective
@@ -151,7 +151,7 @@ def _measure(name: str, options: argparse.Namespace) -> dict[str, Any]:
 def _peak(world: Any) -> int:
     import torch
 
-    from bench.environment import peak_memory
+    from export.versions import peak_memory
 
     return torch.cuda.max_memory_allocated() if world.device.type == "cuda" else peak_memory()
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Self
 
 from engines.contract import Network
 from engines.errors import EngineError, InputError, reason
+from engines.variant import Bounds, fitting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,13 +24,53 @@ class Engine(abc.ABC):
 
     Args:
         network: the contract that inputs and outputs obey.
+        bounds: the sizes that the graph was built for, one after the other; none stands for every size. A call with
+            fewer rows than the tightest of them takes is filled up with copies of its last row.
+
+    Attributes: `wider` says how to come by an engine for sizes that this one does not take; who opens it may set it.
     """
 
     backend: ClassVar[str]
 
-    def __init__(self, network: Network) -> None:
+    def __init__(self, network: Network, bounds: Sequence[Bounds] = ()) -> None:
         self.network = network
+        self.bounds = tuple(bounds)
+        self.wider = "ask for one of these sizes"
         self.closed = False
+
+    def most_rows(self, **sides: int) -> int | None:
+        """The greatest batch of one call on latents of `height` and `width`; None is any.
+
+        Raises:
+            InputError: no batch at all is taken at these sides.
+        """
+        self._profile({"batch": 1, **sides})
+        batches = [
+            bounds["batch"][2] for bounds in self.bounds if fitting([bounds], {"batch": 1, **sides}) is not None
+        ]
+        finite = [most for most in batches if most is not None]
+        return max(finite) if len(finite) == len(batches) and finite else None
+
+    def _profile(self, sizes: Mapping[str, int]) -> int | None:
+        """The index of the bounds that a call of `sizes` uses; None where every size goes.
+
+        Raises:
+            InputError: no bounds cover them.
+        """
+        if not self.bounds:
+            return None
+        index = fitting(self.bounds, {symbol: sizes[symbol] for symbol in self.network.symbols if symbol in sizes})
+        if index is None:
+            asked = ", ".join(f"{symbol} {size}" for symbol, size in sizes.items())
+            taken = " or ".join(
+                ", ".join(f"{s} {least}:{best}:{most or '*'}" for s, (least, best, most) in bounds.items())
+                for bounds in self.bounds
+            )
+            raise InputError(
+                f"{self.network.name}: {asked} lies outside what the {self.backend} engine was built for, {taken} "
+                f"(rows, and latent cells a side); {self.wider}"
+            )
+        return index
 
     def infer(self, **inputs: Tensor) -> dict[str, Tensor]:
         """Run once on CPU tensors of any batch size.
@@ -51,9 +92,16 @@ class Engine(abc.ABC):
         if sample is not None and timestep is not None and timestep.shape == (1,) and sample.ndim:
             inputs["timestep"] = timestep.expand(sample.shape[0])
         sizes = self.network.bind(inputs)
+        profile = self._profile(sizes)
         ready = {spec.name: inputs[spec.name].detach().contiguous() for spec in self.network.inputs}
+        rows = sizes["batch"]
+        missing = 0 if profile is None else max(0, self.bounds[profile]["batch"][0] - rows)
+        if missing:
+            ready = {name: _filled(tensor, missing) for name, tensor in ready.items()}
         try:
-            outputs = self.infer_impl(ready)
+            outputs = self.infer_impl(ready, profile)
+            if missing:
+                outputs = {name: output[:rows] for name, output in outputs.items()}
         except (InputError, EngineError):
             raise
         except Exception as error:
@@ -70,8 +118,11 @@ class Engine(abc.ABC):
         return outputs
 
     @abc.abstractmethod
-    def infer_impl(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Run on checked, contiguous CPU tensors; return fresh CPU tensors by output name."""
+    def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:
+        """Run on checked, contiguous CPU tensors; return fresh CPU tensors by output name.
+
+        `profile` is the index of the bounds that the sizes lie in; None where the engine takes every size.
+        """
 
     def check_names(self, inputs: Collection[str], outputs: Collection[str]) -> None:
         """Raise EngineError unless a graph's inputs and outputs are the contract's, in any order."""
@@ -94,3 +145,7 @@ class Engine(abc.ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _filled(tensor: Tensor, rows: int) -> Tensor:
+    return tensor[[*range(len(tensor)), *[len(tensor) - 1] * rows]].contiguous()

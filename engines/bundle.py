@@ -1,9 +1,10 @@
 """A bundle: a folder of built graphs with a manifest.json that says what they are and proves that they are whole.
 
-manifest.json             written last
-config/                   what the pipeline needs to run without the model
-onnx/<network>.onnx       with <network>.onnx.data beside it
-openvino/<network>.xml    with <network>.bin beside it
+manifest.json                                written last
+config/                                      what the pipeline needs to run without the model
+onnxruntime-fp32/<network>/model.onnx        a folder a variant; weights in model.onnx.data beside it
+openvino-int8/<network>/openvino_model.xml   with openvino_model.bin
+tensorrt-rtx-fp16-sm89/<network>/model.engine
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from engines.contract import NETWORKS, Dims, NetworkName, contract
+from engines.contract import Dims, NetworkName, contract
 from engines.errors import BundleError
 from engines.manifest import (
     FORMAT,
@@ -26,13 +27,15 @@ from engines.manifest import (
     Manifest,
     Parity,
     Source,
+    VariantRecord,
     build_command,
     digest_file,
     digest_json,
     engine_key,
 )
-from engines.select import architecture, backend_version, check_backend, open_engine
+from engines.select import backend_version, check_backend, open_engine, runs_here
 from engines.staging import staging
+from engines.variant import PRECISIONS, Precision, Profile, Variant
 
 if TYPE_CHECKING:
     from engines.base import Engine
@@ -46,6 +49,7 @@ __all__ = [
     "Manifest",
     "Parity",
     "Source",
+    "VariantRecord",
     "build_command",
     "digest_file",
     "digest_json",
@@ -76,7 +80,7 @@ class Bundle:
         """
         folder = Path(path)
         manifest = _read_manifest(folder)
-        mend = f"rebuild it with `{build_command(folder, manifest.source, _complete(manifest))}`"
+        mend = f"rebuild it with `{build_command(folder, manifest.source, _backends(manifest))}`"
         root = folder.resolve()
         for record in manifest.files:
             file = folder / record.path
@@ -111,43 +115,55 @@ class Bundle:
 
     @property
     def backends(self) -> tuple[str, ...]:
-        """The backends that every network was built for."""
-        return _complete(self.manifest)
+        """The backends that there is a variant of, each once."""
+        return _backends(self.manifest)
 
-    def record(self, network: NetworkName, backend: str) -> EngineRecord:
-        """The manifest's record of a network on a backend.
+    @property
+    def variants(self) -> tuple[VariantRecord, ...]:
+        """Everything that was built."""
+        return tuple(self.manifest.variants)
+
+    def find(self, backend: str, precision: Precision | None = None) -> VariantRecord:
+        """The variant of `backend`; of several precisions the named one, or else the most exact.
+
+        Of several that differ in how they hold the LoRA or in architecture, the first that was built.
 
         Raises:
-            BundleError: it was not built. EngineError: the backend is unknown.
+            BundleError: there is none. EngineError: the backend is unknown.
         """
         check_backend(backend)
-        for record in self.manifest.engines:
-            if (record.network, record.backend) == (network, backend):
-                return record
-        built = ", ".join(self.backends) or "no backend"
-        raise BundleError(
-            f"{self.path}: {network} is not built for {backend} (there is {built}); "
-            f"run `{build_command(self.path, self.source, [*self.backends, backend])}`"
-        )
+        fitting = [
+            built
+            for built in self.variants
+            if built.backend == backend and precision in (None, built.variant.precision)
+        ]
+        if not fitting:
+            wanted = backend if precision is None else f"{backend} in {precision}"
+            there = ", ".join(built.variant.name for built in self.variants)
+            options = [] if precision in (None, "fp32") else ["--precision", str(precision)]
+            command = " ".join([build_command(self.path, self.source, [backend]), *options])
+            raise BundleError(f"{self.path}: not built for {wanted} (there is {there}); run `{command}`")
+        return min(fitting, key=lambda built: PRECISIONS.index(built.variant.precision))
 
-    def stale(self, backend: str) -> str | None:
-        """None if what was built for `backend` is valid here, else one line: what has changed and how to mend it.
+    def stale(self, built: VariantRecord) -> str | None:
+        """None if a variant is valid here, else one line: what has changed and how to mend it.
 
         Raises:
-            BundleError: the backend was not built. EngineError: it is unknown or not installed.
+            EngineError: its backend is not installed.
         """
-        version, here = backend_version(backend), architecture()
-        mend = f"rebuild it with `{build_command(self.path, self.source, self.backends)}`"
-        for network in NETWORKS:
-            record = self.record(network, backend)
-            if record.backend_version != version:
-                return f"{network} was built by {backend} {record.backend_version}, installed is {version}; {mend}"
-            if record.architecture != here:
-                return f"{network} was built and checked on {record.architecture}, this is {here}; {mend}"
-        return None
+        version, mend = backend_version(built.backend), f"rebuild it with `{self.command(built)}`"
+        what = f"{built.variant.name} was built"
+        if built.backend_version != version:
+            return f"{what} by {built.backend} {built.backend_version}, installed is {version}; {mend}"
+        fault = runs_here(built.variant.architecture)
+        return None if fault is None else f"{what} for {built.variant.architecture}, {fault}; {mend}"
 
-    def misfit(self, source: Source, backends: Sequence[str], precision: str = "fp32") -> str | None:
-        """None if the bundle can serve `source` on all of `backends`, else one line: what differs.
+    def command(self, built: VariantRecord) -> str:
+        """The command that builds a variant of this bundle again."""
+        return build_command(self.path, self.source, (), built.variant, built.profiles)
+
+    def misfit(self, source: Source, variant: Variant | None = None, profiles: Sequence[Profile] = ()) -> str | None:
+        """None if the bundle can serve `source`, and by `variant` for `profiles`, else one line: what differs.
 
         Models and LoRAs are compared by digest, so a renamed folder still fits.
         """
@@ -158,28 +174,41 @@ class Bundle:
         loras = [None if s.lora is None else (s.lora.digest, s.lora.strength) for s in (own, source)]
         if loras[0] != loras[1]:
             return f"{self.path}: the LoRA or its strength is another one"
-        if self.manifest.precision != precision:
-            return f"{self.path}: built in {self.manifest.precision}, not {precision}"
-        for backend in backends:
-            if backend not in self.backends:
-                return f"{self.path}: not built for {backend}"
-            reason = self.stale(backend)
-            if reason is not None:
-                return f"{self.path}: {reason}"
-        return None
+        if variant is None:
+            return None
+        built = next((built for built in self.variants if built.variant == variant), None)
+        if built is None:
+            return f"{self.path}: {variant.name} is not built"
+        for profile in profiles:
+            if profile not in built.profiles:
+                return f"{self.path}: {variant.name} is not built for {profile}"
+        reason = self.stale(built)
+        return None if reason is None else f"{self.path}: {reason}"
 
-    def engine(self, network: NetworkName, backend: str) -> Engine:
+    def engine(self, network: NetworkName, backend: str, precision: Precision | None = None) -> Engine:
         """Open `network` on `backend`; the caller closes it.
 
         Raises:
             BundleError: it was not built, or by another version of the backend, or on another architecture.
             EngineError: the backend is unknown, cannot run here or cannot read the graph.
         """
-        record = self.record(network, backend)
-        reason = self.stale(backend)
+        return self.open_network(network, self.find(backend, precision))
+
+    def open_network(self, network: NetworkName, built: VariantRecord) -> Engine:
+        """Open `network` of a variant that `find` gave, or one of `variants`; raises as `engine` does."""
+        reason = self.stale(built)
         if reason is not None:
             raise BundleError(f"{self.path}: {reason}")
-        return open_engine(backend, contract(network, self.dims), self.path / record.file, record.hint)
+        record = built.engine(network)
+        engine = open_engine(
+            built.backend, contract(network, self.dims), self.path / record.file, record.hint, record.bounds
+        )
+        engine.wider = f"build a wider one with `{self._wider(built)}`"
+        return engine
+
+    def _wider(self, built: VariantRecord) -> str:
+        options = "--batch MIN:OPT:MAX --height MIN:OPT:MAX --width MIN:OPT:MAX"
+        return f"{build_command(self.path, self.source, (), built.variant)} {options}"
 
 
 def _resolved(file: Path, mend: str) -> Path:
@@ -189,11 +218,8 @@ def _resolved(file: Path, mend: str) -> Path:
         raise BundleError(f"{file}: a link that leads nowhere; {mend}") from error
 
 
-def _complete(manifest: Manifest) -> tuple[str, ...]:
-    built: dict[str, set[str]] = {}
-    for record in manifest.engines:
-        built.setdefault(record.backend, set()).add(record.network)
-    return tuple(backend for backend, networks in built.items() if networks == set(NETWORKS))
+def _backends(manifest: Manifest) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(built.backend for built in manifest.variants))
 
 
 def _read_manifest(folder: Path) -> Manifest:

@@ -87,7 +87,7 @@ class EagerEngine(Engine):
         super().__init__(network)
         self._module: nn.Module | None = module
 
-    def infer_impl(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:  # noqa: ARG002
         if self._module is None:
             raise EngineError(f"{self.network.name}: the eager engine is closed; open it again")
         # Not inference_mode: its tensors could take no part in a caller's own autograd or in-place work.

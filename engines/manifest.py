@@ -10,16 +10,10 @@ from dataclasses import asdict
 from pathlib import Path, PurePosixPath
 from typing import Annotated, Any, Self
 
-from pydantic import (
-    AfterValidator,
-    BaseModel,
-    ConfigDict,
-    FiniteFloat,
-    NonNegativeInt,
-    model_validator,
-)
+from pydantic import AfterValidator, Field, FiniteFloat, NonNegativeInt, model_validator
 
-from engines.contract import Dims, NetworkName
+from engines.contract import NETWORKS, Dims, NetworkName, contract
+from engines.variant import Bounds, Precision, Profile, Record, Variant
 
 __all__ = [
     "FORMAT",
@@ -28,18 +22,15 @@ __all__ = [
     "LoraSource",
     "Manifest",
     "Parity",
-    "Profile",
     "Source",
+    "VariantRecord",
     "build_command",
     "digest_file",
     "digest_json",
     "engine_key",
 ]
 
-FORMAT = 2  # 1 had keys without the model's sizes
-
-# Per symbol, the least and the greatest size that a graph takes (None: no bound), in units of the contract's symbol.
-Profile = dict[str, tuple[int, int | None]]
+FORMAT = 3  # 2 had one precision and one set of sizes a bundle
 
 
 def _inside(path: str) -> str:
@@ -53,11 +44,7 @@ def _inside(path: str) -> str:
 InsidePath = Annotated[str, AfterValidator(_inside)]
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class FileRecord(_Record):
+class FileRecord(Record):
     """One file of the bundle: its path from the bundle's root, bytes and sha256."""
 
     path: InsidePath
@@ -65,15 +52,16 @@ class FileRecord(_Record):
     sha256: str
 
 
-class LoraSource(_Record):
-    """The LoRA that was fused: where it came from, the digest of its tensors, and the strength."""
+class LoraSource(Record):
+    """A LoRA: where it came from and the digest of its tensors; `strength` where it is fused, else None: a bundle whose
+    engines take the strength as they run is the same at every strength."""
 
     source: str
     digest: str
-    strength: FiniteFloat
+    strength: FiniteFloat | None
 
 
-class Source(_Record):
+class Source(Record):
     """Where the weights came from: the model as the user named it, and what it was, by digest.
 
     `digests` has one entry for each of text_encoder, unet, vae, tokenizer and scheduler, of the pristine model: the
@@ -86,7 +74,7 @@ class Source(_Record):
     lora: LoraSource | None = None
 
 
-class Parity(_Record):
+class Parity(Record):
     """How far one output of an engine was from the torch module in fp32, at worst, over `cases` fresh random inputs.
 
     `relative` is the L2 norm of the difference over that of the reference, for each item of the batch alone;
@@ -101,68 +89,109 @@ class Parity(_Record):
     worst: dict[str, int]
 
 
-class EngineRecord(_Record):
-    """One graph on one backend: all that can change its numbers or its validity, summed up in `key`."""
+class EngineRecord(Record):
+    """One network's graph: its files, the sizes it was built for, and how exact it is. `key` sums up, with the variant
+    and the source, all that can change its numbers or its validity. `notes` are counts and choices of the build, such
+    as the hits of each rewrite and the layers that were left in fp32."""
 
     network: NetworkName
-    backend: str
-    backend_version: str
-    architecture: str
-    precision: str
+    precision: Precision
     hint: str | None
-    profile: Profile
     file: InsidePath
     graph: str
     weights: dict[InsidePath, str]
+    bounds: list[Bounds]
     key: str
     parity: list[Parity]
+    notes: dict[str, int | str | list[str]] = Field(default_factory=dict)
 
-    def expected_key(self, source: Source, dims: Dims) -> str:
-        """The key that this record has if its fields, `source` and `dims` are what the graph was built from."""
+
+class VariantRecord(Record):
+    """One variant that was built, its engines in the contract's order.
+
+    Args:
+        variant: what was asked for.
+        profiles: the requests that it was built and verified for.
+        backend_version: of the backend's library.
+        engines: a record a network.
+        made_with: versions of the libraries that took part, for the record.
+        seconds: that the build took; `peak_memory_bytes`: the resident set of the process at its largest.
+    """
+
+    variant: Variant
+    profiles: list[Profile]
+    backend_version: str
+    engines: list[EngineRecord]
+    made_with: dict[str, str] = Field(default_factory=dict)
+    seconds: FiniteFloat = 0.0
+    peak_memory_bytes: NonNegativeInt = 0
+
+    @property
+    def backend(self) -> str:
+        """The variant's backend."""
+        return self.variant.backend
+
+    def engine(self, network: NetworkName) -> EngineRecord:
+        """The record of a network; every variant of a manifest has all of them."""
+        return next(record for record in self.engines if record.network == network)
+
+    def expected_key(self, record: EngineRecord, source: Source, dims: Dims) -> str:
+        """The key that `record` has if its fields and those of the variant are what the graph was built from."""
         return engine_key(
             dims=dims,
-            graph=self.graph,
-            weights=self.weights,
+            graph=record.graph,
+            weights=record.weights,
             source=source,
-            precision=self.precision,
-            hint=self.hint,
-            profile=self.profile,
-            backend=self.backend,
+            variant=self.variant,
+            bounds=record.bounds,
+            precision=record.precision,
+            hint=record.hint,
             backend_version=self.backend_version,
-            architecture=self.architecture,
         )
 
 
-class Manifest(_Record):
-    """What manifest.json holds. `made_with`: versions of the libraries that took part, for the record."""
+class Manifest(Record):
+    """What manifest.json holds."""
 
     format: int = FORMAT
     dims: Dims
     source: Source
-    precision: str
-    engines: list[EngineRecord]
+    variants: list[VariantRecord]
     files: list[FileRecord]
-    made_with: dict[str, str]
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
-        if not self.engines:
-            raise ValueError("no engine is listed")
+        if not self.variants:
+            raise ValueError("no variant is listed")
         digests = {file.path: file.sha256 for file in self.files}
         if len(digests) != len(self.files):
             raise ValueError("a file is listed twice")
-        seen = set()
-        for record in self.engines:
-            name = f"{record.network} on {record.backend}"
-            if (record.network, record.backend) in seen:
-                raise ValueError(f"{name} is listed twice")
-            seen.add((record.network, record.backend))
+        if len({built.variant for built in self.variants}) != len(self.variants):
+            raise ValueError("a variant is listed twice")
+        for built in self.variants:
+            self._check(built, digests)
+        return self
+
+    def _check(self, built: VariantRecord, digests: Mapping[str, str]) -> None:
+        name = built.variant.name
+        if [record.network for record in built.engines] != list(NETWORKS):
+            raise ValueError(f"{name}: its engines are not {', '.join(NETWORKS)}")
+        fused = self.source.lora is not None and self.source.lora.strength is not None
+        if (built.variant.lora_mode != "fused") and (fused or self.source.lora is None):
+            raise ValueError(f"{name}: the manifest's LoRA is not one of a strength that is set at run time")
+        if not built.profiles:
+            raise ValueError(f"{name}: no profile is listed")
+        for record in built.engines:
+            named = f"{name}: {record.network}"
             for path, digest in {record.file: record.graph, **record.weights}.items():
                 if digests.get(path) != digest:
-                    raise ValueError(f"{name}: {path} is not among the files with the same digest")
-            if record.key != record.expected_key(self.source, self.dims):
-                raise ValueError(f"{name}: the key does not follow from the record")
-        return self
+                    raise ValueError(f"{named}: {path} is not among the files with the same digest")
+            network = contract(record.network, self.dims)
+            wanted = [bounds for profile in built.profiles for bounds in profile.bounds(network, self.dims)]
+            if record.bounds != wanted:
+                raise ValueError(f"{named}: its bounds do not follow from the profiles")
+            if record.key != built.expected_key(record, self.source, self.dims):
+                raise ValueError(f"{named}: the key does not follow from the record")
 
 
 def digest_file(path: Path) -> str:
@@ -183,12 +212,11 @@ def engine_key(
     graph: str,
     weights: Mapping[str, str],
     source: Source,
-    precision: str,
+    variant: Variant,
+    bounds: Sequence[Bounds],
+    precision: Precision,
     hint: str | None,
-    profile: Mapping[str, tuple[int, int | None]],
-    backend: str,
     backend_version: str,
-    architecture: str,
 ) -> str:
     """The key of a built graph: two that share it compute the same numbers and are valid in the same places.
 
@@ -196,11 +224,12 @@ def engine_key(
         dims: the sizes of the model.
         graph: digest of the graph's file.
         weights: digests of its weight files; where they lie does not matter.
-        source: digests of the model's components, and the LoRA's digest and strength; names do not matter.
-        precision: of the graph, such as "fp32".
-        hint: the precision hint given to the backend.
-        profile: bounds of each symbol.
-        backend: its name; `backend_version`: its library's version; `architecture`: see `select.architecture`.
+        source: digests of the model's components, and the LoRA's digest, with its strength where it is fused; names do
+            not matter.
+        variant: backend, precision, how the LoRA is held, architecture.
+        bounds: of each symbol, one for each size that it was built for.
+        precision: of the graph; `hint`: the precision hint given to the backend.
+        backend_version: of the backend's library.
     """
     return digest_json(
         {
@@ -209,26 +238,49 @@ def engine_key(
             "weights": sorted(weights.values()),
             "model": source.digests,
             "lora": None if source.lora is None else [source.lora.digest, source.lora.strength],
-            "precision": precision,
-            "hint": hint,
-            "profile": {symbol: list(bounds) for symbol, bounds in profile.items()},
-            "backend": [backend, backend_version],
-            "architecture": architecture,
+            "variant": variant.model_dump(),
+            "bounds": [{symbol: list(sizes) for symbol, sizes in one.items()} for one in bounds],
+            "precision": [precision, hint],
+            "backend_version": backend_version,
         }
     )
 
 
-def build_command(path: Path | None = None, source: Source | None = None, backends: Sequence[str] = ()) -> str:
-    """The command that builds a bundle like this one again."""
+def build_command(
+    path: Path | None = None,
+    source: Source | None = None,
+    backends: Sequence[str] = (),
+    variant: Variant | None = None,
+    profiles: Sequence[Profile] = (),
+) -> str:
+    """The command that builds a bundle like this one again.
+
+    Args:
+        path: the bundle's folder.
+        source: the model and the LoRA.
+        backends: what to build; those that `variant` does not say.
+        variant: the backend, the precision and how the LoRA is held.
+        profiles: the sizes; one that has no end is what a build without options is for.
+    """
     words = ["smooth-rt", "build-engine"]
     if source is not None:
         words += ["--model", source.model]
         # Left out, --lora is the shipped one where the model is the default.
         words += ["--lora", "none" if source.lora is None else source.lora.source]
-        if source.lora is not None:
+        if source.lora is not None and source.lora.strength is not None:
             words += ["--lora-strength", f"{source.lora.strength:g}"]
+    if variant is not None:
+        backends = [variant.backend]
     if backends:
         words += ["--backend", ",".join(backends)]
+    if variant is not None:
+        words += [] if variant.precision == "fp32" else ["--precision", variant.precision]
+        words += [] if variant.lora_mode == "fused" else ["--lora-mode", variant.lora_mode]
+        if not variant.architecture.startswith("cpu-"):
+            words += ["--gpu-arch", variant.architecture]
+    for profile in profiles:
+        if profile.height.max is not None:
+            words += ["--batch", str(profile.batch), "--height", str(profile.height), "--width", str(profile.width)]
     if path is not None:
         words += ["--output", str(path)]
     return shlex.join(words)

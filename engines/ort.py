@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from engines.base import Engine
-from engines.contract import Network
+from engines.contract import Axis, Network
 from engines.errors import EngineError, reason
+from engines.specialised import Specialised
+from engines.variant import Bounds
 
 __all__ = ["OrtEngine"]
 
@@ -20,11 +22,15 @@ _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 
 class OrtEngine(Engine):
-    """One ONNX file in an ONNX Runtime session. `infer` may be called from several threads.
+    """One ONNX file in ONNX Runtime. `infer` may be called from several threads.
+
+    Bounds of one size get a session of their own in which that size is fixed, opened at the first call of that size;
+    every other call runs in a session of free sizes.
 
     Args:
         network: the contract; the graph's inputs and outputs must bear its names.
         path: the .onnx file; its external data lies beside it.
+        bounds: as in `Engine`.
         providers: ONNX Runtime's execution providers, in order of preference.
 
     Raises:
@@ -33,29 +39,45 @@ class OrtEngine(Engine):
 
     backend: ClassVar[str] = "onnxruntime"
 
-    def __init__(self, network: Network, path: Path, providers: Sequence[str] = ("CPUExecutionProvider",)) -> None:
-        super().__init__(network)
-        self._session: Any = None
+    def __init__(
+        self,
+        network: Network,
+        path: Path,
+        bounds: Sequence[Bounds] = (),
+        providers: Sequence[str] = ("CPUExecutionProvider",),
+    ) -> None:
+        super().__init__(network, bounds)
         unknown = [name for name in providers if name not in onnxruntime.get_available_providers()]
         if unknown:
             available = ", ".join(onnxruntime.get_available_providers())
             raise EngineError(f"{path}: this onnxruntime has no {unknown[0]}; it has {available}")
-        options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=list(providers))
-        except Exception as error:
-            raise EngineError(f"{path}: onnxruntime cannot open it ({reason(error)}); rebuild") from error
+        self._path, self._providers = path, list(providers)
+        self._sessions = Specialised(self.bounds, self._open)
+        session = self._sessions.any()
         self.check_names(
-            [value.name for value in self._session.get_inputs()], [value.name for value in self._session.get_outputs()]
+            [value.name for value in session.get_inputs()], [value.name for value in session.get_outputs()]
         )
 
-    def infer_impl(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def _open(self, sizes: Mapping[str, int] | None) -> Any:
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = _ERRORS_ONLY
+        if sizes is not None:
+            for spec in self.network.inputs:  # whose free axes bear the contract's names
+                for axis, size in zip(spec.axes, spec.shape(sizes), strict=True):
+                    if isinstance(axis, Axis):
+                        options.add_free_dimension_override_by_name(str(axis), size)
+        try:
+            return onnxruntime.InferenceSession(str(self._path), options, providers=self._providers)
+        except Exception as error:
+            raise EngineError(f"{self._path}: onnxruntime cannot open it ({reason(error)}); rebuild") from error
+
+    def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:
         names = [spec.name for spec in self.network.outputs]
-        arrays = self._session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
+        session = self._sessions.of(profile)
+        arrays = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
         return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
 
     def close(self) -> None:
-        """Free the session."""
-        self._session = None
+        """Free the sessions."""
+        self._sessions.clear()
         super().close()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,6 +14,8 @@ from torch import Tensor
 from engines.base import Engine
 from engines.contract import Network
 from engines.errors import EngineError, reason
+from engines.specialised import Specialised
+from engines.variant import Bounds
 
 __all__ = ["OvEngine", "core"]
 
@@ -32,9 +35,13 @@ def core() -> openvino.Core:
 class OvEngine(Engine):
     """One IR file compiled for the CPU. `infer` serves one thread at a time.
 
+    Bounds of one size get a compilation of their own in which that size is fixed, made at the first call of that size;
+    every other call runs in one of free sizes.
+
     Args:
         network: the contract; the graph's inputs and outputs must bear its names.
         path: the .xml file; its .bin lies beside it.
+        bounds: as in `Engine`.
         hint: INFERENCE_PRECISION_HINT, "f32" or "bf16". It is always set: left alone, OpenVINO computes in bf16 by
             itself where the processor has AVX512_BF16, with relative errors around 2e-2.
 
@@ -44,30 +51,37 @@ class OvEngine(Engine):
 
     backend: ClassVar[str] = "openvino"
 
-    def __init__(self, network: Network, path: Path, hint: str = "f32") -> None:
-        super().__init__(network)
-        self._request: Any = None
+    def __init__(self, network: Network, path: Path, bounds: Sequence[Bounds] = (), hint: str = "f32") -> None:
+        super().__init__(network, bounds)
         self.hint = hint
+        self._path = path
+        self._requests = Specialised(self.bounds, self._open)
+        self._requests.any()
+
+    def _open(self, sizes: Mapping[str, int] | None) -> Any:
         try:
-            compiled = core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": hint})
+            model = core().read_model(str(self._path))
+            if sizes is not None:
+                model.reshape({spec.name: list(spec.shape(sizes)) for spec in self.network.inputs})
+            compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": self.hint})
         except Exception as error:
             # OpenVINO puts the place in its own sources first and the cause last.
-            raise EngineError(f"{path}: openvino cannot open it ({reason(error, -1)}); rebuild") from error
+            raise EngineError(f"{self._path}: openvino cannot open it ({reason(error, -1)}); rebuild") from error
         self.check_names(
-            [_contract_name(port, [spec.name for spec in network.inputs]) for port in compiled.inputs],
-            [_contract_name(port, [spec.name for spec in network.outputs]) for port in compiled.outputs],
+            [_contract_name(port, [spec.name for spec in self.network.inputs]) for port in compiled.inputs],
+            [_contract_name(port, [spec.name for spec in self.network.outputs]) for port in compiled.outputs],
         )
-        self._request = compiled.create_infer_request()
+        return compiled.create_infer_request()
 
-    def infer_impl(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
         # Outputs are copied out of the request, which writes over its own buffers at the next call.
-        results = self._request.infer(arrays, share_inputs=True, share_outputs=False)
+        results = self._requests.of(profile).infer(arrays, share_inputs=True, share_outputs=False)
         return {spec.name: torch.from_numpy(results[spec.name]) for spec in self.network.outputs}
 
     def close(self) -> None:
-        """Free the compiled graph."""
-        self._request = None
+        """Free the compiled graphs."""
+        self._requests.clear()
         super().close()
 
 

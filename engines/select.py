@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import logging
 import platform
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.errors import EngineError, reason
+from engines.contract import NETWORKS, NetworkName
+from engines.errors import EngineError, InputError, reason
+from engines.variant import Bounds, Precision
 
 if TYPE_CHECKING:
     from engines.base import Engine
@@ -19,17 +21,29 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BACKENDS",
-    "HINTS",
+    "RECIPES",
     "Choice",
+    "Recipe",
     "architecture",
     "availability",
     "backend_version",
     "check_backend",
+    "check_precision",
     "choose",
     "open_engine",
+    "runs_here",
 ]
 
 LOG = logging.getLogger("smooth_rt")
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one network is built: the precision of its graph, and the hint that the backend is given with it."""
+
+    precision: Precision
+    hint: str | None = None
+
 
 BACKENDS: tuple[str, ...] = ("eager", "onnxruntime", "openvino")
 # Fastest first on a CPU: measured, OpenVINO f32 is level with or ahead of ONNX Runtime, both well ahead of eager.
@@ -38,8 +52,30 @@ LATER = {
     "tensorrt": "this version does not build TensorRT engines yet",
     "tensorrt-rtx": "this version does not build TensorRT for RTX engines yet",
 }
-# The precision hint each backend is given. OpenVINO would compute in bf16 by itself where the processor can.
-HINTS: dict[str, str | None] = {"eager": None, "onnxruntime": None, "openvino": "f32"}
+_ALL_FP32: dict[NetworkName, Recipe] = {name: Recipe("fp32") for name in NETWORKS}
+# By backend and by the precision asked for: what each network is built in. The text encoder runs once a prompt and the
+# VAE's encoder once an image: they stay exact where that costs next to nothing.
+RECIPES: dict[str, dict[Precision, dict[NetworkName, Recipe]]] = {
+    "eager": {"fp32": _ALL_FP32},
+    "onnxruntime": {
+        "fp32": _ALL_FP32,
+        "fp16": {name: Recipe("fp16") for name in NETWORKS},
+        "int8": {**_ALL_FP32, "unet": Recipe("int8")},
+    },
+    # OpenVINO would compute in bf16 by itself where the processor can, so it is always told. fp16 weights are stored in
+    # half the space and computed with in fp32.
+    "openvino": {
+        "fp32": {name: Recipe("fp32", "f32") for name in NETWORKS},
+        "fp16": {name: Recipe("fp16", "f32") for name in NETWORKS},
+        "bf16": {name: Recipe("bf16", "bf16") for name in NETWORKS} | {"text_encoder": Recipe("fp32", "f32")},
+        "int8": {
+            "text_encoder": Recipe("fp32", "f32"),
+            "unet": Recipe("int8", "bf16"),
+            "vae_encoder": Recipe("fp32", "f32"),
+            "vae_decoder": Recipe("bf16", "bf16"),
+        },
+    },
+}
 
 _MODULES = {"eager": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
 _DISTRIBUTIONS = {
@@ -69,6 +105,21 @@ def architecture() -> str:
     """What the engines of this machine run on, such as "cpu-x86_64"."""
     machine = platform.machine().lower()
     return "cpu-" + {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
+
+
+def check_precision(backend: str, precision: str) -> None:
+    """Raise InputError unless `backend` can be built in `precision`."""
+    offered = RECIPES[backend]
+    if precision not in offered:
+        others = [name for name, precisions in RECIPES.items() if precision in precisions]
+        has = f"; {' and '.join(others)} can" if others else ""
+        raise InputError(f"precision {precision!r}: {backend} is built in {', '.join(offered)}{has}")
+
+
+def runs_here(built_for: str) -> str | None:
+    """None if an engine of that architecture runs on this machine, else what this machine is."""
+    here = architecture()
+    return None if built_for == here else f"this is {here}"
 
 
 def _installed(name: str) -> dict[str, str]:
@@ -158,11 +209,14 @@ def _first_that_runs(built: Collection[str]) -> Choice:
     raise EngineError(f"engine 'auto': nothing can run: {', '.join(passed_over)}")
 
 
-def open_engine(backend: str, network: Network, path: Path, hint: str | None = None) -> Engine:
-    """Open the graph at `path` (.onnx for onnxruntime, .xml for openvino) on `backend`.
+def open_engine(
+    backend: str, network: Network, path: Path, hint: str | None = None, bounds: Sequence[Bounds] = ()
+) -> Engine:
+    """Open the graph at `path` on `backend`.
 
     Args:
         hint: OpenVINO's precision hint; None stands for "f32".
+        bounds: the sizes that it was built for, as in `Engine`.
 
     Raises:
         EngineError: the backend is unknown, cannot run here or cannot read the graph.
@@ -173,9 +227,9 @@ def open_engine(backend: str, network: Network, path: Path, hint: str | None = N
     if backend == "onnxruntime":
         from engines.ort import OrtEngine
 
-        return OrtEngine(network, path)
+        return OrtEngine(network, path, bounds)
     if backend == "openvino":
         from engines.ov import OvEngine
 
-        return OvEngine(network, path, hint or "f32")
+        return OvEngine(network, path, bounds, hint or "f32")
     raise EngineError(f"engine {backend!r}: runs torch modules, not graphs; open the model instead of a bundle")

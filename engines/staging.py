@@ -12,12 +12,17 @@ from pathlib import Path
 
 from engines.contract import NETWORKS
 from engines.errors import BundleError
+from engines.select import BACKENDS
 
-__all__ = ["BUNDLE_ENTRIES", "abandoned", "foreign", "staging"]
+__all__ = ["abandoned", "foreign", "staging"]
 
-# All that lies at the top of a bundle, and the files under its folders of graphs.
-BUNDLE_ENTRIES = frozenset({"manifest.json", "config", "onnx", "openvino"})
-_GRAPHS = re.compile(rf"({'|'.join(NETWORKS)})\.(onnx|onnx\.data|xml|bin)")
+# All that lies in a bundle: at its top, and in the folder of a variant.
+_VARIANT = re.compile(rf"({'|'.join(BACKENDS)})-[a-z0-9_-]+")
+_TOP = frozenset({"manifest.json", "config"})
+_FORMER = {  # format 2 had one folder a backend, and in it the graphs alone
+    part: re.compile(rf"({'|'.join(NETWORKS)})\.(onnx|onnx\.data|xml|bin)") for part in ("onnx", "openvino")
+}
+_PARTS = frozenset({*NETWORKS, "model_index.json", "scheduler", "tokenizer", "lora.safetensors"})
 
 _OURS: set[Path] = set()  # partial folders that this process is working in
 _PUBLISH_TRIES = 3
@@ -102,10 +107,14 @@ def foreign(folder: Path) -> str | None:
     A bundle has a manifest.json, whatever is in it, and holds nothing that a build does not write.
     """
     names = sorted(entry.name for entry in folder.iterdir())
-    strange = [name for name in names if name not in BUNDLE_ENTRIES]
-    for part in ("onnx", "openvino"):
+    variants = [name for name in names if _VARIANT.fullmatch(name) and (folder / name).is_dir()]
+    strange = [name for name in names if name not in _TOP and name not in variants and name not in _FORMER]
+    for part, graphs in _FORMER.items():
         if (folder / part).is_dir():
-            strange += sorted(f"{part}/{e.name}" for e in (folder / part).iterdir() if not _GRAPHS.fullmatch(e.name))
+            strange += sorted(f"{part}/{e.name}" for e in (folder / part).iterdir() if not graphs.fullmatch(e.name))
+    for variant in variants:
+        parts = sorted(entry.name for entry in (folder / variant).iterdir())
+        strange += [f"{variant}/{part}" for part in parts if part not in _PARTS]
     if strange:
         return f"it holds {strange[0]}"
     return "it has no manifest.json" if names and "manifest.json" not in names else None

@@ -1,12 +1,13 @@
-"""The stages in order: ONNX, OpenVINO, verification, manifest. A bundle appears whole and verified, or not at all."""
+"""The stages in order: graphs, verification, manifest. A bundle appears whole and verified, or not at all."""
 
 from __future__ import annotations
 
 import gc
+import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from importlib import metadata
 from pathlib import Path
 
 import torch
@@ -15,12 +16,14 @@ from torch import nn
 from engines.bundle import MANIFEST, Bundle
 from engines.contract import NETWORKS, Dims, Network, NetworkName, contract
 from engines.errors import EngineError, InputError
-from engines.manifest import EngineRecord, FileRecord, Manifest, Parity, Source, digest_file
-from engines.select import HINTS, architecture, availability, backend_version, open_engine
+from engines.manifest import EngineRecord, FileRecord, Manifest, Parity, Source, VariantRecord, digest_file
+from engines.select import RECIPES, Recipe, availability, backend_version, check_precision, open_engine
 from engines.staging import staging
-from export.graphs import profile
-from export.to_onnx import to_onnx
-from export.verify import TOLERANCES, verify
+from engines.variant import Bounds, Order
+from export.graphs import cases
+from export.stages import Graph, Samples, Stages
+from export.verify import verify
+from export.versions import peak_memory, versions
 
 __all__ = ["Progress", "build_bundle"]
 
@@ -29,58 +32,67 @@ Progress = Callable[[str, int, int], None]
 
 VERIFY_SEED = 20231207  # of the inputs of verification, unlike the example inputs' seed
 _GRAPH_SHARE = 1.1  # graph files and rounding, over the weights' bytes
-_MADE_WITH = ("torch", "onnx", "onnxscript", "onnxruntime", "onnxruntime-gpu", "openvino", "diffusers", "transformers")
+_WORK = "config/.work"  # of graphs on the way to others; gone before the bundle is published
 
 
 def build_bundle(
     networks: dict[NetworkName, nn.Module],
     dims: Dims,
     source: Source,
-    backends: Sequence[str],
+    orders: Sequence[Order],
     target: Path,
     write_config: Callable[[Path], None],
-    precision: str = "fp32",
+    *,
+    keep: Bundle | None = None,
+    samples: Samples | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
-    """Export every network, convert, verify every output on every backend, and publish the bundle at `target`.
+    """Build every network of every variant, verify every output of each, and publish the bundle at `target`.
 
     Args:
         networks: `engines.eager.torch_networks` of the model, fused, fp32, on the CPU.
         dims: the model's sizes.
         source: where the weights came from, for the manifest and the key.
-        backends: of "onnxruntime", "openvino"; at least one.
+        orders: the variants and the sizes that they are for; at least one.
         target: the bundle's folder; a bundle that stands there is replaced at the end, and kept if the build fails.
         write_config: writes what the pipeline needs into the folder it is given.
-        precision: of the graphs; "fp32".
+        keep: a bundle of the same source; its variants that are not built anew go into this one as they are.
+        samples: of real runs, which int8 is calibrated on; see `stages.Samples`.
         progress: called before each step.
 
     Raises:
-        InputError: no backend, an unknown precision, or networks that are not the contract's, or not fp32.
+        InputError: no order, a precision that a backend is not built in, int8 without samples, or networks that are
+            not the contract's, or not fp32.
         EngineError: a backend is unknown or cannot run here, or a network cannot be exported or converted.
         ParityError: a graph differs from its torch module; nothing is published.
         ModelError: a torch module gives numbers that are not finite.
         BundleError: `target` cannot be written, is somebody's folder, or the disk is full.
     """
-    backends = tuple(dict.fromkeys(backends))
-    _check(networks, backends, precision)
-    steps = _Steps(progress, 2 + len(NETWORKS) * (1 + ("openvino" in backends) + len(backends)))
-    with staging(target, needed=_needed(networks, backends)) as folder:
-        build = _Build(dims, source, backends, precision, folder, steps)
+    _check(networks, dims, orders, samples)
+    kept = [] if keep is None else [b for b in keep.variants if b.variant not in [o.variant for o in orders]]
+    steps = _Steps(progress)
+    with staging(target, needed=_needed(networks, orders)) as folder:
+        build = _Build(dims, source, folder, Stages(folder / _WORK, dims, samples, steps.begin), steps)
         steps.begin("configuration")
-        (folder / "config").mkdir()
         write_config(folder / "config")
-        records: list[EngineRecord] = []
+        for built in kept:
+            _link_tree(keep, built.variant.name, folder)
+        steps.plan(orders)
+        records: list[list[EngineRecord]] = [[] for _ in orders]
+        seconds = [0.0 for _ in orders]
         for name in NETWORKS:
-            records += build.network(contract(name, dims), networks[name])
+            network = contract(name, dims)
+            for index, order in enumerate(orders):
+                started = time.perf_counter()
+                records[index].append(build.engine(network, networks[name], order))
+                seconds[index] += time.perf_counter() - started
+            build.stages.forget()
         steps.begin("manifest")
-        manifest = Manifest(
-            dims=dims,
-            source=source,
-            precision=precision,
-            engines=records,
-            files=[build.file(path) for path in sorted(folder.rglob("*")) if path.is_file()],
-            made_with=_versions(),
-        )
+        shutil.rmtree(folder / _WORK, ignore_errors=True)
+        made = [build.variant(o, r, s) for o, r, s in zip(orders, records, seconds, strict=True)]
+        files = [build.file(path) for path in sorted(folder.rglob("*")) if path.is_file()]
+        _store_once(folder, files)
+        manifest = Manifest(dims=dims, source=source, variants=[*kept, *made], files=files)
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     steps.begin("done")
     return Bundle.open(target, verify=False)
@@ -89,28 +101,42 @@ def build_bundle(
 class _Steps:
     """Counts the build's steps for the progress callback."""
 
-    def __init__(self, progress: Progress | None, total: int) -> None:
+    def __init__(self, progress: Progress | None) -> None:
         self._progress = progress
-        self._total = total
+        self._total = 2
         self._done = -1
+
+    def plan(self, orders: Sequence[Order]) -> None:
+        """Know how many steps there will be: the graphs on the way, each variant's own, and its verification."""
+        self._total = 2 + len(NETWORKS) * len(orders) + sum(Stages.steps(orders, name) for name in NETWORKS)
 
     def begin(self, what: str) -> None:
         self._done += 1
         if self._progress is not None:
-            self._progress(what, self._done, self._total)
+            self._progress(what, min(self._done, self._total), self._total)
 
 
-def _check(networks: dict[NetworkName, nn.Module], backends: Sequence[str], precision: str) -> None:
-    if precision not in TOLERANCES:
-        raise InputError(f"precision {precision!r}: unknown; choose from {', '.join(TOLERANCES)}")
-    if not backends:
-        raise InputError("backends: none given; name onnxruntime, openvino or both")
-    for backend in backends:
+def _check(
+    networks: dict[NetworkName, nn.Module], dims: Dims, orders: Sequence[Order], samples: Samples | None
+) -> None:
+    if not orders:
+        raise InputError("backends: none given; name one or more of " + ", ".join(n for n in RECIPES if n != "eager"))
+    for order in orders:
+        backend, precision = order.variant.backend, order.variant.precision
         reason = availability(backend)
         if reason is not None:
             raise EngineError(f"engine {backend!r}: {reason}")
         if backend == "eager":
-            raise InputError("backends: eager runs the torch modules and is not built; name onnxruntime or openvino")
+            raise InputError("backends: eager runs the torch modules and is not built; name another")
+        check_precision(backend, precision)
+        if precision == "int8" and samples is None:
+            raise InputError("precision 'int8': needs samples of real runs to be calibrated on; none were given")
+        for profile in order.profiles:
+            profile.check(dims)
+        if not order.profiles:
+            raise InputError(f"{order.variant.name}: no profile is given; `every_size` is one")
+    if len({order.variant for order in orders}) != len(orders):
+        raise InputError("orders: a variant is named twice; give it all of its profiles at once")
     if set(networks) != set(NETWORKS):
         raise InputError(f"networks: {', '.join(networks)} given; a bundle holds {', '.join(NETWORKS)}")
     for name, module in networks.items():
@@ -121,11 +147,14 @@ def _check(networks: dict[NetworkName, nn.Module], backends: Sequence[str], prec
                 )
 
 
-def _needed(networks: dict[NetworkName, nn.Module], backends: Sequence[str]) -> int:
-    """Bytes on disk at the fullest moment: the weights once a backend, and once as ONNX on the way to OpenVINO."""
+def _needed(networks: dict[NetworkName, nn.Module], orders: Sequence[Order]) -> int:
+    """Bytes on disk at the fullest moment: the weights once a variant, and once as ONNX on the way."""
     tensors = {id(t): t for module in networks.values() for t in (*module.parameters(), *module.buffers())}
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    return int(_GRAPH_SHARE * weights * len({*backends, "onnxruntime"}))
+    share = {"fp32": 1.0, "fp16": 0.5, "bf16": 1.0, "int8": 0.5}
+    onnx = {order.variant.precision for order in orders if order.variant.backend == "onnxruntime"}
+    way = 0.0 if "fp32" in onnx else 1.0
+    return int(_GRAPH_SHARE * weights * (way + sum(share[order.variant.precision] for order in orders)))
 
 
 @dataclass
@@ -134,55 +163,60 @@ class _Build:
 
     dims: Dims
     source: Source
-    backends: Sequence[str]
-    precision: str
     folder: Path
+    stages: Stages
     steps: _Steps
     files: dict[Path, FileRecord] = field(default_factory=dict)
 
-    def network(self, network: Network, module: nn.Module) -> list[EngineRecord]:
-        """Export, convert and verify one network; its records."""
-        onnx = self.folder / "onnx" / f"{network.name}.onnx"
-        graphs = {"onnxruntime": onnx, "openvino": self.folder / "openvino" / f"{network.name}.xml"}
-        self.steps.begin(f"{network.name}: export")
-        to_onnx(module, network, self.dims, onnx)
+    def engine(self, network: Network, module: nn.Module, order: Order) -> EngineRecord:
+        """Build and verify one network of one variant; its record."""
+        variant = order.variant
+        folder = self.folder / variant.name / network.name
+        folder.mkdir(parents=True)
+        bounds = [one for profile in order.profiles for one in profile.bounds(network, self.dims)]
+        recipe = RECIPES[variant.backend][variant.precision][network.name]
+        graph = self.stages.build(network, module, variant, recipe.precision, bounds, folder)
         gc.collect()  # the exporter's reference cycles hold a copy of the weights
-        if "openvino" in self.backends:
-            from export.to_openvino import to_openvino  # a build for onnxruntime alone needs no openvino
+        self.steps.begin(f"{network.name}: verify {variant.name}")
+        parity = []
+        if availability(variant.backend) is None:
+            tried = cases(network, self.dims, bounds)
+            with open_engine(variant.backend, network, graph.path, recipe.hint, bounds) as engine:
+                parity = verify(engine, module, network, self.dims, recipe.precision, VERIFY_SEED, tried)
+        return self.record(network, recipe, graph, bounds, parity)
 
-            self.steps.begin(f"{network.name}: convert to openvino")
-            to_openvino(onnx, graphs["openvino"])
-            gc.collect()
-        if "onnxruntime" not in self.backends:
-            shutil.rmtree(onnx.parent)
-        records = []
-        for backend in self.backends:
-            self.steps.begin(f"{network.name}: verify {backend}")
-            with open_engine(backend, network, graphs[backend], HINTS[backend]) as engine:
-                parity = verify(engine, module, network, self.dims, self.precision, VERIFY_SEED)
-            records.append(self.record(network, backend, graphs[backend], parity))
-        return records
-
-    def record(self, network: Network, backend: str, graph: Path, parity: list[Parity]) -> EngineRecord:
-        """The manifest's record of one verified graph."""
-        beside = graph.with_name(f"{graph.name}.data") if backend == "onnxruntime" else graph.with_suffix(".bin")
-        # A network that is small enough has all its weights in the graph itself.
-        weights = [self.file(beside)] if beside.exists() else []
-        record = EngineRecord(
+    def record(
+        self, network: Network, recipe: Recipe, graph: Graph, bounds: list[Bounds], parity: list[Parity]
+    ) -> EngineRecord:
+        """The manifest's record of one verified graph; its key follows with the variant's."""
+        weights = [self.file(path) for path in sorted(graph.path.parent.iterdir()) if path != graph.path]
+        return EngineRecord(
             network=network.name,
-            backend=backend,
-            backend_version=backend_version(backend),
-            architecture=architecture(),
-            precision=self.precision,
-            hint=HINTS[backend],
-            profile=profile(network),
-            file=self.file(graph).path,
-            graph=self.file(graph).sha256,
-            weights={file.path: file.sha256 for file in weights},
+            precision=recipe.precision,
+            hint=recipe.hint,
+            file=self.file(graph.path).path,
+            graph=self.file(graph.path).sha256,
+            weights={file.path: file.sha256 for file in weights if not file.path.endswith("/config.json")},
+            bounds=bounds,
             key="",
             parity=parity,
+            notes=graph.notes,
         )
-        return record.model_copy(update={"key": record.expected_key(self.source, self.dims)})
+
+    def variant(self, order: Order, engines: list[EngineRecord], seconds: float) -> VariantRecord:
+        """The record of a variant whose engines are all there."""
+        variant = order.variant
+        record = VariantRecord(
+            variant=variant,
+            profiles=list(order.profiles),
+            backend_version=backend_version(variant.backend),
+            engines=engines,
+            made_with=versions(),
+            seconds=round(seconds, 3),
+            peak_memory_bytes=peak_memory(),
+        )
+        keyed = [e.model_copy(update={"key": record.expected_key(e, self.source, self.dims)}) for e in engines]
+        return record.model_copy(update={"engines": keyed})
 
     def file(self, path: Path) -> FileRecord:
         """The record of a finished file; each is read once."""
@@ -192,11 +226,30 @@ class _Build:
         return self.files[path]
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for distribution in _MADE_WITH:
-        try:
-            found[distribution] = metadata.version(distribution)
-        except metadata.PackageNotFoundError:
+def _link_tree(bundle: Bundle | None, variant: str, folder: Path) -> None:
+    """Take a variant's files over from a bundle, by links where the disk has them: they are not written any more."""
+    if bundle is not None:
+        shutil.copytree(bundle.path / variant, folder / variant, copy_function=_link)
+
+
+def _link(old: str, new: str) -> None:
+    try:
+        os.link(os.path.realpath(old), new)
+    except OSError:  # another disk, or one without links
+        shutil.copyfile(old, new)
+
+
+def _store_once(folder: Path, files: Sequence[FileRecord]) -> None:
+    """Let files of the same content share one place on the disk: variants of one graph, tokenizers, configurations."""
+    first: dict[str, Path] = {}
+    for record in files:
+        path = folder / record.path
+        same = first.setdefault(record.sha256, path)
+        if same == path or os.path.samefile(same, path):
             continue
-    return found
+        link = path.with_name(f".{path.name}.link")
+        try:
+            os.link(same, link)
+        except OSError:
+            return  # a disk without links
+        link.replace(path)

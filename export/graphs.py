@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,12 +12,13 @@ from torch import Tensor
 from torch.export import Dim
 
 from engines.contract import Axis, Dims, Network
-from engines.manifest import Profile
+from engines.variant import Bounds
 
-__all__ = ["Case", "cases", "dynamic_shapes", "example_inputs", "profile", "random_inputs"]
+__all__ = ["Case", "cases", "dynamic_shapes", "example_inputs", "random_inputs"]
 
 # torch.export proves the graph for 1..63: 64 clashes with a guard. The graph itself has a free batch axis.
 TRACED_BATCH_MAX = 63
+LATENT_SCALES = (1.0, 5.5, 3.0)
 TRAIN_TIMESTEPS = 1000  # the timesteps that every Stable Diffusion was trained at: 0..999
 
 
@@ -25,11 +28,6 @@ class Case:
 
     sizes: dict[str, int]
     latent_scale: float
-
-
-def profile(network: Network) -> Profile:
-    """The bounds of each symbol: the least size is what the network divides by; there is no greatest."""
-    return {symbol: (network.multiples.get(symbol, 1), None) for symbol in network.symbols}
 
 
 def dynamic_shapes(network: Network) -> tuple[dict[int, Any], ...]:
@@ -63,18 +61,35 @@ def example_inputs(network: Network, dims: Dims) -> tuple[Tensor, ...]:
     return tuple(random_inputs(network, dims, Case(sizes, 1.0), torch.Generator().manual_seed(0)).values())
 
 
-def cases(network: Network, dims: Dims) -> tuple[Case, ...]:
-    """What an engine is verified at: batches of 1, 2 and 3; the default size, a larger one and a smaller, unlike sides.
+def cases(network: Network, dims: Dims, bounds: Sequence[Bounds] = ()) -> tuple[Case, ...]:
+    """What an engine is verified at: every corner of its bounds and the point inside that it shall be fastest at.
 
+    Where a side has no end, batches of 1, 2 and 3; the default size, a larger one and a smaller, unlike sides.
     Latents of a VAE are `1 / scaling_factor` large (5.5 for SD1.x), those of the UNet about 1: both are covered.
     """
+    found = [case for one in bounds or [{}] for case in (_corners(one) or _spread(network, dims))]
+    return tuple(dict((tuple(case.sizes.items()), case) for case in found).values())
+
+
+def _corners(bounds: Bounds) -> list[Case]:
+    """The corners and the point to be fastest at; none if a symbol has no end."""
+    ends = [(least, most) for least, _, most in bounds.values() if most is not None]
+    if not ends or len(ends) < len(bounds):
+        return []
+    points = [*itertools.product(*ends), tuple(best for _, best, _ in bounds.values())]
+    scales = itertools.cycle(LATENT_SCALES)
+    return [Case(dict(zip(bounds, point, strict=True)), next(scales)) for point in dict.fromkeys(points)]
+
+
+def _spread(network: Network, dims: Dims) -> list[Case]:
     side, unit = dims.sample_size, _unit(network)
     smaller = max(unit, side // (2 * unit) * unit)
-    return (
-        Case({"batch": 1, "height": side, "width": side}, 1.0),
-        Case({"batch": 2, "height": side + unit, "width": side + 2 * unit}, 5.5),
-        Case({"batch": 3, "height": side, "width": smaller}, 3.0),
-    )
+    sizes = [
+        {"batch": 1, "height": side, "width": side},
+        {"batch": 2, "height": side + unit, "width": side + 2 * unit},
+        {"batch": 3, "height": side, "width": smaller},
+    ]
+    return [Case(size, scale) for size, scale in zip(sizes, LATENT_SCALES, strict=True)]
 
 
 def random_inputs(network: Network, dims: Dims, case: Case, generator: torch.Generator) -> dict[str, Tensor]:

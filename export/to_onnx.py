@@ -58,6 +58,7 @@ def to_onnx(module: nn.Module, network: Network, dims: Dims, path: Path) -> None
         if got != names:
             raise EngineError(f"{network.name}: the ONNX graph's {kind} are {got}, not {names}; does the module fit?")
     _forget_origin(program.model)
+    _name_axes(program.model, network)
     path.parent.mkdir(parents=True, exist_ok=True)
     with quiet():
         program.save(str(path), external_data=True)
@@ -68,6 +69,14 @@ def _cause(error: BaseException) -> str:
     while error.__cause__ is not None:
         error = error.__cause__
     return reason(error)
+
+
+def _name_axes(model: Any, network: Network) -> None:
+    """Give the inputs' free axes the contract's names; within the graph sizes are inferred by who runs it."""
+    import onnx_ir
+
+    for value, spec in zip(model.graph.inputs, network.inputs, strict=True):
+        value.shape = onnx_ir.Shape([axis if isinstance(axis, int) else str(axis) for axis in spec.axes])
 
 
 def _forget_origin(model: Any) -> None:

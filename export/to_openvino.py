@@ -1,4 +1,4 @@
-"""ONNX graph -> OpenVINO IR in fp32."""
+"""ONNX graph -> OpenVINO IR."""
 
 from __future__ import annotations
 
@@ -12,11 +12,16 @@ import openvino
 from engines.errors import EngineError, reason
 from export.quiet import quiet
 
-__all__ = ["to_openvino"]
+__all__ = ["save", "to_openvino"]
 
 
-def to_openvino(onnx: Path, path: Path) -> None:
-    """Convert the graph at `onnx` and write `path` (.xml) with its weights beside it (.bin), not compressed to fp16.
+def to_openvino(onnx: Path, path: Path, compress: bool = False) -> None:
+    """Convert the graph at `onnx` and write `path` (.xml) with its weights beside it (.bin).
+
+    Args:
+        onnx: the graph, its weights beside it.
+        path: of the IR.
+        compress: whether weights are stored in fp16, half as large; they are computed with in the precision of the hint.
 
     Raises:
         EngineError: OpenVINO cannot convert the graph.
@@ -26,14 +31,22 @@ def to_openvino(onnx: Path, path: Path) -> None:
         with quiet():
             model = openvino.convert_model(str(onnx))
     except Exception as error:
-        raise EngineError(f"{onnx.stem}: openvino cannot convert it ({reason(error, -1)}); leave it out") from error
+        raise EngineError(f"{path.parent.name}: openvino cannot convert it ({reason(error, -1)}); leave it out") from error
+    weights = onnx.with_name(f"{onnx.name}.data")
+    save(model, path, weights.stat().st_size if weights.exists() else onnx.stat().st_size, compress)
+
+
+def save(model: openvino.Model, path: Path, size: int, compress: bool = False) -> None:
+    """Write an IR of about `size` bytes at `path` (.xml).
+
+    Raises:
+        OSError: it cannot be written; ENOSPC if the disk is full.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        openvino.save_model(model, str(path), compress_to_fp16=False)
+        openvino.save_model(model, str(path), compress_to_fp16=compress)
     except RuntimeError as error:
         # OpenVINO says "iostream error" whatever the cause.
-        weights = onnx.with_name(f"{onnx.name}.data")
-        size = weights.stat().st_size if weights.exists() else onnx.stat().st_size
         full = shutil.disk_usage(path.parent).free < size
         code = errno.ENOSPC if full else errno.EIO
         raise OSError(code, os.strerror(code), str(path)) from error

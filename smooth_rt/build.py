@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from smooth_rt.errors import BundleError, EngineError, InputError
 from smooth_rt.ranges import check
 
 if TYPE_CHECKING:
     from engines.bundle import Bundle, Source
+    from engines.contract import Dims
+    from engines.variant import Order, Precision, Profile, Variant
     from smooth_rt.lora import Lora
     from smooth_rt.model import Model
 
@@ -56,9 +59,10 @@ def build_engines(
     output: Path | None = None,
     progress: Progress | None = None,
     precision: str = "fp32",
+    profiles: Sequence[Profile] = (),
 ) -> Bundle:
     """The bundle of `ensure_engines`, whether built or reused."""
-    return ensure_engines(model, lora, lora_strength, backends, output, progress, precision).bundle
+    return ensure_engines(model, lora, lora_strength, backends, output, progress, precision, profiles).bundle
 
 
 def ensure_engines(
@@ -69,12 +73,15 @@ def ensure_engines(
     output: Path | None = None,
     progress: Progress | None = None,
     precision: str = "fp32",
+    profiles: Sequence[Profile] = (),
+    calibration_prompts: Sequence[str] = (),
 ) -> Built:
     """A bundle of the model's engines with the LoRA fused in; reused where one stands that is whole and still fits.
 
-    A bundle in the place that is damaged, made from other weights, another LoRA or strength, or by another version of
-    a backend is built anew and replaced. One that lacks a backend is built anew with what it had and what it lacked,
-    so that nobody's engines go. Which of it happened, and why, is logged on "smooth_rt".
+    A bundle in the place that is damaged, or made from other weights, another LoRA or strength, is built anew and
+    replaced. One of the same weights is added to: what it lacks or has from another version of a backend is built,
+    everything else in it stays. Which of it happened, and why, is logged on "smooth_rt". Of two processes that want the
+    same bundle one builds, and the other waits and uses it.
 
     Args:
         model: as `load_model` takes it, or a model as it returned it (the LoRA is then fused into its UNet).
@@ -83,21 +90,27 @@ def ensure_engines(
         backends: onnxruntime, openvino; eager needs no bundle.
         output: the bundle's folder. None: a folder of the cache that is named by what the bundle is made of.
         progress: called with stage, steps done and steps in all.
-        precision: of the graphs.
+        precision: of the engines: "fp32", "fp16", "bf16" or "int8", as far as each backend has it.
+        profiles: the requests that the engines shall take beside those that they are built for already; none stands
+            for every size.
+        calibration_prompts: of the images that int8 is calibrated on; none stands for `calibration.PROMPTS`.
 
     Raises:
-        InputError: no backend, or a strength out of range. EngineError: a backend that cannot run here.
+        InputError: no backend, a precision that one lacks, a profile that is none of the model's, or a strength out of
+            range.
+        EngineError: a backend that cannot run here.
         ModelError: the model or the LoRA cannot be read or does not fit. ParityError: a graph is not exact enough.
         BundleError: `output` is in use by something else than a bundle, or cannot be written.
     """
-    wanted = _checked(backends)
+    variants = _variants(backends, precision)
     (lora_strength,) = check(lora_strength=lora_strength)
     from engines.bundle import LoraSource, Source
-    from engines.select import availability
     from smooth_rt.lora import Lora, fused_with, read_lora
     from smooth_rt.model import Model, load_model
 
     loaded = model if isinstance(model, Model) else load_model(model)
+    for profile in profiles:
+        profile.check(loaded.dims)
     if fused_with(loaded.unet) is not None:
         raise InputError(f"{loaded.source}: a LoRA is fused into this model, so its digests do not hold; load it again")
     adapter = lora if lora is None or isinstance(lora, Lora) else read_lora(lora)
@@ -105,64 +118,122 @@ def ensure_engines(
     if adapter is not None:
         record = LoraSource(source=adapter.source, digest=adapter.digest, strength=lora_strength)
     source = Source(model=loaded.source, revision=loaded.revision, digests=loaded.digests, lora=record)
-    target = cache_root() / "bundles" / _cache_key(source, precision) if output is None else output
+    target = cache_root() / "bundles" / _cache_key(source) if output is None else output
 
-    there = _open(target)
-    fault = there if isinstance(there, str) else there.misfit(source, wanted, precision)
-    if isinstance(there, str) or fault is not None:
-        if not isinstance(there, str) and there.misfit(source, (), precision) is None:
-            wanted += [name for name in there.backends if name not in wanted and availability(name) is None]
-        LOG.info("building engines for %s: %s", ", ".join(wanted), fault)
-        return Built(_build(loaded, adapter, source, wanted, target, progress, precision), False, str(fault))
-    reason = f"{target}: verified; made from the same weights by the installed versions"
-    LOG.info("reusing engines: %s", reason)
-    return Built(there, True, reason)
+    with _alone(target):
+        there = _open(target)
+        lacking = _lacking(there, source, variants, profiles, loaded.dims)
+        if not lacking:
+            reason = f"{target}: verified; made from the same weights by the installed versions"
+            LOG.info("reusing engines: %s", reason)
+            assert not isinstance(there, str)  # noqa: S101 - a bundle that is none lacks everything
+            return Built(there, True, reason)
+        fault = " ".join(dict.fromkeys(lacking.values()))
+        LOG.info("building engines for %s: %s", ", ".join(order.variant.name for order in lacking), fault)
+        keep = there if not isinstance(there, str) and there.misfit(source) is None else None
+        bundle = _build(loaded, adapter, source, list(lacking), target, keep, progress, calibration_prompts)
+        return Built(bundle, False, fault)
+
+
+def _variants(backends: Sequence[str], precision: str) -> list[Variant]:
+    """What is asked for, one variant a backend, each checked before anything is loaded."""
+    from engines.select import RECIPES, architecture, availability, check_precision
+    from engines.variant import Variant
+
+    if not backends:
+        raise InputError(f"backends: none named; name one or more of {', '.join(n for n in RECIPES if n != 'eager')}")
+    for name in backends:
+        reason = availability(name)
+        if reason is not None:
+            raise EngineError(f"engine {name!r}: {reason}")
+        if name == "eager":
+            raise InputError("backend 'eager': runs the torch modules and has nothing to build; name another")
+        check_precision(name, precision)
+    here = architecture()
+    return [
+        Variant(backend=name, precision=cast("Precision", precision), lora_mode="fused", architecture=here)
+        for name in dict.fromkeys(backends)
+    ]
+
+
+def _lacking(
+    there: Bundle | str, source: Source, variants: Sequence[Variant], profiles: Sequence[Profile], dims: Dims
+) -> dict[Order, str]:
+    """What has to be built, and why. A variant that was built for other profiles keeps those."""
+    from engines.variant import Order, every_size, merged
+
+    wanted = list(profiles) or [every_size(dims)]
+    if isinstance(there, str) or there.misfit(source) is not None:
+        fault = there if isinstance(there, str) else str(there.misfit(source))
+        return {Order(variant=variant, profiles=tuple(wanted)): fault for variant in variants}
+    found = {}
+    for variant in variants:
+        # Who names no size takes what there is.
+        reason = there.misfit(source, variant, profiles)
+        if reason is not None:
+            before = next((built.profiles for built in there.variants if built.variant == variant), [])
+            found[Order(variant=variant, profiles=tuple(merged(before, profiles or ([] if before else wanted))))] = reason
+    return found
 
 
 def _build(
     model: Model,
     lora: Lora | None,
     source: Source,
-    backends: Sequence[str],
+    orders: Sequence[Order],
     target: Path,
+    keep: Bundle | None,
     progress: Progress | None,
-    precision: str,
+    calibration_prompts: Sequence[str],
 ) -> Bundle:
     from engines.eager import torch_networks
     from export.build import build_bundle
     from smooth_rt.lora import fuse
 
-    if lora is not None and source.lora is not None:
+    if lora is not None and source.lora is not None and source.lora.strength is not None:
         fuse(model.unet, lora, source.lora.strength)
     networks = torch_networks(model.text_encoder, model.unet, model.vae)
+    samples = None
+    if any(order.variant.precision == "int8" for order in orders):
+        from smooth_rt.calibration import Trajectories
+
+        samples = Trajectories(model, calibration_prompts)
     return build_bundle(
-        networks, model.dims, source, backends, target, model.write_config, precision=precision, progress=progress
+        networks, model.dims, source, orders, target, model.write_config, keep=keep, samples=samples, progress=progress
     )
 
 
-def _checked(backends: Sequence[str]) -> list[str]:
-    from engines.select import availability
-
-    if not backends:
-        raise InputError("backends: none named; name onnxruntime, openvino or both")
-    for name in backends:
-        reason = availability(name)
-        if reason is not None:
-            raise EngineError(f"engine {name!r}: {reason}")
-        if name == "eager":
-            raise InputError(
-                "backend 'eager': runs the torch modules and has nothing to build; name onnxruntime or openvino"
-            )
-    return list(dict.fromkeys(backends))
-
-
-def _cache_key(source: Source, precision: str) -> str:
-    """What decides the graphs. Backends and their versions are not in it: a bundle holds engines of several backends,
-    and a new version's take the place of the old one's."""
+def _cache_key(source: Source) -> str:
+    """What decides a bundle. Backends, precisions and sizes are not in it: a bundle holds engines of several."""
     from engines.bundle import digest_json
 
     lora = None if source.lora is None else [source.lora.digest, source.lora.strength]
-    return digest_json([source.digests, lora, precision])[:32]
+    return digest_json([source.digests, lora])[:32]
+
+
+@contextmanager
+def _alone(target: Path) -> Iterator[None]:
+    """Hold the build of `target` for this process; whoever comes later waits, and says so once."""
+    from filelock import FileLock, Timeout
+
+    from engines.bundle import digest_json
+
+    folder = cache_root() / "locks"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        # Beside the bundles, not beside the target: a lock file stays.
+        lock = FileLock(folder / f"{digest_json(os.path.realpath(target))[:32]}.lock")
+    except OSError as error:
+        raise InputError(f"SMOOTH_RT_CACHE={folder.parent}: cannot be written ({error.strerror}); set another") from error
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        LOG.info("waiting: another process is building %s", target)
+        lock.acquire()
+    try:
+        yield
+    finally:
+        lock.release()
 
 
 def _open(target: Path) -> Bundle | str:

@@ -54,9 +54,9 @@ def examine(path: Path, verify: bool = True) -> Entry:
     except BundleError as error:
         return Entry(path, size, None, str(error))
     fault = None
-    for backend in bundle.backends:
+    for built in bundle.variants:
         try:
-            fault = fault or bundle.stale(backend)
+            fault = fault or bundle.stale(built)
         except EngineError as error:
             fault = fault or str(error)
     return Entry(path, size, bundle, fault)

@@ -57,5 +57,5 @@ def reopen_model(bundle: Bundle, config: str | Path | None = None) -> Model:
                 f"{bundle.path}: the LoRA {source.lora.source} is not what the bundle was made from; "
                 "run smooth-rt build-engine again, or use another engine"
             )
-        fuse(loaded.unet, lora, source.lora.strength)
+        fuse(loaded.unet, lora, 1.0 if source.lora.strength is None else source.lora.strength)
     return loaded

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeAlias
+from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
 
 import torch
 from torch import Generator, Tensor
@@ -18,7 +18,7 @@ from engines.base import Engine
 from engines.bundle import Bundle
 from engines.contract import NETWORKS, Dims, NetworkName, contract
 from engines.eager import EagerEngine, torch_networks
-from engines.select import BACKENDS, Choice, choose
+from engines.select import BACKENDS, RECIPES, Choice, check_precision, choose
 from smooth_rt.errors import EngineError
 from smooth_rt.images import ImageLike, Images, OutputType, read, to_images
 from smooth_rt.lora import fused_with
@@ -31,6 +31,9 @@ from smooth_rt.tasks.edit import edit
 from smooth_rt.tasks.generate import generate
 from smooth_rt.tasks.interpolate import interpolate
 from smooth_rt.tasks.inversion import invert
+
+if TYPE_CHECKING:
+    from engines.variant import Precision
 
 __all__ = ["CELLS_PER_CALL", "Predict", "SmoothPipeline", "StepCallback"]
 
@@ -62,10 +65,11 @@ class SmoothPipeline:
         dims: the model's sizes.
         source: the model as its user named it.
         choice: the backend that runs, and why.
+        size: height and width in pixels of a request that names none; None is the size that the model was trained at.
         batch_size: images in one call of a network (both halves of guidance go along), or "auto": CELLS_PER_CALL.
 
     Attributes: `engine` is the backend that really runs ("eager", "onnxruntime", "openvino"), `reason` why that one,
-    `bundle` what its engines are from (None for eager), `digests` what tells the weights that run from others, the LoRA
+    `precision` that of its engines, `bundle` what they are from (None for eager), `digests` what tells the weights that run from others, the LoRA
     and its strength among them; `dims`, `source` and `batch_size` are as given.
     """
 
@@ -77,6 +81,7 @@ class SmoothPipeline:
         *,
         source: str = "",
         choice: Choice | None = None,
+        size: tuple[int, int] | None = None,
         batch_size: int | str = "auto",
     ) -> None:
         self._engines = dict(engines)
@@ -86,7 +91,9 @@ class SmoothPipeline:
         self.dims = dims
         self.source = source
         self.engine, self.reason = (choice.backend, choice.reason) if choice else (engines["unet"].backend, "given")
+        self.size = size or (dims.sample_size * dims.vae_factor,) * 2
         self.bundle: Bundle | None = None
+        self.precision = "fp32"
         self.digests: Mapping[str, str] = {}
         self.batch_size = batch_size
 
@@ -104,6 +111,7 @@ class SmoothPipeline:
         lora_strength: float = 1.0,
         engine: str = "auto",
         batch_size: int | str = "auto",
+        precision: str = "fp32",
         progress: Callable[[str, int, int], None] | None = None,
         config: str | Path | None = None,
     ) -> Self:
@@ -117,6 +125,7 @@ class SmoothPipeline:
             engine: "eager", "onnxruntime", "openvino", or "auto": the first of openvino, onnxruntime, eager that can
                 run; logged.
             batch_size: see the class.
+            precision: of the engines: "fp32", or what else the backend is built in ("fp16", "bf16", "int8").
             progress: called as `progress(stage, done, total)` while engines are built.
             config: for a single-file checkpoint, as in `load_model`.
 
@@ -128,14 +137,15 @@ class SmoothPipeline:
         """
         (model,) = (model,) if isinstance(model, Model) else check(model=model)
         lora, lora_strength, config = check(lora=lora, lora_strength=lora_strength, config=config)
-        engine, batch_size = check(engine=engine, batch_size=batch_size)
-        choice = choose(engine, BACKENDS)
+        engine, batch_size, precision = check(engine=engine, batch_size=batch_size, precision=precision)
+        choice = choose(engine, [name for name in BACKENDS if precision in RECIPES[name]])
+        check_precision(choice.backend, precision)
         if choice.backend != "eager":
             from smooth_rt.build import build_engines
 
             model = model if isinstance(model, Model) else load_model(model, config=config)
-            bundle = build_engines(model, lora, lora_strength, [choice.backend], None, progress)
-            return cls._open(bundle, choice, batch_size)
+            bundle = build_engines(model, lora, lora_strength, [choice.backend], None, progress, precision)
+            return cls._open(bundle, choice, batch_size, precision)
         return cls._eager(open_model(model, lora, lora_strength, config), choice, batch_size)
 
     @classmethod
@@ -145,6 +155,7 @@ class SmoothPipeline:
         engine: str = "auto",
         batch_size: int | str = "auto",
         config: str | Path | None = None,
+        precision: str | None = None,
     ) -> Self:
         """Open a bundle that `smooth-rt build-engine` wrote.
 
@@ -153,6 +164,7 @@ class SmoothPipeline:
             engine: "auto", a backend of the bundle, or "eager": the torch weights that the bundle was made from.
             batch_size: see the class.
             config: for "eager", where the bundle was made from a single-file checkpoint; as in `load_model`.
+            precision: of the engines; None is the most exact that the bundle has for the backend.
 
         Raises:
             InputError: an option is out of its range.
@@ -160,20 +172,25 @@ class SmoothPipeline:
             EngineError: the named engine is not in the bundle or cannot run here.
         """
         engine, batch_size, config = check(engine=engine, batch_size=batch_size, config=config)
+        (precision,) = check(precision=precision)
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(*check(bundle=bundle)))
         choice = choose(engine, opened.backends)
         if choice.backend != "eager":
-            return cls._open(opened, choice, batch_size)
+            return cls._open(opened, choice, batch_size, precision)
         return cls._eager(reopen_model(opened, config), choice, batch_size)
 
     @classmethod
-    def _open(cls, bundle: Bundle, choice: Choice, batch_size: int | str) -> Self:
+    def _open(cls, bundle: Bundle, choice: Choice, batch_size: int | str, precision: str | None) -> Self:
         config = read_config(bundle.config)
-        engines = {name: bundle.engine(name, choice.backend) for name in NETWORKS}
-        pipe = cls(engines, config, bundle.dims, source=bundle.source.model, choice=choice, batch_size=batch_size)
+        built = bundle.find(choice.backend, cast("Precision | None", precision))
+        engines = {name: bundle.open_network(name, built) for name in NETWORKS}
+        size = built.profiles[0].height.opt, built.profiles[0].width.opt
+        named: dict[str, Any] = {"source": bundle.source.model, "choice": choice, "batch_size": batch_size}
+        pipe = cls(engines, config, bundle.dims, size=size, **named)
         pipe.bundle = bundle
+        pipe.precision = built.variant.precision
         lora = bundle.source.lora
-        pipe.digests = _digests(bundle.source.digests, (lora.digest, lora.strength) if lora is not None else None)
+        pipe.digests = _digests(bundle.source.digests, (lora.digest, lora.strength or 1.0) if lora is not None else None)
         return pipe
 
     @classmethod
@@ -208,7 +225,7 @@ class SmoothPipeline:
             if len(ids) > self.dims.tokens:
                 cut = shown(self.tokenizer.decode(ids[self.dims.tokens - 1 : -1]))
                 LOG.warning("prompt %s: longer than %d tokens; left out: %s", shown(prompt), self.dims.tokens, cut)
-        parts = self._calls("text_encoder", len(distinct), self.dims.tokens)
+        parts = self._calls("text_encoder", len(distinct))
         embeds = torch.cat([self._run("text_encoder", input_ids=tokens.input_ids[part]) for part in parts])
         return embeds[[distinct.index(prompt) for prompt in prompts]]
 
@@ -216,9 +233,9 @@ class SmoothPipeline:
         self, images: ImageLike | Sequence[ImageLike], height: int | None = None, width: int | None = None
     ) -> Tensor:
         """Latents [N, C, H/f, W/f] of images scaled and centre-cropped to `height` x `width`: the posterior's mean."""
-        height, width = checks.image_size(height, width, self.dims)
+        height, width = self.image_size(height, width)
         pixels = read(images, height, width) * 2 - 1
-        parts = self._calls("vae_encoder", len(pixels), height * width // self.dims.vae_factor**2)
+        parts = self._calls("vae_encoder", len(pixels), (height // self.dims.vae_factor, width // self.dims.vae_factor))
         return torch.cat([self._run("vae_encoder", sample=pixels[part]) for part in parts]) * self.scaling_factor
 
     def decode(self, latents: Tensor, output_type: OutputType = "pil") -> Images:
@@ -226,7 +243,7 @@ class SmoothPipeline:
         if output_type == "latent":
             return latents
         scaled = latents / self.scaling_factor
-        parts = self._calls("vae_decoder", len(scaled), scaled[0, 0].numel())
+        parts = self._calls("vae_decoder", len(scaled), scaled.shape[2:])
         pixels = torch.cat([self._run("vae_decoder", latent_sample=scaled[part]) for part in parts])
         if not bool(torch.isfinite(pixels).all()):
             raise EngineError(f"decode: the VAE's images are not finite on {self.engine}; its weights may be damaged")
@@ -236,7 +253,7 @@ class SmoothPipeline:
         self, count: int, height: int | None, width: int | None, generator: Generator | Sequence[Generator] | None
     ) -> Tensor:
         """N(0, I) of `count` images [count, C, H/f, W/f], each drawn alone, on the CPU."""
-        height, width = checks.image_size(height, width, self.dims)
+        height, width = self.image_size(height, width)
         shape = (1, self.dims.latent_channels, height // self.dims.vae_factor, width // self.dims.vae_factor)
         return torch.cat([torch.randn(shape, generator=g) for g in checks.per_image(generator, count)])
 
@@ -257,7 +274,7 @@ class SmoothPipeline:
         if guidance_scale == 1 or (negative is not None and torch.equal(negative, prompt_embeds)):
             negative = None
         outputs, rows = [], 1 if negative is None else 2
-        for part in self._calls("unet", len(latents), latents[0, 0].numel(), rows):
+        for part in self._calls("unet", len(latents), latents.shape[2:], rows):
             sample, text = latents[part], prompt_embeds[part]
             if negative is not None:
                 sample, text = torch.cat([sample, sample]), torch.cat([negative[part], text])
@@ -305,10 +322,28 @@ class SmoothPipeline:
                 trajectory.append(latents)
         return latents
 
-    def _calls(self, network: NetworkName, count: int, cells: int, rows: int = 1) -> Iterator[slice]:
-        """Which of `count` images each call takes, where an image is so many rows of so many cells."""
-        auto = max(1, min(CELLS_PER_CALL[network] // cells, ROWS_PER_CALL) // rows)
-        size = self._batch_size if isinstance(self._batch_size, int) else auto
+    def image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width in pixels; None is the pipeline's own `size`.
+
+        Raises:
+            InputError: a side is out of range, or no engine was built for images of this size.
+        """
+        height, width = checks.image_size(height, width, self.dims, self.size)
+        factor = self.dims.vae_factor
+        self._engines["unet"].most_rows(height=height // factor, width=width // factor)
+        return height, width
+
+    def _calls(
+        self, network: NetworkName, count: int, sides: Sequence[int] | None = None, rows: int = 1
+    ) -> Iterator[slice]:
+        """Which of `count` images each call takes, where an image is so many rows of latents of these sides."""
+        cells = self.dims.tokens if sides is None else sides[0] * sides[1]
+        most = self._engines[network].most_rows(**dict(zip(("height", "width"), sides or (), strict=False)))
+        size = max(1, min(CELLS_PER_CALL[network] // cells, ROWS_PER_CALL) // rows)
+        if isinstance(self._batch_size, int):
+            size = self._batch_size
+        if most is not None:
+            size = max(1, min(size, most // rows))
         return (slice(first, first + size) for first in range(0, count, size))
 
     def _run(self, network: NetworkName, **inputs: Tensor) -> Tensor:

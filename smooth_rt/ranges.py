@@ -15,6 +15,7 @@ from numbers import Integral, Real
 from typing import Any
 
 from engines.select import check_backend
+from engines.variant import PRECISIONS
 from smooth_rt.errors import InputError
 
 __all__ = [
@@ -221,6 +222,10 @@ def _callback(name: str, value: Any) -> Any:
     return value
 
 
+def _precision(name: str, value: Any) -> str | None:
+    return None if value is None else choice(name, value, PRECISIONS)
+
+
 def _output(_: str, value: Any) -> Any:
     from smooth_rt.writers import check_output
 
@@ -250,6 +255,7 @@ RANGES: dict[str, Callable[[str, Any], Any]] = {
     "num_images_per_prompt": partial(_count, least=1),
     "num_inference_steps": _steps,
     "output": _output,
+    "precision": _precision,
     "output_type": partial(choice, known=OUTPUT_TYPES),
     "seed": _seed,
     "seeds": _seeds,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -13,9 +14,10 @@ from smooth_rt.commands.running import Stopwatch, build_progress, opened_model
 from smooth_rt.errors import InputError
 
 if TYPE_CHECKING:
+    from engines.variant import Profile
     from smooth_rt.cache import Entry
 
-__all__ = ["build_engine", "fuse", "inspect_engines", "list_engines", "prune_engines", "verify_engines"]
+__all__ = ["build_engine", "fuse", "inspect_engines", "list_engines", "prune_engines", "read_profiles", "verify_engines"]
 
 Output = Annotated[Path, typer.Option(help="The folder to write.", show_default=False)]
 SHORT_KEY = 12  # digits of a key that tell it from others at a glance
@@ -41,6 +43,24 @@ def fuse(options: ModelOptions, output: Output) -> dict[str, Any]:
 def build_engine(
     options: ModelOptions,
     backend: Annotated[str, typer.Option(help="Comma-separated: onnxruntime, openvino.")] = "onnxruntime,openvino",
+    precision: Annotated[
+        str, typer.Option(help="Of the graphs: fp32, fp16, bf16 or int8; int8 is calibrated on runs of the model.")
+    ] = "fp32",
+    batch: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N|MIN:OPT:MAX",
+            help="Images a call. Given with --height and --width; several times for several profiles. Left out: every "
+            "size, where the backend can.",
+            show_default=False,
+        ),
+    ] = None,
+    height: Annotated[list[str] | None, typer.Option(metavar="N|MIN:OPT:MAX", help="Pixels.", show_default=False)] = None,
+    width: Annotated[list[str] | None, typer.Option(metavar="N|MIN:OPT:MAX", help="Pixels.", show_default=False)] = None,
+    calibration_prompts: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="For int8: a prompt a line. Left out: prompts that ship.", show_default=False),
+    ] = None,
     output: Annotated[
         Path | None, typer.Option(help="The bundle's folder. Left out: a folder of the cache.", show_default=False)
     ] = None,
@@ -48,20 +68,34 @@ def build_engine(
     """Export every network, compare it with PyTorch and write a bundle of engines."""
     backends = listed(backend)
     from smooth_rt.build import ensure_engines
+    from smooth_rt.calibration import read_prompts
 
+    profiles = read_profiles(batch or [], height or [], width or [])
+    prompts = [] if calibration_prompts is None else read_prompts(calibration_prompts)
     watch = Stopwatch()
     with build_progress() as progress:
         model = options.model if options.model_config is None else opened_model(options)
-        built = ensure_engines(model, options.chosen_lora, options.lora_strength, backends, output, progress)
+        built = ensure_engines(
+            model,
+            options.chosen_lora,
+            options.lora_strength,
+            backends,
+            output,
+            progress,
+            precision=precision,
+            profiles=profiles,
+            calibration_prompts=prompts,
+        )
     parity = [
         {
+            "engine": variant.variant.name,
             "network": record.network,
-            "backend": record.backend,
             "output": error.output,
             "relative error": error.relative,
             "tolerance": error.tolerance,
         }
-        for record in built.bundle.manifest.engines
+        for variant in built.bundle.variants
+        for record in variant.engines
         for error in record.parity
     ]
     return {
@@ -72,6 +106,24 @@ def build_engine(
         "seconds": watch.seconds,
         "parity": parity,
     }
+
+
+def read_profiles(batch: Sequence[str], height: Sequence[str], width: Sequence[str]) -> list[Profile]:
+    """The profiles of --batch, --height and --width: the first of each make one, the second of each another.
+
+    Raises:
+        InputError: one is missing beside the others, or is no size.
+    """
+    from engines.variant import Profile, Span
+
+    given = {"batch": batch, "height": height, "width": width}
+    if len({len(one) for one in given.values()}) > 1:
+        said = ", ".join(f"{len(one)} of --{name}" for name, one in given.items())
+        raise InputError(f"profiles: {said}; give all three for each profile")
+    return [
+        Profile(**{name: Span.parse(text, name) for name, text in zip(given, sizes, strict=True)})
+        for sizes in zip(*given.values(), strict=True)
+    ]
 
 
 def list_engines(options: OutputOptions) -> dict[str, Any]:
@@ -101,18 +153,21 @@ def inspect_engines(bundle: Annotated[Path, typer.Argument(metavar="BUNDLE")]) -
         "revision": manifest.source.revision,
         "lora": f"{lora.source} at {lora.strength:g}" if lora is not None else "none",
         "dims": asdict(manifest.dims),
-        "made_with": manifest.made_with,
+        "profiles": {built.variant.name: [str(profile) for profile in built.profiles] for built in manifest.variants},
+        "made_with": {built.variant.name: built.made_with for built in manifest.variants},
         "engines": [
             {
+                "engine": built.variant.name,
+                "version": built.backend_version,
                 "network": record.network,
-                "backend": f"{record.backend} {record.backend_version}",
-                "precision": record.hint or record.precision,
+                "precision": record.precision if record.hint is None else f"{record.precision}, hint {record.hint}",
                 "key": record.key[:SHORT_KEY],
                 "worst_error": max((parity.relative for parity in record.parity), default=None),
                 "tolerance": min((parity.tolerance for parity in record.parity), default=None),
                 "bytes": sum(file.size for file in manifest.files if file.path in (record.file, *record.weights)),
             }
-            for record in manifest.engines
+            for built in manifest.variants
+            for record in built.engines
         ],
     }
 
@@ -149,7 +204,7 @@ def _row(entry: Entry) -> dict[str, Any]:
         "path": str(entry.path),
         "model": source.model if source is not None else None,
         "lora": f"{lora.source} at {lora.strength:g}" if lora is not None else None,
-        "backends": list(entry.bundle.backends) if entry.bundle is not None else [],
+        "engines": [built.variant.name for built in entry.bundle.variants] if entry.bundle is not None else [],
         "bytes": entry.size,
         "fault": entry.fault,
     }

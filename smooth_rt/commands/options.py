@@ -77,6 +77,14 @@ class RunOptions(ModelOptions):
             show_default=False,
         ),
     ] = None
+    precision: Annotated[
+        str | None,
+        typer.Option(
+            help="fp32, fp16, bf16 or int8, as far as the engine has it. Left out: fp32, or with --engines the most "
+            "exact that the bundle has.",
+            show_default=False,
+        ),
+    ] = None
     num_inference_steps: Annotated[int, typer.Option(help="DDIM steps.")] = 50
     guidance_scale: Annotated[
         float | None,

@@ -159,12 +159,19 @@ def open_pipeline(options: RunOptions) -> SmoothPipeline:
 
         bundle = Bundle.open(find(options.engines))
         _check_fit(options, read_config(bundle.config), bundle.dims)
-        return SmoothPipeline.from_engines(bundle, options.engine, config=options.model_config)
+        return SmoothPipeline.from_engines(
+            bundle, options.engine, config=options.model_config, precision=options.precision
+        )
     model = opened_model(options)
     _check_fit(options, model.config(), model.dims)
     with build_progress() as progress:
         return SmoothPipeline.from_pretrained(
-            model, options.chosen_lora, options.lora_strength, options.engine, progress=progress
+            model,
+            options.chosen_lora,
+            options.lora_strength,
+            options.engine,
+            precision=options.precision or "fp32",
+            progress=progress,
         )
 
 
@@ -201,4 +208,4 @@ def described(pipe: SmoothPipeline, options: ModelOptions) -> dict[str, Any]:
         bundle = Bundle.open(find(options.engines), verify=False)
     if bundle is not None:
         named = bundle.source.lora.source if bundle.source.lora is not None else None
-    return {"model": pipe.source, "lora": named, "engine": pipe.engine, "reason": pipe.reason}
+    return {"model": pipe.source, "lora": named, "engine": pipe.engine, "precision": pipe.precision, "reason": pipe.reason}

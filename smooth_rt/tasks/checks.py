@@ -40,13 +40,16 @@ def one_each(prompts: str | Sequence[str] | None, count: int, name: str, of: str
     return found
 
 
-def image_size(height: int | None, width: int | None, dims: Dims) -> tuple[int, int]:
-    """Height and width in pixels; None is the size that the model was trained at."""
+def image_size(
+    height: int | None, width: int | None, dims: Dims, default: tuple[int, int] | None = None
+) -> tuple[int, int]:
+    """Height and width in pixels; None is the `default`, or the size that the model was trained at."""
     sizes = []
-    for name, value in (("height", height), ("width", width)):
+    trained = dims.sample_size * dims.vae_factor
+    for name, value, own in zip(("height", "width"), (height, width), default or (trained, trained), strict=True):
         (side,) = check(**{name: value})
         if side is None:
-            side = dims.sample_size * dims.vae_factor
+            side = own
         elif side % dims.image_multiple:
             multiple = dims.image_multiple
             nearest = max(1, (side + (multiple - 1) // 2) // multiple) * multiple

@@ -84,7 +84,7 @@ def edit(
     if prompts is None:
         raise InputError("prompts: missing; give what the images shall show")
     schedule = pipe.schedule(num_inference_steps)
-    height, width = checks.image_size(height, width, pipe.dims)
+    height, width = pipe.image_size(height, width)
     found = as_list(images)
     targets = checks.one_each(prompts, len(found), "prompts", "images")
     if edit_method == "sdedit":

@@ -75,7 +75,7 @@ def generate(
     each, guidance_scale = check(num_images_per_prompt=num_images_per_prompt, guidance_scale=guidance_scale)
     schedule = pipe.schedule(num_inference_steps)
     if latents is None or height is not None or width is not None:
-        height, width = checks.image_size(height, width, pipe.dims)
+        height, width = pipe.image_size(height, width)
     cond, uncond = embed_pair(pipe, prompt, negative_prompt, prompt_embeds, negative_prompt_embeds, guidance_scale)
     check_images("num_images_per_prompt", each, len(cond), "prompts")
     cond, uncond = (embeds.repeat_interleave(each, dim=0) for embeds in (cond, uncond))

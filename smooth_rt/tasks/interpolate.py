@@ -157,10 +157,10 @@ def _noise_ends(
             raise InputError("latents: given together with generator; give one of them")
         count = 1 if isinstance(latents, Tensor) and latents.shape[:1] == (1,) else 2
         if height is not None or width is not None:
-            height, width = checks.image_size(height, width, pipe.dims)
+            height, width = pipe.image_size(height, width)
         noise = checks.latents(latents, count, pipe.dims, height, width)
     else:
-        height, width = checks.image_size(height, width, pipe.dims)
+        height, width = pipe.image_size(height, width)
         alone = generator is None or isinstance(generator, Generator)
         noise = pipe.draw_noise(1 if alone and two_prompts else 2, height, width, generator)
     if len(noise) == 1 and not two_prompts:

@@ -46,9 +46,9 @@ def test_unlike_thread_counts_are_warned_about() -> None:
 
 def test_a_fresh_process_does_not_bear_the_peak_of_its_parent() -> None:
     ballast = b"\x01" * 600_000_000
-    ask = "from bench.environment import peak_memory; print(peak_memory())"
+    ask = "from export.versions import peak_memory; print(peak_memory())"
     ran = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
-    own = "from bench.environment import peak_memory; b = b'\\x01' * 600_000_000; print(peak_memory())"
+    own = "from export.versions import peak_memory; b = b'\\x01' * 600_000_000; print(peak_memory())"
     larger = subprocess.run([sys.executable, "-c", own], capture_output=True, text=True, check=True)
     assert int(ran.stdout) < len(ballast)
     assert int(larger.stdout) > int(ran.stdout) + 500_000_000

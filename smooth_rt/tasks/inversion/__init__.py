@@ -125,7 +125,7 @@ def invert(
     check(output_type=output_type, callback_on_step_end=callback_on_step_end)
     (scale,) = check(guidance_scale=chosen.guidance_scale if guidance_scale is None else guidance_scale)
     schedule = pipe.schedule(num_inference_steps)
-    height, width = checks.image_size(height, width, pipe.dims)
+    height, width = pipe.image_size(height, width)
     found = as_list(images)
     texts = source_texts(method, prompts, len(found))
     image_latents = pipe.encode_image(found, height, width)

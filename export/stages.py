@@ -1,0 +1,141 @@
+"""From a torch module to the graph of one variant: which stages it takes, and what they share on the way."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from engines.contract import Dims, Network, NetworkName
+from engines.errors import EngineError
+from engines.select import RECIPES
+from engines.variant import Bounds, Order, Precision, Variant
+from export.to_onnx import to_onnx
+
+__all__ = ["Graph", "Samples", "Stages"]
+
+# The inputs that a network had in real runs, by name: what int8 is calibrated on.
+Samples = Callable[[NetworkName], Sequence[dict[str, Tensor]]]
+Notes = dict[str, int | str | list[str]]
+
+
+@dataclass(frozen=True)
+class Graph:
+    """A finished graph, its weights beside it, and what its build noted."""
+
+    path: Path
+    notes: Notes = field(default_factory=dict)
+
+
+class Stages:
+    """The stages of a build. A graph that several variants come from is made once and kept until `forget`.
+
+    Args:
+        folder: for graphs on the way.
+        dims: the model's sizes.
+        samples: see `Samples`; int8 alone asks for them.
+        begin: called with what is being done.
+    """
+
+    def __init__(self, folder: Path, dims: Dims, samples: Samples | None, begin: Callable[[str], None]) -> None:
+        self._folder = folder
+        self._dims = dims
+        self._samples = samples
+        self._begin = begin
+
+    @staticmethod
+    def steps(orders: Sequence[Order], network: NetworkName) -> int:
+        """How often a network's build calls `begin`."""
+        wanted = [(o.variant, RECIPES[o.variant.backend][o.variant.precision][network].precision) for o in orders]
+        exported = {_exported(*one) for one in wanted} - {None}
+        return len(exported) + sum(len(_conversions(*one)) for one in wanted)
+
+    def build(
+        self,
+        network: Network,
+        module: nn.Module,
+        variant: Variant,
+        precision: Precision,
+        bounds: Sequence[Bounds],
+        folder: Path,
+    ) -> Graph:
+        """Build the graph of `network` for `variant`, itself in `precision`, into `folder`.
+
+        Raises:
+            EngineError: the network cannot be exported or converted.
+            OSError: the files cannot be written.
+        """
+        exported = _exported(variant, precision)
+        onnx = None if exported is None else self._onnx(network, module, exported)
+        for conversion in _conversions(variant, precision):
+            self._begin(f"{network.name}: {conversion} {variant.name}")
+        if variant.backend == "onnxruntime" and onnx is not None:
+            return self._as_onnx(network, precision, onnx, folder / "model.onnx")
+        if variant.backend == "openvino" and onnx is not None:
+            return self._as_openvino(network, precision, onnx, folder / "openvino_model.xml")
+        raise EngineError(f"engine {variant.backend!r}: this version does not build it")
+
+    def forget(self) -> None:
+        """Remove the graphs on the way; those of the next network follow."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _onnx(self, network: Network, module: nn.Module, precision: Precision) -> Path:
+        path = self._folder / precision / "model.onnx"
+        if not path.exists():
+            self._begin(f"{network.name}: export" + ("" if precision == "fp32" else f" in {precision}"))
+            if precision == "fp32":
+                to_onnx(module, network, self._dims, path)
+            else:
+                from export.half import in_half
+
+                to_onnx(in_half(module, network, self._dims, precision), network, self._dims, path)
+        return path
+
+    def _as_onnx(self, network: Network, precision: Precision, onnx: Path, path: Path) -> Graph:
+        if precision == "int8":
+            from export.to_int8 import quantise_onnx
+
+            return Graph(path, quantise_onnx(onnx, path, network, self._calibration(network)))
+        for part in onnx.parent.iterdir():
+            _take(part, path.parent / part.name)
+        return Graph(path)
+
+    def _as_openvino(self, network: Network, precision: Precision, onnx: Path, path: Path) -> Graph:
+        from export.to_openvino import to_openvino  # a build for another backend needs no openvino
+
+        if precision == "int8":
+            from export.to_int8 import quantise_openvino
+
+            return Graph(path, quantise_openvino(onnx, path, network, self._calibration(network)))
+        to_openvino(onnx, path, compress=precision == "fp16")
+        return Graph(path)
+
+    def _calibration(self, network: Network) -> Sequence[dict[str, Tensor]]:
+        assert self._samples is not None  # noqa: S101 - `build_bundle` has checked it
+        return self._samples(network.name)
+
+
+def _exported(variant: Variant, precision: Precision) -> Precision | None:
+    """The precision of the ONNX graph that a network comes from; None for one that is built without ONNX."""
+    if variant.backend == "inductor":
+        return None
+    # OpenVINO rounds fp32 weights itself, and quantising starts from what is exact.
+    return "fp32" if variant.backend == "openvino" or precision == "int8" else precision
+
+
+def _conversions(variant: Variant, precision: Precision) -> list[str]:
+    if precision == "int8":
+        return ["quantise"]
+    return [] if variant.backend == "onnxruntime" else ["convert to"]
+
+
+def _take(file: Path, place: Path) -> None:
+    """Put a finished file where it belongs; another variant may need it, too."""
+    try:
+        os.link(file, place)
+    except OSError:
+        shutil.copyfile(file, place)
