@@ -45,9 +45,7 @@ class Engine(abc.ABC):
             InputError: no batch at all is taken at these sides.
         """
         self._profile({"batch": 1, **sides})
-        batches = [
-            bounds["batch"][2] for bounds in self.bounds if fitting([bounds], {"batch": 1, **sides}) is not None
-        ]
+        batches = [bounds["batch"][2] for bounds in self.bounds if fitting([bounds], {"batch": 1, **sides}) is not None]
         finite = [most for most in batches if most is not None]
         return max(finite) if len(finite) == len(batches) and finite else None
 

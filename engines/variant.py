@@ -42,7 +42,7 @@ LORA_MODES: tuple[LoraMode, ...] = ("fused", "refit", "runtime")
 # By symbol of the contract (batch, height, width): the least size, the one to be fastest at, the greatest (None: any).
 Bounds = dict[str, tuple[int, int, int | None]]
 
-_SPAN = re.compile(r"\d{1,9}(:\d{1,9}){0,2}")
+_SPAN = re.compile(r"[0-9]{1,9}(:[0-9]{1,9}){0,2}")
 
 
 class Record(BaseModel):

@@ -32,6 +32,7 @@ Progress = Callable[[str, int, int], None]
 
 VERIFY_SEED = 20231207  # of the inputs of verification, unlike the example inputs' seed
 _GRAPH_SHARE = 1.1  # graph files and rounding, over the weights' bytes
+_EXPORTED = "onnxruntime-fp32"  # the variant that is the exported graphs as they are
 _WORK = "config/.work"  # of graphs on the way to others; gone before the bundle is published
 
 
@@ -70,14 +71,16 @@ def build_bundle(
     """
     _check(networks, dims, orders, samples)
     kept = [] if keep is None else [b for b in keep.variants if b.variant not in [o.variant for o in orders]]
-    steps = _Steps(progress)
+    steps = _Steps(progress, orders)
     with staging(target, needed=_needed(networks, orders)) as folder:
-        build = _Build(dims, source, folder, Stages(folder / _WORK, dims, samples, steps.begin), steps)
+        ready = None if keep is None else keep.path / _EXPORTED
+        stages = Stages(folder / _WORK, dims, samples, steps.begin, ready)
+        build = _Build(dims, source, folder, stages, steps)
         steps.begin("configuration")
+        (folder / "config").mkdir()
         write_config(folder / "config")
         for built in kept:
             _link_tree(keep, built.variant.name, folder)
-        steps.plan(orders)
         records: list[list[EngineRecord]] = [[] for _ in orders]
         seconds = [0.0 for _ in orders]
         for name in NETWORKS:
@@ -101,19 +104,16 @@ def build_bundle(
 class _Steps:
     """Counts the build's steps for the progress callback."""
 
-    def __init__(self, progress: Progress | None) -> None:
+    def __init__(self, progress: Progress | None, orders: Sequence[Order]) -> None:
         self._progress = progress
-        self._total = 2
         self._done = -1
-
-    def plan(self, orders: Sequence[Order]) -> None:
-        """Know how many steps there will be: the graphs on the way, each variant's own, and its verification."""
+        # The configuration, the manifest; each variant's verification; the graphs on the way and each variant's own.
         self._total = 2 + len(NETWORKS) * len(orders) + sum(Stages.steps(orders, name) for name in NETWORKS)
 
     def begin(self, what: str) -> None:
         self._done += 1
         if self._progress is not None:
-            self._progress(what, min(self._done, self._total), self._total)
+            self._progress(what, self._done, self._total)
 
 
 def _check(

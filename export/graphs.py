@@ -68,7 +68,7 @@ def cases(network: Network, dims: Dims, bounds: Sequence[Bounds] = ()) -> tuple[
     Latents of a VAE are `1 / scaling_factor` large (5.5 for SD1.x), those of the UNet about 1: both are covered.
     """
     found = [case for one in bounds or [{}] for case in (_corners(one) or _spread(network, dims))]
-    return tuple(dict((tuple(case.sizes.items()), case) for case in found).values())
+    return tuple({tuple(case.sizes.items()): case for case in found}.values())
 
 
 def _corners(bounds: Bounds) -> list[Case]:

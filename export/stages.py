@@ -39,10 +39,19 @@ class Stages:
         dims: the model's sizes.
         samples: see `Samples`; int8 alone asks for them.
         begin: called with what is being done.
+        ready: a folder of graphs in fp32 that were exported and verified before, a folder a network, if it is there.
     """
 
-    def __init__(self, folder: Path, dims: Dims, samples: Samples | None, begin: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        dims: Dims,
+        samples: Samples | None,
+        begin: Callable[[str], None],
+        ready: Path | None = None,
+    ) -> None:
         self._folder = folder
+        self._ready = ready
         self._dims = dims
         self._samples = samples
         self._begin = begin
@@ -60,7 +69,7 @@ class Stages:
         module: nn.Module,
         variant: Variant,
         precision: Precision,
-        bounds: Sequence[Bounds],
+        bounds: Sequence[Bounds],  # noqa: ARG002
         folder: Path,
     ) -> Graph:
         """Build the graph of `network` for `variant`, itself in `precision`, into `folder`.
@@ -87,7 +96,11 @@ class Stages:
         path = self._folder / precision / "model.onnx"
         if not path.exists():
             self._begin(f"{network.name}: export" + ("" if precision == "fp32" else f" in {precision}"))
-            if precision == "fp32":
+            if precision == "fp32" and self._ready is not None and self._ready.is_dir():
+                path.parent.mkdir(parents=True)
+                for part in (self._ready / network.name).glob("model.onnx*"):
+                    _take(part.resolve(), path.parent / part.name)
+            elif precision == "fp32":
                 to_onnx(module, network, self._dims, path)
             else:
                 from export.half import in_half
@@ -115,7 +128,7 @@ class Stages:
         return Graph(path)
 
     def _calibration(self, network: Network) -> Sequence[dict[str, Tensor]]:
-        assert self._samples is not None  # noqa: S101 - `build_bundle` has checked it
+        assert self._samples is not None
         return self._samples(network.name)
 
 

@@ -21,7 +21,7 @@ def to_openvino(onnx: Path, path: Path, compress: bool = False) -> None:
     Args:
         onnx: the graph, its weights beside it.
         path: of the IR.
-        compress: whether weights are stored in fp16, half as large; they are computed with in the precision of the hint.
+        compress: whether weights are stored in fp16, half as large; the precision hint says what they are computed in.
 
     Raises:
         EngineError: OpenVINO cannot convert the graph.
@@ -31,7 +31,9 @@ def to_openvino(onnx: Path, path: Path, compress: bool = False) -> None:
         with quiet():
             model = openvino.convert_model(str(onnx))
     except Exception as error:
-        raise EngineError(f"{path.parent.name}: openvino cannot convert it ({reason(error, -1)}); leave it out") from error
+        raise EngineError(
+            f"{path.parent.name}: openvino cannot convert it ({reason(error, -1)}); leave it out"
+        ) from error
     weights = onnx.with_name(f"{onnx.name}.data")
     save(model, path, weights.stat().st_size if weights.exists() else onnx.stat().st_size, compress)
 

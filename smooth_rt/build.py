@@ -126,7 +126,7 @@ def ensure_engines(
         if not lacking:
             reason = f"{target}: verified; made from the same weights by the installed versions"
             LOG.info("reusing engines: %s", reason)
-            assert not isinstance(there, str)  # noqa: S101 - a bundle that is none lacks everything
+            assert not isinstance(there, str)
             return Built(there, True, reason)
         fault = " ".join(dict.fromkeys(lacking.values()))
         LOG.info("building engines for %s: %s", ", ".join(order.variant.name for order in lacking), fault)
@@ -172,7 +172,9 @@ def _lacking(
         reason = there.misfit(source, variant, profiles)
         if reason is not None:
             before = next((built.profiles for built in there.variants if built.variant == variant), [])
-            found[Order(variant=variant, profiles=tuple(merged(before, profiles or ([] if before else wanted))))] = reason
+            found[Order(variant=variant, profiles=tuple(merged(before, profiles or ([] if before else wanted))))] = (
+                reason
+            )
     return found
 
 
@@ -224,7 +226,9 @@ def _alone(target: Path) -> Iterator[None]:
         # Beside the bundles, not beside the target: a lock file stays.
         lock = FileLock(folder / f"{digest_json(os.path.realpath(target))[:32]}.lock")
     except OSError as error:
-        raise InputError(f"SMOOTH_RT_CACHE={folder.parent}: cannot be written ({error.strerror}); set another") from error
+        raise InputError(
+            f"SMOOTH_RT_CACHE={folder.parent}: cannot be written ({error.strerror}); set another"
+        ) from error
     try:
         lock.acquire(timeout=0)
     except Timeout:

@@ -69,8 +69,8 @@ class SmoothPipeline:
         batch_size: images in one call of a network (both halves of guidance go along), or "auto": CELLS_PER_CALL.
 
     Attributes: `engine` is the backend that really runs ("eager", "onnxruntime", "openvino"), `reason` why that one,
-    `precision` that of its engines, `bundle` what they are from (None for eager), `digests` what tells the weights that run from others, the LoRA
-    and its strength among them; `dims`, `source` and `batch_size` are as given.
+    `precision` that of its engines, `bundle` what they are from (None for eager), `digests` what tells the weights that
+    run from others, the LoRA and its strength among them; `dims`, `source`, `size` and `batch_size` are as given.
     """
 
     def __init__(
@@ -190,7 +190,9 @@ class SmoothPipeline:
         pipe.bundle = bundle
         pipe.precision = built.variant.precision
         lora = bundle.source.lora
-        pipe.digests = _digests(bundle.source.digests, (lora.digest, lora.strength or 1.0) if lora is not None else None)
+        pipe.digests = _digests(
+            bundle.source.digests, (lora.digest, lora.strength or 1.0) if lora is not None else None
+        )
         return pipe
 
     @classmethod

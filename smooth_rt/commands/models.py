@@ -17,7 +17,15 @@ if TYPE_CHECKING:
     from engines.variant import Profile
     from smooth_rt.cache import Entry
 
-__all__ = ["build_engine", "fuse", "inspect_engines", "list_engines", "prune_engines", "read_profiles", "verify_engines"]
+__all__ = [
+    "build_engine",
+    "fuse",
+    "inspect_engines",
+    "list_engines",
+    "prune_engines",
+    "read_profiles",
+    "verify_engines",
+]
 
 Output = Annotated[Path, typer.Option(help="The folder to write.", show_default=False)]
 SHORT_KEY = 12  # digits of a key that tell it from others at a glance
@@ -55,11 +63,17 @@ def build_engine(
             show_default=False,
         ),
     ] = None,
-    height: Annotated[list[str] | None, typer.Option(metavar="N|MIN:OPT:MAX", help="Pixels.", show_default=False)] = None,
-    width: Annotated[list[str] | None, typer.Option(metavar="N|MIN:OPT:MAX", help="Pixels.", show_default=False)] = None,
+    height: Annotated[
+        list[str] | None, typer.Option(metavar="N|MIN:OPT:MAX", help="Pixels.", show_default=False)
+    ] = None,
+    width: Annotated[
+        list[str] | None, typer.Option(metavar="N|MIN:OPT:MAX", help="Pixels.", show_default=False)
+    ] = None,
     calibration_prompts: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="For int8: a prompt a line. Left out: prompts that ship.", show_default=False),
+        typer.Option(
+            metavar="FILE", help="For int8: a prompt a line. Left out: prompts that ship.", show_default=False
+        ),
     ] = None,
     output: Annotated[
         Path | None, typer.Option(help="The bundle's folder. Left out: a folder of the cache.", show_default=False)

@@ -208,4 +208,10 @@ def described(pipe: SmoothPipeline, options: ModelOptions) -> dict[str, Any]:
         bundle = Bundle.open(find(options.engines), verify=False)
     if bundle is not None:
         named = bundle.source.lora.source if bundle.source.lora is not None else None
-    return {"model": pipe.source, "lora": named, "engine": pipe.engine, "precision": pipe.precision, "reason": pipe.reason}
+    return {
+        "model": pipe.source,
+        "lora": named,
+        "engine": pipe.engine,
+        "precision": pipe.precision,
+        "reason": pipe.reason,
+    }

@@ -15,8 +15,18 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import Tensor, nn
 
 from engines.contract import NETWORKS, Dims, Network, contract
-from engines.manifest import EngineRecord, FileRecord, LoraSource, Manifest, Parity, Source, digest_file
-from engines.select import HINTS, architecture, backend_version
+from engines.manifest import (
+    EngineRecord,
+    FileRecord,
+    LoraSource,
+    Manifest,
+    Parity,
+    Source,
+    VariantRecord,
+    digest_file,
+)
+from engines.select import architecture, backend_version
+from engines.variant import Variant, every_size
 
 DIMS = Dims(
     tokens=5,
@@ -99,32 +109,40 @@ def bundle_folder(tmp_path: Path, write_graph: Callable[..., Path]) -> Path:
     )
     (folder / "config").mkdir(parents=True)
     (folder / "config" / "model.json").write_text("{}")
+    variant = Variant(backend="onnxruntime", precision="fp32", lora_mode="fused", architecture=architecture())
+    profile = every_size(DIMS)
     records = []
     for name in NETWORKS:
-        graph = write_graph(folder / "onnx" / f"{name}.onnx")
+        graph = write_graph(folder / variant.name / name / "model.onnx")
         weights = graph.with_name(f"{graph.name}.data")
         weights.write_bytes(np.arange(64, dtype=np.float32).tobytes())
-        record = EngineRecord(
-            network=name,
-            backend="onnxruntime",
-            backend_version=backend_version("onnxruntime"),
-            architecture=architecture(),
-            precision="fp32",
-            hint=HINTS["onnxruntime"],
-            profile={"batch": (1, None)},
-            file=f"onnx/{graph.name}",
-            graph=digest_file(graph),
-            weights={f"onnx/{weights.name}": digest_file(weights)},
-            key="",
-            parity=[Parity(output="x", relative=0.0, max_abs=0.0, tolerance=1e-4, cases=1, worst={"batch": 1})],
+        records.append(
+            EngineRecord(
+                network=name,
+                precision="fp32",
+                hint=None,
+                file=f"{variant.name}/{name}/{graph.name}",
+                graph=digest_file(graph),
+                weights={f"{variant.name}/{name}/{weights.name}": digest_file(weights)},
+                bounds=profile.bounds(contract(name, DIMS), DIMS),
+                key="",
+                parity=[Parity(output="x", relative=0.0, max_abs=0.0, tolerance=1e-4, cases=1, worst={"batch": 1})],
+            )
         )
-        records.append(record.model_copy(update={"key": record.expected_key(source, DIMS)}))
+    built = VariantRecord(
+        variant=variant,
+        profiles=[profile],
+        backend_version=backend_version("onnxruntime"),
+        engines=records,
+    )
+    keyed = [r.model_copy(update={"key": built.expected_key(r, source, DIMS)}) for r in records]
+    built = built.model_copy(update={"engines": keyed})
     files = [
         FileRecord(path=p.relative_to(folder).as_posix(), size=p.stat().st_size, sha256=digest_file(p))
         for p in sorted(folder.rglob("*"))
         if p.is_file()
     ]
-    manifest = Manifest(dims=DIMS, source=source, precision="fp32", engines=records, files=files, made_with={})
+    manifest = Manifest(dims=DIMS, source=source, variants=[built], files=files)
     (folder / "manifest.json").write_text(manifest.model_dump_json())
     return folder
 
@@ -138,9 +156,11 @@ def edit_manifest(bundle_folder: Path) -> Callable[[Callable[[dict[str, Any]], N
         content = json.loads(path.read_text())
         change(content)
         source = Source.model_validate(content["source"])
-        for record in content["engines"]:
-            dims = Dims(**content["dims"])
-            record["key"] = EngineRecord.model_construct(**record).expected_key(source, dims)
+        dims = Dims(**content["dims"])
+        for variant in content["variants"]:
+            built = VariantRecord.model_construct(**{**variant, "variant": Variant(**variant["variant"])})
+            for record in variant["engines"]:
+                record["key"] = built.expected_key(EngineRecord.model_construct(**record), source, dims)
         path.write_text(json.dumps(content))
 
     return edit

@@ -89,7 +89,7 @@ class Tampering(Engine):
         super().__init__(network)
         self.answer = answer
 
-    def infer_impl(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:
         return {**inputs, **self.answer()}
 
 
@@ -113,7 +113,7 @@ def test_an_output_that_breaks_the_contract_is_an_error(dims: Dims, answer: dict
 
 def test_one_timestep_serves_the_whole_batch(dims: Dims) -> None:
     class Recording(Tampering):
-        def infer_impl(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+        def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:
             self.timestep = inputs["timestep"]
             return {"noise_pred": inputs["sample"]}
 
@@ -155,7 +155,7 @@ def test_a_graph_that_cannot_be_read(kind: Any, network: Network, content: bytes
 
 def test_a_provider_that_is_not_there(network: Network, write_graph: Any, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"has no NoSuchProvider; it has .*CPUExecutionProvider"):
-        OrtEngine(network, write_graph(tmp_path / "graph.onnx"), ["NoSuchProvider"])
+        OrtEngine(network, write_graph(tmp_path / "graph.onnx"), (), ["NoSuchProvider"])
 
 
 @pytest.mark.parametrize("hint", ["f32", "bf16"])
@@ -170,7 +170,7 @@ def test_openvino_is_always_told_its_precision(
         return compile_model(core, model, device, config)
 
     monkeypatch.setattr(openvino.Core, "compile_model", spy)
-    OvEngine(network, write_graph(tmp_path / "graph.onnx"), hint)
+    OvEngine(network, write_graph(tmp_path / "graph.onnx"), (), hint)
     assert asked == [{"INFERENCE_PRECISION_HINT": hint}]
 
 

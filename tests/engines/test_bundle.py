@@ -19,6 +19,7 @@ from engines.bundle import Bundle, build_command, engine_key
 from engines.contract import NETWORKS, Dims
 from engines.errors import BundleError, EngineError
 from engines.manifest import LoraSource, Source, digest_json
+from engines.variant import Profile, Span, Variant
 
 Edit = Callable[[Callable[[dict[str, Any]], None]], None]
 
@@ -38,8 +39,8 @@ def test_a_whole_bundle_opens_and_runs(bundle_folder: Path, module: Any, dims: D
     bundle = Bundle.open(bundle_folder)
     assert bundle.dims == dims
     assert bundle.backends == ("onnxruntime",)
-    assert bundle.stale("onnxruntime") is None
-    sample = torch.randn(2, dims.image_channels, 8, 4)
+    assert bundle.stale(bundle.find("onnxruntime")) is None
+    sample = torch.randn(2, dims.image_channels, 8, 12)
     with bundle.engine("vae_encoder", "onnxruntime") as engine:
         torch.testing.assert_close(engine.infer(sample=sample)["latent_mean"], module(sample)[0].detach())
 
@@ -60,7 +61,7 @@ def test_every_byte_of_every_file_counts(bundle_folder: Path) -> None:
 
 @pytest.mark.parametrize("verify", [True, False])
 def test_a_file_of_another_length_or_none(bundle_folder: Path, verify: bool) -> None:
-    file = bundle_folder / "onnx" / "unet.onnx.data"
+    file = bundle_folder / "onnxruntime-fp32" / "unet" / "model.onnx.data"
     with file.open("ab") as stream:
         stream.write(b"x")
     refusal(bundle_folder, f"{file}: 257 bytes instead of 256", verify)
@@ -89,8 +90,8 @@ def test_no_bundle_at_all(tmp_path: Path) -> None:
         (b"[1, 2]", "not a bundle's manifest"),
         (b'{"name": "a web extension"}', "not a bundle's manifest"),
         (b'{"format": true}', "not a bundle's manifest"),
-        (b'{"format": 999}', "bundle format 999, this version reads format 2"),
-        (b'{"format": 2}', "Field required"),
+        (b'{"format": 999}', "bundle format 999, this version reads format 3"),
+        (b'{"format": 3}', "Field required"),
     ],
 )
 def test_a_manifest_that_is_none(bundle_folder: Path, content: bytes, said: str) -> None:
@@ -98,7 +99,7 @@ def test_a_manifest_that_is_none(bundle_folder: Path, content: bytes, said: str)
     refusal(bundle_folder, said)
 
 
-@pytest.mark.parametrize("missing", ["dims", "source", "precision", "engines", "files", "made_with"])
+@pytest.mark.parametrize("missing", ["dims", "source", "variants", "files"])
 def test_a_manifest_without_one_of_its_parts(bundle_folder: Path, missing: str) -> None:
     path = bundle_folder / "manifest.json"
     content = json.loads(path.read_text())
@@ -108,7 +109,7 @@ def test_a_manifest_without_one_of_its_parts(bundle_folder: Path, missing: str) 
 
 
 @pytest.mark.parametrize(
-    "name", ["../secret", "/etc/hostname", "onnx/../../secret", "C:\\x", "a\\..\\b", "", ".", "a//b"]
+    "name", ["../secret", "/etc/hostname", "onnxruntime-fp32/../../secret", "C:\\x", "a\\..\\b", "", ".", "a//b"]
 )
 def test_file_names_that_lead_out(bundle_folder: Path, edit_manifest: Edit, name: str) -> None:
     (bundle_folder.parent / "secret").write_bytes(b"secret")
@@ -118,7 +119,7 @@ def test_file_names_that_lead_out(bundle_folder: Path, edit_manifest: Edit, name
 
 @pytest.mark.parametrize("name", ["../secret", "/etc/hostname"])
 def test_a_graph_that_leads_out(bundle_folder: Path, edit_manifest: Edit, name: str) -> None:
-    edit_manifest(lambda content: content["engines"][0].update(file=name))
+    edit_manifest(lambda content: content["variants"][0]["engines"][0].update(file=name))
     refusal(bundle_folder, "is not a plain path inside the bundle")
 
 
@@ -131,18 +132,31 @@ def test_a_link_that_leads_out(bundle_folder: Path) -> None:
 
 
 def test_a_graph_that_is_not_among_the_files(bundle_folder: Path, edit_manifest: Edit) -> None:
-    edit_manifest(lambda content: content["engines"][1].update(file="onnx/other.onnx"))
-    refusal(bundle_folder, "onnx/other.onnx is not among the files with the same digest")
+    edit_manifest(lambda content: content["variants"][0]["engines"][1].update(file="x/other.onnx"))
+    refusal(bundle_folder, "x/other.onnx is not among the files with the same digest")
 
 
 @pytest.mark.parametrize(
     "change",
-    [{"hint": "bf16"}, {"precision": "fp16"}, {"backend_version": "0"}, {"architecture": "cpu-z80"}, {"key": "0"}],
+    [
+        {"engines": {"hint": "bf16"}},
+        {"engines": {"precision": "fp16"}},
+        {"engines": {"key": "0"}},
+        {"backend_version": "0"},
+        {"variant": {"architecture": "cpu-z80"}},
+        {"variant": {"precision": "fp16"}},
+    ],
+    ids=str,
 )
-def test_a_record_whose_key_does_not_follow(bundle_folder: Path, change: dict[str, str]) -> None:
+def test_a_record_whose_key_does_not_follow(bundle_folder: Path, change: dict[str, Any]) -> None:
     path = bundle_folder / "manifest.json"
     content = json.loads(path.read_text())
-    content["engines"][2].update(change)
+    built = content["variants"][0]
+    for name, value in change.items():
+        part = built[name][2] if name == "engines" else built[name]
+        built[name] = value if isinstance(value, str) else built[name]
+        if isinstance(value, dict):
+            part.update(value)
     path.write_text(json.dumps(content))
     refusal(bundle_folder, "the key does not follow from the record")
 
@@ -156,8 +170,7 @@ def test_numbers_that_are_none(bundle_folder: Path, value: str) -> None:
 
 def test_another_version_of_the_backend(bundle_folder: Path, edit_manifest: Edit) -> None:
     def older(content: dict[str, Any]) -> None:
-        for record in content["engines"]:
-            record["backend_version"] = "1.0.0"
+        content["variants"][0]["backend_version"] = "1.0.0"
 
     edit_manifest(older)
     bundle = Bundle.open(bundle_folder)
@@ -171,53 +184,68 @@ def test_another_version_of_the_backend(bundle_folder: Path, edit_manifest: Edit
 
 def test_another_architecture(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
-    with pytest.raises(BundleError, match=r"built and checked on .*, this is cpu-riscv64; rebuild"):
+    with pytest.raises(BundleError, match=r"was built for .*, this is cpu-riscv64; rebuild"):
         Bundle.open(bundle_folder).engine("unet", "onnxruntime")
 
 
 def test_a_backend_that_is_not_in_the_bundle(bundle_folder: Path) -> None:
     bundle = Bundle.open(bundle_folder)
-    with pytest.raises(BundleError, match=r"unet is not built for openvino .* --backend onnxruntime,openvino"):
+    with pytest.raises(BundleError, match=r"not built for openvino .*there is onnxruntime-fp32.* --backend openvino"):
         bundle.engine("unet", "openvino")
     with pytest.raises(EngineError, match="'gpu': unknown"):
         bundle.engine("unet", "gpu")
 
 
-def test_a_backend_without_all_networks_does_not_count(bundle_folder: Path, edit_manifest: Edit) -> None:
-    edit_manifest(lambda content: content["engines"].pop())
-    assert Bundle.open(bundle_folder).backends == ()
+def test_a_precision_that_is_not_in_the_bundle(bundle_folder: Path) -> None:
+    with pytest.raises(BundleError, match=r"not built for onnxruntime in int8 .*--precision int8"):
+        Bundle.open(bundle_folder).engine("unet", "onnxruntime", "int8")
+
+
+def test_a_variant_has_all_networks(bundle_folder: Path, edit_manifest: Edit) -> None:
+    edit_manifest(lambda content: content["variants"][0]["engines"].pop())
+    refusal(bundle_folder, "its engines are not text_encoder, unet, vae_encoder, vae_decoder")
+
+
+def test_bounds_follow_from_the_profiles(bundle_folder: Path, edit_manifest: Edit) -> None:
+    edit_manifest(lambda content: content["variants"][0]["engines"][1]["bounds"][0].update(batch=[1, 2, 8]))
+    refusal(bundle_folder, "unet: its bounds do not follow from the profiles")
 
 
 def test_misfit_says_what_differs(bundle_folder: Path) -> None:
     bundle = Bundle.open(bundle_folder)
     own = bundle.source
     assert own.lora is not None
-    assert bundle.misfit(own, ["onnxruntime"]) is None
+    variant = bundle.variants[0].variant
+    assert bundle.misfit(own, variant) is None
     renamed = own.model_copy(update={"model": "elsewhere", "revision": None})
-    assert bundle.misfit(renamed, ["onnxruntime"]) is None
+    assert bundle.misfit(renamed, variant, bundle.variants[0].profiles) is None
     for change, said in [
         ({"digests": {**own.digests, "unet": "f" * 64}}, "unet is another one"),
         ({"digests": {**own.digests, "scheduler": "f" * 64}}, "scheduler is another one"),
         ({"lora": None}, "the LoRA or its strength"),
         ({"lora": own.lora.model_copy(update={"strength": 0.25})}, "the LoRA or its strength"),
     ]:
-        assert said in str(bundle.misfit(own.model_copy(update=change), ["onnxruntime"]))
-    assert "not built for openvino" in str(bundle.misfit(own, ["onnxruntime", "openvino"]))
-    assert "built in fp32, not fp16" in str(bundle.misfit(own, ["onnxruntime"], "fp16"))
+        assert said in str(bundle.misfit(own.model_copy(update=change)))
+    for change in ({"backend": "openvino"}, {"precision": "fp16"}, {"architecture": "sm89"}):
+        other = variant.model_copy(update=change)
+        assert f"{other.name} is not built" in str(bundle.misfit(own, other))
+    one = Span(min=1, opt=1, max=1)
+    profile = Profile(batch=one, height=Span(min=16, opt=16, max=16), width=Span(min=16, opt=16, max=16))
+    assert "is not built for batch 1, height 16, width 16" in str(bundle.misfit(own, variant, [profile]))
 
 
 DIMS = Dims(7, 16, 50, 4, 3, 2, 2, 8)
+VARIANT = Variant(backend="openvino", precision="fp32", lora_mode="fused", architecture="cpu-x86_64")
 BASE: dict[str, Any] = {
     "dims": DIMS,
     "graph": "g",
     "weights": {"a.data": "w"},
     "source": Source(model="m", digests={"unet": "u"}, lora=LoraSource(source="l", digest="d", strength=1.0)),
+    "variant": VARIANT,
+    "bounds": [{"batch": (1, 1, None)}],
     "precision": "fp32",
     "hint": "f32",
-    "profile": {"batch": (1, None)},
-    "backend": "openvino",
     "backend_version": "1",
-    "architecture": "cpu-x86_64",
 }
 
 
@@ -234,10 +262,13 @@ BASE: dict[str, Any] = {
         {"precision": "fp16"},
         {"hint": "bf16"},
         {"hint": None},
-        {"profile": {"batch": (1, 8)}},
-        {"backend": "onnxruntime"},
+        {"bounds": [{"batch": (1, 1, 8)}]},
+        {"bounds": [{"batch": (1, 2, None)}]},
         {"backend_version": "2"},
-        {"architecture": "cpu-aarch64"},
+        {"variant": VARIANT.model_copy(update={"backend": "onnxruntime"})},
+        {"variant": VARIANT.model_copy(update={"precision": "int8"})},
+        {"variant": VARIANT.model_copy(update={"lora_mode": "runtime"})},
+        {"variant": VARIANT.model_copy(update={"architecture": "cpu-aarch64"})},
     ],
 )
 def test_all_that_can_change_the_numbers_changes_the_key(change: dict[str, Any]) -> None:
@@ -249,9 +280,9 @@ def test_names_and_places_do_not_change_the_key() -> None:
     assert engine_key(**{**BASE, "source": moved, "weights": {"b.data": "w"}}) == engine_key(**BASE)
 
 
-def test_a_manifest_without_engines_is_no_bundle(bundle_folder: Path, edit_manifest: Edit) -> None:
-    edit_manifest(lambda content: content.update(engines=[]))
-    with pytest.raises(BundleError, match="no engine is listed"):
+def test_a_manifest_without_variants_is_no_bundle(bundle_folder: Path, edit_manifest: Edit) -> None:
+    edit_manifest(lambda content: content.update(variants=[]))
+    with pytest.raises(BundleError, match="no variant is listed"):
         Bundle.open(bundle_folder)
 
 
@@ -265,10 +296,10 @@ def test_sizes_that_were_changed_are_noticed(bundle_folder: Path) -> None:
 
 
 def test_a_link_to_itself_is_named(bundle_folder: Path) -> None:
-    graph = bundle_folder / "onnx" / "unet.onnx"
+    graph = bundle_folder / "onnxruntime-fp32" / "unet" / "model.onnx"
     graph.unlink()
     graph.symlink_to(graph)
-    with pytest.raises(BundleError, match=r"unet\.onnx: .*rebuild it with"):
+    with pytest.raises(BundleError, match=r"model\.onnx: .*rebuild it with"):
         Bundle.open(bundle_folder)
 
 
@@ -279,7 +310,7 @@ def test_digest_json_ignores_order_and_refuses_nan() -> None:
 
 
 def test_the_bundles_networks_are_the_contracts(bundle_folder: Path) -> None:
-    assert [record.network for record in Bundle.open(bundle_folder).manifest.engines] == list(NETWORKS)
+    assert [record.network for record in Bundle.open(bundle_folder).variants[0].engines] == list(NETWORKS)
 
 
 @pytest.mark.parametrize("lora", [None, LoraSource(source="some/lora", digest="2" * 64, strength=0.5)])

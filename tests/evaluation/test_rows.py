@@ -28,7 +28,7 @@ class Squares:
     def batches(self) -> list[list[int]]:
         return [list(range(first, min(first + 3, self.count))) for first in range(0, self.count, 3)]
 
-    def measure(self, pipe: Any, items: Sequence[int]) -> list[dict[str, Any]]:  # noqa: ARG002
+    def measure(self, pipe: Any, items: Sequence[int]) -> list[dict[str, Any]]:
         if self.fails_at in items:
             raise InputError(f"item {self.fails_at}: is bad")
         return [{"square": item / 3} for item in items]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -15,7 +16,9 @@ from engines.bundle import Bundle
 from engines.contract import Dims, Network, NetworkName
 from engines.eager import torch_networks
 from engines.manifest import LoraSource, Source
-from export import build
+from engines.select import architecture
+from engines.variant import Order, Precision, Profile, Variant, every_size
+from export import stages
 from export.build import build_bundle
 
 BACKENDS = ("onnxruntime", "openvino")
@@ -70,10 +73,22 @@ def built(networks: dict[NetworkName, nn.Module], dims: Dims, tmp_path_factory: 
     """Built once, for both backends, by the code that users run."""
     target = tmp_path_factory.mktemp("built") / "bundle"
     steps: list[tuple[str, int, int]] = []
+    orders = [order_of(backend, dims) for backend in BACKENDS]
     bundle = build_bundle(
-        networks, dims, SOURCE, BACKENDS, target, write_config, progress=lambda *step: steps.append(step)
+        networks, dims, SOURCE, orders, target, write_config, progress=lambda *step: steps.append(step)
     )
     return Built(bundle, steps)
+
+
+def order_of(backend: str, dims: Dims, precision: Precision = "fp32", profiles: Sequence[Profile] = ()) -> Order:
+    variant = Variant(backend=backend, precision=precision, lora_mode="fused", architecture=architecture())
+    return Order(variant=variant, profiles=tuple(profiles) or (every_size(dims),))
+
+
+@pytest.fixture(scope="session")
+def order(dims: Dims) -> Callable[..., Order]:
+    """An order of a backend, for every size unless profiles are named."""
+    return lambda backend, precision="fp32", profiles=(): order_of(backend, dims, precision, profiles)
 
 
 @pytest.fixture
@@ -85,9 +100,11 @@ def ready_made(built: Built, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         asked.append(network.name)
         path.parent.mkdir(parents=True, exist_ok=True)
         for suffix in ("", ".data"):
-            shutil.copy(built.bundle.path / "onnx" / f"{network.name}.onnx{suffix}", f"{path}{suffix}")
+            shutil.copy(
+                built.bundle.path / "onnxruntime-fp32" / network.name / f"model.onnx{suffix}", f"{path}{suffix}"
+            )
 
-    monkeypatch.setattr(build, "to_onnx", copy)
+    monkeypatch.setattr(stages, "to_onnx", copy)
     return asked
 
 

@@ -22,6 +22,7 @@ from engines.errors import BundleError, EngineError, InputError, ParityError, Sm
 from engines.manifest import Source, digest_file
 from engines.ort import OrtEngine
 from engines.select import architecture, backend_version
+from engines.variant import Order
 from export import build
 from export.build import build_bundle
 
@@ -59,17 +60,19 @@ def unverified(monkeypatch: pytest.MonkeyPatch) -> list[tuple[type, str]]:
 
 
 @pytest.fixture
-def run(networks: Networks, dims: Dims, built: Any, target: Path) -> Build:
+def run(networks: Networks, dims: Dims, built: Any, target: Path, order: Callable[..., Order]) -> Build:
     """Builds the tiny model at `target`, for onnxruntime unless told otherwise."""
 
     def build_here(
         networks: Networks = networks,
         backends: Sequence[str] = ("onnxruntime",),
+        precision: str = "fp32",
         write_config: Callable[[Path], None] = no_config,
         **options: Any,
     ) -> Bundle:
         source: Source = built.bundle.source
-        return build_bundle(networks, dims, source, backends, target, write_config, **options)
+        orders = [order(backend, precision) for backend in backends]
+        return build_bundle(networks, dims, source, orders, target, write_config, **options)
 
     return build_here
 
@@ -91,12 +94,13 @@ def test_the_manifest_proves_every_output_of_every_network(built: Any, dims: Dim
     assert bundle.dims == dims
     for name in NETWORKS:
         for backend in bundle.backends:
-            record = bundle.record(name, backend)
+            variant = bundle.find(backend)
+            record = variant.engine(name)
             assert [p.output for p in record.parity] == [spec.name for spec in contract(name, dims).outputs]
             assert all(0 < p.relative <= p.tolerance == 1e-4 and p.max_abs > 0 and p.cases == 3 for p in record.parity)
-            assert record.key == record.expected_key(bundle.source, dims)
-            assert record.backend_version == backend_version(backend)
-            assert record.architecture == architecture()
+            assert record.key == variant.expected_key(record, bundle.source, dims)
+            assert variant.backend_version == backend_version(backend)
+            assert variant.variant.architecture == architecture()
             assert record.hint == ("f32" if backend == "openvino" else None)
             assert record.weights
 
@@ -107,13 +111,15 @@ def test_the_bundle_holds_what_it_lists_and_nothing_else(built: Any) -> None:
     del found["manifest.json"]
     assert found == listed
     assert "config/model.json" in listed
-    assert {"onnx/unet.onnx", "onnx/unet.onnx.data", "openvino/unet.xml", "openvino/unet.bin"} <= set(listed)
+    parts = ("onnxruntime-fp32/unet/model.onnx", "openvino-fp32/unet/openvino_model")
+    assert {parts[0], f"{parts[0]}.data", f"{parts[1]}.xml", f"{parts[1]}.bin"} <= set(listed)
 
 
 def test_weights_are_whole_fp32_on_both_backends(built: Any, networks: Networks) -> None:
     weights = sum(p.numel() * 4 for p in networks["unet"].parameters())
     # The ONNX graph keeps its smallest tensors to itself; in fp16 the files would be half as large.
-    for paths in (("onnx/unet.onnx", "onnx/unet.onnx.data"), ("openvino/unet.bin",)):
+    onnx = "onnxruntime-fp32/unet/model.onnx"
+    for paths in ((onnx, f"{onnx}.data"), ("openvino-fp32/unet/openvino_model.bin",)):
         assert sum((built.bundle.path / path).stat().st_size for path in paths) >= weights
 
 
@@ -123,16 +129,16 @@ def test_progress_counts_to_the_end(built: Any) -> None:
     assert list(done) == list(range(totals[0] + 1))
     assert names[0] == "configuration"
     assert names[-1] == "done"
-    assert {"unet: export", "unet: convert to openvino", "unet: verify openvino"} <= set(names)
+    assert {"unet: export", "unet: convert to openvino-fp32", "unet: verify openvino-fp32"} <= set(names)
 
 
 @pytest.mark.usefixtures("unverified")
 def test_openvino_alone_leaves_no_onnx(ready_made: list[str], run: Build, target: Path) -> None:
     steps: list[tuple[str, int, int]] = []
-    bundle = run(backends=["openvino", "openvino"], progress=lambda *step: steps.append(step))
+    bundle = run(backends=["openvino"], progress=lambda *step: steps.append(step))
     assert ready_made == list(NETWORKS)
     assert bundle.backends == ("openvino",)
-    assert sorted(p.name for p in target.iterdir()) == ["config", "manifest.json", "openvino"]
+    assert sorted(p.name for p in target.iterdir()) == ["config", "manifest.json", "openvino-fp32"]
     assert steps[-1] == ("done", steps[-1][2], steps[-1][2])
     Bundle.open(target)
 
@@ -151,7 +157,7 @@ def test_a_graph_over_its_tolerance_is_not_published(
 
 
 @pytest.mark.usefixtures("ready_made", "unverified")
-@pytest.mark.parametrize("at", ["configuration", "unet: export", "vae_decoder: verify onnxruntime", "manifest"])
+@pytest.mark.parametrize("at", ["configuration", "unet: export", "vae_decoder: verify onnxruntime-fp32", "manifest"])
 def test_ctrl_c_leaves_nothing_and_keeps_the_previous_bundle(
     run: Build, target: Path, previous: dict[str, str], at: str
 ) -> None:
@@ -252,9 +258,10 @@ def test_a_module_that_cannot_be_exported(run: Build, networks: Networks, target
     [
         ({"backends": []}, InputError, "backends: none given"),
         ({"backends": ["eager"]}, InputError, "eager runs the torch modules"),
+        ({"backends": ["onnxruntime", "onnxruntime"]}, InputError, "a variant is named twice"),
         ({"backends": ["onnxruntime", "cuda"]}, EngineError, "'cuda': unknown"),
-        ({"backends": ["tensorrt"]}, EngineError, "does not build TensorRT engines yet"),
-        ({"precision": "fp8"}, InputError, "'fp8': unknown; choose from fp32"),
+        ({"precision": "bf16"}, InputError, "onnxruntime is built in fp32, fp16, int8; openvino can"),
+        ({"precision": "int8"}, InputError, "needs samples of real runs"),
         ({"networks": {}}, InputError, "a bundle holds text_encoder, unet"),
     ],
 )

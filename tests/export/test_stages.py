@@ -18,11 +18,11 @@ Networks = dict[NetworkName, nn.Module]
 
 
 def test_the_same_module_gives_the_same_graph(built: Any, networks: Networks, dims: Dims, tmp_path: Path) -> None:
-    path = tmp_path / "text_encoder.onnx"
+    path = tmp_path / "model.onnx"
     to_onnx(networks["text_encoder"], contract("text_encoder", dims), dims, path)
     for suffix in ("", ".data"):
         assert digest_file(Path(f"{path}{suffix}")) == digest_file(
-            built.bundle.path / "onnx" / f"text_encoder.onnx{suffix}"
+            built.bundle.path / "onnxruntime-fp32" / "text_encoder" / f"model.onnx{suffix}"
         )
 
 
@@ -39,6 +39,6 @@ def test_exporting_is_silent(
 def test_a_graph_that_openvino_cannot_convert(tmp_path: Path) -> None:
     (tmp_path / "unet.onnx").write_bytes(b"garbage")
     with pytest.raises(EngineError, match="unet: openvino cannot convert it") as caught:
-        to_openvino(tmp_path / "unet.onnx", tmp_path / "ir" / "unet.xml")
+        to_openvino(tmp_path / "unet.onnx", tmp_path / "unet" / "openvino_model.xml")
     assert "\n" not in str(caught.value)
-    assert not (tmp_path / "ir").exists()
+    assert not (tmp_path / "unet").exists()

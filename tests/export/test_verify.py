@@ -28,7 +28,7 @@ class Altered(Engine):
         self.module = networks[name]
         self.alter = alter
 
-    def infer_impl(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:
         with torch.no_grad():
             outputs = self.module(*inputs.values())
         named = {spec.name: value.clone() for spec, value in zip(self.network.outputs, outputs, strict=True)}

@@ -32,7 +32,7 @@ class FakeEngine(Engine):
         generator = Generator().manual_seed(0)
         self.words = torch.randn(dims.vocabulary, dims.text_width, generator=generator)
 
-    def infer_impl(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:
         first = next(iter(inputs.values()))
         self.batches.append(len(first))
         factor = self.dims.vae_factor
