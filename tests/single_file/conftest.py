@@ -82,7 +82,7 @@ def open_clip(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         joined = torch.cat([renamed.pop(key.replace(".q_proj.", f".{one}_proj.")) for one in "qkv"])
         renamed[key.replace(".q_proj.", ".in_proj_")] = joined
     first = "transformer.resblocks.0."
-    unused = {key.replace(".0.", ".23.", 1): value for key, value in renamed.items() if key.startswith(first)}
+    unused = {key.replace(".0.", ".23.", 1): value.clone() for key, value in renamed.items() if key.startswith(first)}
     projection = torch.zeros(width, width, dtype=torch.float16, device=renamed["ln_final.weight"].device)
     return {**renamed, **unused, "text_projection": projection, "logit_scale": projection[0, 0].clone()}
 
