@@ -13,6 +13,8 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
+from smooth_rt.architecture import CONFIGS
+
 RESNET = {
     "norm1": "in_layers.0", "conv1": "in_layers.2", "norm2": "out_layers.0", "conv2": "out_layers.3",
     "time_emb_proj": "emb_layers.1", "conv_shortcut": "skip_connection",
@@ -106,10 +108,15 @@ def rename(
     return renamed | {f"cond_stage_model.transformer.text_model.{key}": value for key, value in text.items()}
 
 
+PARTS = ("text_encoder", "unet", "vae")
+
+
 def read_parts(folder: Path) -> tuple[dict[str, Any], dict[str, Mapping[str, Tensor]]]:
-    names = ("text_encoder", "unet", "vae")
-    configs = {name: json.loads((folder / name / "config.json").read_text()) for name in names}
-    return configs, {name: load_file(next((folder / name).glob("*.safetensors"))) for name in names}
+    return read_configs(folder), {name: load_file(next((folder / name).glob("*.safetensors"))) for name in PARTS}
+
+
+def read_configs(folder: Path) -> dict[str, Any]:
+    return {name: json.loads((folder / name / "config.json").read_text()) for name in PARTS}
 
 
 @pytest.fixture(scope="session")
@@ -122,3 +129,24 @@ def original_checkpoint() -> Callable[..., dict[str, Tensor]]:
 def renamed() -> Callable[..., dict[str, Tensor]]:
     """`rename`, for weights that lie in no folder."""
     return rename
+
+
+@pytest.fixture(scope="session")
+def without_weights() -> Callable[[str], tuple[dict[str, Any], dict[str, Mapping[str, Tensor]]]]:
+    """Configs and tensors of a shipped architecture at its full size, the tensors without memory."""
+
+    def build(name: str) -> tuple[dict[str, Any], dict[str, Mapping[str, Tensor]]]:
+        from accelerate import init_empty_weights
+        from diffusers import AutoencoderKL, UNet2DConditionModel
+        from transformers import CLIPTextConfig, CLIPTextModel
+
+        configs = read_configs(CONFIGS / name)
+        with init_empty_weights():
+            networks = (
+                CLIPTextModel(CLIPTextConfig(**configs["text_encoder"])),
+                UNet2DConditionModel.from_config(configs["unet"]),
+                AutoencoderKL.from_config(configs["vae"]),
+            )
+        return configs, {part: network.state_dict() for part, network in zip(PARTS, networks, strict=True)}
+
+    return build

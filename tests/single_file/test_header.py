@@ -1,4 +1,4 @@
-"""What a checkpoint is, by its header alone: of files that have the full sizes and hold nothing, and of other models."""
+"""What a checkpoint is, by its header alone: of files of the full sizes that hold nothing, and of other models."""
 
 from __future__ import annotations
 
@@ -38,25 +38,6 @@ def sparse(path: Path, shapes: Names, metadata: dict[str, str] | None = None) ->
     return path
 
 
-def without_weights(name: str) -> tuple[dict[str, Any], dict[str, dict[str, Tensor]]]:
-    """Configs and tensors of a shipped architecture at its full size, without memory."""
-    from accelerate import init_empty_weights
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    read = {
-        part: json.loads((CONFIGS / name / part / "config.json").read_text())
-        for part in ("text_encoder", "unet", "vae")
-    }
-    with init_empty_weights():
-        networks = {
-            "text_encoder": CLIPTextModel(CLIPTextConfig(**read["text_encoder"])),
-            "unet": UNet2DConditionModel.from_config(read["unet"]),
-            "vae": AutoencoderKL.from_config(read["vae"]),
-        }
-    return read, {part: network.state_dict() for part, network in networks.items()}
-
-
 @pytest.mark.parametrize(
     ("name", "parameters", "fits"),
     [
@@ -67,6 +48,7 @@ def without_weights(name: str) -> tuple[dict[str, Any], dict[str, dict[str, Tens
 )
 def test_the_full_sizes(
     renamed: Callable[..., dict[str, Tensor]],
+    without_weights: Callable[[str], Any],
     name: str,
     parameters: tuple[int, ...],
     fits: dict[str, str],

@@ -87,7 +87,7 @@ def test_the_unet_is_asked_what_it_predicts(
 ) -> None:
     path = tmp_path / "model.safetensors"
     save_file(original_checkpoint(tiny_model), path)
-    monkeypatch.setattr(single_file, "predicts_noise", lambda pipe: noise)
+    monkeypatch.setattr(single_file, "predicts_noise", lambda _: noise)
     found = load_model(path)
     assert found.scheduler_config["prediction_type"] == name
     assert found.unet.config.sample_size == side
