@@ -1,4 +1,4 @@
-"""Read a diffusers folder, a hub repository or a single-file checkpoint into its parts, strictly.
+"""Read a diffusers folder or a hub repository into its parts, strictly.
 
 The libraries fill missing weights with random numbers, fall back to pickles and answer a wrong path with a page of
 advice. Here each of these is one `ModelError`.
@@ -22,13 +22,17 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 __all__ = [
+    "CONFIG_FILES",
     "HUB_ID",
+    "NAME_CONFIG",
     "NETWORK_PARTS",
     "SUPPORTED",
+    "UNUSED_PARTS",
     "Parts",
+    "check_folder",
     "download",
+    "open_safetensors",
     "quiet",
-    "read_file",
     "read_folder",
     "read_hub",
 ]
@@ -112,7 +116,7 @@ def read_folder(folder: Path, source: str, revision: str | None = None) -> Parts
     import diffusers
     import transformers
 
-    _check_folder(source, folder)
+    check_folder(source, folder)
     scheduler_config = _read_json(source, folder, "scheduler/scheduler_config.json")
     if not any((folder / "tokenizer" / name).is_file() for name in ("tokenizer.json", "vocab.json")):
         raise ModelError(f"{folder}: tokenizer/tokenizer.json (or vocab.json) is missing; download the folder again")
@@ -144,62 +148,7 @@ def read_folder(folder: Path, source: str, revision: str | None = None) -> Parts
     return Parts(tokenizer, networks, scheduler_config, revision)
 
 
-def read_file(path: Path, config: str | Path | None = None) -> Parts:
-    """The parts of a single-file checkpoint.
-
-    Args:
-        config: a diffusers folder of its architecture or a hub id, of which only the configs and the tokenizer are
-            read. None: diffusers guesses the architecture from the weights and asks the hub.
-
-    Raises:
-        ModelError: the file is no complete safetensors checkpoint, or does not fit `config`.
-    """
-    if path.suffix != ".safetensors":
-        raise ModelError(f"{path}: only .safetensors checkpoints are loaded, pickles never; convert it first")
-    _open_safetensors(path)
-    folder = None if config is None else _config_folder(str(config))
-    given: dict[str, Any] = dict.fromkeys(UNUSED_PARTS[1:])
-    if folder is not None:
-        given |= {"config": str(folder), "local_files_only": True}
-    with quiet():
-        from diffusers import StableDiffusionPipeline
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
-
-        try:
-            pipe = StableDiffusionPipeline.from_single_file(str(path), **given)
-        except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled) as error:
-            raise ModelError(f"{path}: holds no configs, and the hub did not give them; {NAME_CONFIG}") from error
-        except NotImplementedError as error:  # torch's word for moving a weight that was never filled
-            raise ModelError(
-                f"{path}: a weight of the UNet or the VAE is missing; name a complete checkpoint"
-            ) from error
-        except Exception as error:  # whatever the libraries make of it
-            advice = f"if it is one, {NAME_CONFIG}" if config is None else f"check that {config} is of its architecture"
-            raise ModelError(
-                f"{path}: not loaded as a Stable Diffusion checkpoint ({reason(error)}); {advice}"
-            ) from error
-    networks = {name: getattr(pipe, name) for name in NETWORK_PARTS}
-    if folder is None:
-        _check_architecture(str(path), {"unet": dict(pipe.unet.config), "vae": dict(pipe.vae.config)})
-    for name, module in networks.items():
-        unset = next((key for key, tensor in module.state_dict().items() if tensor.is_meta), None)
-        if unset is not None:
-            raise ModelError(f"{path}: holds no weight for {name}'s {unset}; name a complete checkpoint")
-    return Parts(pipe.tokenizer, networks, dict(pipe.scheduler.config))
-
-
-def _config_folder(config: str) -> Path:
-    """The folder that `config` names, checked; a hub id is downloaded, without its weights."""
-    folder = Path(config).expanduser()
-    if not folder.is_dir():
-        if not HUB_ID.fullmatch(config):
-            raise ModelError(f"{config}: no such folder; as a checkpoint's config, name a diffusers folder or a hub id")
-        folder = download(config, CONFIG_FILES, "name a diffusers folder as the checkpoint's config")
-    _check_folder(config, folder)
-    return folder
-
-
-def _check_folder(source: str, folder: Path) -> None:
+def check_folder(source: str, folder: Path) -> None:
     """Whether a diffusers folder is, by what its index and its configs say, a model that is supported."""
     index = _read_json(source, folder, "model_index.json")
     pipeline = index.get("_class_name")
@@ -240,7 +189,7 @@ def _check_weights(folder: Path, name: str) -> str | None:
         files = [folder / name / f"{marked}.safetensors", *sorted((folder / name).glob(f"{marked}-*.safetensors"))]
         found = [file for file in files if file.is_file()]
         for file in found:
-            _open_safetensors(file)
+            open_safetensors(file)
         if found:
             return variant
     if any((folder / name).glob("*.bin")):
@@ -251,7 +200,7 @@ def _check_weights(folder: Path, name: str) -> str | None:
     raise ModelError(f"{folder}: {name}/{stem}.safetensors is missing; download the folder again")
 
 
-def _open_safetensors(path: Path) -> None:
+def open_safetensors(path: Path) -> None:
     try:
         with safe_open(path, "pt"):
             pass

@@ -24,11 +24,11 @@ from smooth_rt.checkpoint import (
     SUPPORTED,
     Parts,
     quiet,
-    read_file,
     read_folder,
     read_hub,
 )
 from smooth_rt.errors import BundleError, InputError, ModelError, reason
+from smooth_rt.single_file import read_file
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
@@ -149,7 +149,7 @@ def load_model(
             "stable-diffusion-v1-5/stable-diffusion-v1-5", or a single-file checkpoint (.safetensors).
         revision: branch, tag or commit of a hub id.
         config: for a single-file checkpoint, a diffusers folder or a hub id of the same architecture; its weights are
-            not read. Without it the configs are asked of the hub.
+            not read. Without it the configs that ship with the project are taken, by what the weights are.
 
     Raises:
         InputError: `config` is given with another kind of model.

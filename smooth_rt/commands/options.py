@@ -37,7 +37,7 @@ class ModelOptions(OutputOptions):
         str | None,
         typer.Option(
             metavar="FOLDER_OR_HUB_ID",
-            help="For a .safetensors checkpoint: where its configs and tokenizer are. Left out: the hub is asked.",
+            help="For a .safetensors checkpoint: where its configs and tokenizer are. Left out: those that ship.",
             show_default=False,
         ),
     ] = None
