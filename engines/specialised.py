@@ -1,4 +1,4 @@
-"""What a backend holds for the sizes that it was built for: a form of the graph for each fixed one, one for the rest."""
+"""What a backend holds for the sizes it was built for: a form of the graph for each fixed one, and one for the rest."""
 
 from __future__ import annotations
 

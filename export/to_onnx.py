@@ -12,6 +12,7 @@ from engines.contract import Dims, Network
 from engines.errors import EngineError, reason
 from export.graphs import dynamic_shapes, example_inputs
 from export.quiet import quiet
+from export.rewrites.named_weights import named_weights
 
 __all__ = ["OPSET", "to_onnx"]
 
@@ -59,6 +60,7 @@ def to_onnx(module: nn.Module, network: Network, dims: Dims, path: Path) -> None
             raise EngineError(f"{network.name}: the ONNX graph's {kind} are {got}, not {names}; does the module fit?")
     _forget_origin(program.model)
     _name_axes(program.model, network)
+    named_weights(program.model, module)
     path.parent.mkdir(parents=True, exist_ok=True)
     with quiet():
         program.save(str(path), external_data=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,11 +16,13 @@ import torch
 
 from engines.bundle import Bundle, Source
 from engines.staging import staging
+from engines.variant import Order, Profile, Span
 from smooth_rt import cli
 from smooth_rt.build import Built, build_engines, cache_root, ensure_engines
 from smooth_rt.errors import BundleError, EngineError, InputError
 from smooth_rt.lora import Lora, LoraLayer, fuse, write_lora
 from smooth_rt.model import load_model, read_config
+from smooth_rt.pipeline import SmoothPipeline
 
 BACKENDS = ["onnxruntime"]
 PATH = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
@@ -48,9 +52,10 @@ def builds(first: tuple[Path, Built], tmp_path: Path, monkeypatch: pytest.Monkey
     calls: list[dict[str, Any]] = []
 
     def build(
-        networks: object, dims: object, source: Source, backends: list[str], target: Path, write: object, **rest: object
+        networks: object, dims: object, source: Source, orders: list[Order], target: Path, write: object, **rest: object
     ) -> Bundle:
-        calls.append({"networks": networks, "source": source, "backends": backends, "target": target, **rest})
+        names = [order.variant.name for order in orders]
+        calls.append({"source": source, "orders": orders, "names": names, "target": target, **rest})
         with staging(target) as folder:
             shutil.copytree(first[1].bundle.path, folder, dirs_exist_ok=True)
         return Bundle.open(target)
@@ -95,8 +100,9 @@ def test_inspect_tells_each_graph_on_a_line(
     assert cli.main(["engines", "inspect", str(bundle.path), "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert (told["manifest"], told["lora"]) == (str(bundle.path / "manifest.json"), f"{lora} at 0.6")
-    assert [row["network"] for row in told["engines"]] == [record.network for record in bundle.manifest.engines]
-    for row, record in zip(told["engines"], bundle.manifest.engines, strict=True):
+    records = bundle.variants[0].engines
+    assert [row["network"] for row in told["engines"]] == [record.network for record in records]
+    for row, record in zip(told["engines"], records, strict=True):
         assert record.key.startswith(row["key"])
         assert row["worst_error"] == max(parity.relative for parity in record.parity) <= row["tolerance"]
         assert row["bytes"] == sum((bundle.path / name).stat().st_size for name in (record.file, *record.weights))
@@ -146,8 +152,8 @@ def test_other_wishes_build_elsewhere(
     assert not built.reused
     assert len(builds) == 1
     assert builds[0]["target"].name != first[1].bundle.path.name
-    assert builds[0]["backends"] == BACKENDS
-    assert builds[0]["precision"] == "fp32"
+    assert builds[0]["names"] == ["onnxruntime-fp32"]
+    assert builds[0]["keep"] is None
     recorded = builds[0]["source"].lora
     assert (None if recorded is None else recorded.strength) == (None if change == "no LoRA" else strength)
 
@@ -159,20 +165,115 @@ def test_a_bundle_of_more_backends_serves_fewer(
     one = ensure_engines(tiny_model, backends=["openvino"])
     both = ensure_engines(tiny_model, backends=["onnxruntime"])
     assert (one.reused, both.reused) == (False, False)
-    assert "not built for onnxruntime" in both.reason
+    assert "onnxruntime-fp32 is not built" in both.reason
     assert both.bundle.path == one.bundle.path
     assert set(both.bundle.backends) == {"onnxruntime", "openvino"}
     for names in (["openvino"], ["onnxruntime"], ["openvino", "onnxruntime"]):
         assert ensure_engines(tiny_model, backends=names).reused
 
 
-def test_a_backend_that_left_the_machine_is_not_built_again(
-    builds: list[dict[str, Any]], tiny_model: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_bundle_grows_and_what_was_in_it_is_not_built_again(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    missing = "not installed"
-    monkeypatch.setattr("engines.select.availability", lambda name: missing if name == "onnxruntime" else None)
-    ensure_engines(tiny_model, lora, 0.6, ["openvino"])
-    assert [call["backends"] for call in builds] == [["openvino"]]
+    monkeypatch.setenv("SMOOTH_RT_CACHE", str(tmp_path))
+    one = ensure_engines(tiny_model, backends=["onnxruntime"])
+    before = {file.path: (one.bundle.path / file.path).stat().st_ino for file in one.bundle.manifest.files}
+
+    def no_export(*_: object) -> None:
+        raise AssertionError("the graphs are there already")
+
+    monkeypatch.setattr("export.stages.to_onnx", no_export)
+    more = ensure_engines(tiny_model, backends=["openvino"], precision="bf16")
+    assert [built.variant.name for built in more.bundle.variants] == ["onnxruntime-fp32", "openvino-bf16"]
+    assert more.bundle.variants[0] == one.bundle.variants[0]
+    assert {path: (more.bundle.path / path).stat().st_ino for path in before if "-fp32/" in path} == {
+        path: inode for path, inode in before.items() if "-fp32/" in path
+    }
+    exact = ensure_engines(tiny_model, backends=["openvino"]).bundle
+    assert exact.find("openvino").variant.precision == "fp32"
+    assert exact.find("openvino", "bf16").engine("unet").hint == "bf16"
+    # The graphs of both precisions are the same ones: they are on the disk once.
+    places = [f"openvino-{name}/unet/openvino_model.bin" for name in ("fp32", "bf16")]
+    assert len({(exact.path / place).stat().st_ino for place in places}) == 1
+    assert Bundle.open(exact.path).manifest == exact.manifest
+
+
+def test_profiles_come_together(builds: list[dict[str, Any]], tiny_model: Path, lora: Path) -> None:
+    one = profile(1, 16)
+    ensure_engines(tiny_model, lora, 0.6, BACKENDS, profiles=[one])
+    assert [str(found) for found in builds[0]["orders"][0].profiles] == [
+        "batch 1:1:*, height 8:16:*, width 8:16:*",
+        "batch 1, height 16, width 16",
+    ]
+
+
+def test_engines_of_one_size(tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SMOOTH_RT_CACHE", str(tmp_path))
+    built = ensure_engines(tiny_model, backends=["openvino"], profiles=[profile(1, 24)])
+    assert ensure_engines(tiny_model, backends=["openvino"]).reused  # who names no size takes what there is
+    with (
+        SmoothPipeline.from_engines(built.bundle) as pipe,
+        SmoothPipeline.from_pretrained(tiny_model, engine="eager") as eager,
+    ):
+        assert pipe.size == (24, 24)
+        for guidance in (1.0, 7.5):  # of one row a call, and of two
+            made, wanted = (
+                one(["dog", "red apple"], num_inference_steps=3, height=24, width=24, guidance_scale=guidance,
+                    generator=torch.Generator().manual_seed(0), output_type="pt").images
+                for one in (pipe, eager)
+            )  # fmt: skip
+            torch.testing.assert_close(made, wanted, atol=1e-4, rtol=1e-4)
+        assert pipe("dog", num_inference_steps=1).images[0].size == (24, 24)
+        with pytest.raises(InputError, match=r"height 8, width 8 lies outside .*batch 1:1:1, .*--batch MIN:OPT:MAX"):
+            pipe("dog", height=16, width=16)
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--batch", "1"], "profiles: 1 of --batch, 0 of --height, 0 of --width; give all three"),
+        (["--batch", "4:1", "--height", "16", "--width", "16"], "--batch=4:1: min, opt and max must rise"),
+        (["--batch", "1", "--height", "12", "--width", "16"], "--height=12: 12 is no multiple of 8; the nearest is"),
+        (["--precision", "fp8"], "precision 'fp8': onnxruntime is built in fp32, fp16, int8"),
+        (["--precision", "bf16"], "precision 'bf16': onnxruntime is built in fp32, fp16, int8; openvino can"),
+    ],
+)
+def test_sizes_and_precisions_that_cannot_be_built(
+    tiny_model: Path, capsys: pytest.CaptureFixture[str], given: list[str], said: str
+) -> None:
+    assert cli.main(["build-engine", "--model", str(tiny_model), "--backend", "onnxruntime", *given]) == 2
+    heard = capsys.readouterr().err.strip()
+    assert heard.startswith(f"error: {said}")
+    assert "\n" not in heard
+
+
+def profile(batch: int, side: int) -> Profile:
+    one, sides = Span(min=batch, opt=batch, max=batch), Span(min=side, opt=side, max=side)
+    return Profile(batch=one, height=sides, width=sides)
+
+
+def test_of_two_that_want_the_same_one_builds_and_the_other_waits(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOOTH_RT_CACHE", str(tmp_path))
+    ask = (
+        "import logging, sys; logging.basicConfig(level='INFO', format='%(message)s')\n"
+        "from smooth_rt.build import ensure_engines\n"
+        f"built = ensure_engines({str(tiny_model)!r}, backends=['onnxruntime'])\n"
+        "print(built.reused)"
+    )
+    home = str(Path(cli.__file__).parents[1])
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", ask], cwd=home, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        for _ in range(2)
+    ]
+    said = [process.communicate(timeout=300) for process in processes]
+    assert sorted(out.strip() for out, _ in said) == ["False", "True"]
+    waited = next(err for out, err in said if out.strip() == "True")
+    assert "waiting: another process is building" in waited
+    assert "reusing engines" in waited
 
 
 def flip_a_byte(bundle: Path) -> None:
@@ -232,7 +333,7 @@ def test_what_cannot_be_built(builds: list[dict[str, Any]], tiny_model: Path, lo
         ensure_engines(tiny_model, backends=[])
     with pytest.raises(InputError, match="nothing to build"):
         ensure_engines(tiny_model, backends=["eager"])
-    for name in ("tensorrt", "abacus"):
+    for name in ("abacus",):
         with pytest.raises(EngineError, match=name):
             ensure_engines(tiny_model, backends=[name])
     with pytest.raises(InputError, match="inf"):
