@@ -39,13 +39,14 @@ LATER = {
     "tensorrt-rtx": "this version does not build TensorRT for RTX engines yet",
 }
 # The precision hint each backend is given. OpenVINO would compute in bf16 by itself where the processor can.
-HINTS: dict[str, str | None] = {"eager": None, "onnxruntime": None, "openvino": "f32"}
+HINTS: dict[str, str | None] = {"eager": None, "onnxruntime": None, "openvino": "f32", "inductor": None}
 
-_MODULES = {"eager": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
+_MODULES = {"eager": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino", "inductor": "torch._inductor"}
 _DISTRIBUTIONS = {
     "eager": ("torch",),
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "openvino": ("openvino",),
+    "inductor": ("torch",),
 }
 
 
@@ -61,8 +62,8 @@ def check_backend(name: str) -> None:
     """Raise EngineError if `name` is not a backend that this version can build or run."""
     if name in LATER:
         raise EngineError(f"engine {name!r}: {LATER[name]}; choose from {', '.join(BACKENDS)}")
-    if name not in BACKENDS:
-        raise EngineError(f"engine {name!r}: unknown; choose from auto, {', '.join(BACKENDS)}")
+    if name not in _MODULES:
+        raise EngineError(f"engine {name!r}: unknown; choose from auto, {', '.join(_MODULES)}")
 
 
 def architecture() -> str:
@@ -159,7 +160,9 @@ def _first_that_runs(built: Collection[str]) -> Choice:
 
 
 def open_engine(backend: str, network: Network, path: Path, hint: str | None = None) -> Engine:
-    """Open the graph at `path` (.onnx for onnxruntime, .xml for openvino) on `backend`.
+    """Open the graph at `path` (.onnx for onnxruntime, .xml for openvino, .pt2 for inductor) on `backend`.
+
+    A .pt2 holds native code: its digest must have been verified before.
 
     Args:
         hint: OpenVINO's precision hint; None stands for "f32".
@@ -178,4 +181,8 @@ def open_engine(backend: str, network: Network, path: Path, hint: str | None = N
         from engines.ov import OvEngine
 
         return OvEngine(network, path, hint or "f32")
+    if backend == "inductor":
+        from engines.inductor import InductorEngine
+
+        return InductorEngine(network, path)
     raise EngineError(f"engine {backend!r}: runs torch modules, not graphs; open the model instead of a bundle")
