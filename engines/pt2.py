@@ -132,7 +132,9 @@ def _tensors(network: Network) -> tuple[str, ...]:
 
 
 def _parse(record: dict[str, Any]) -> Package:
-    bounds = {symbol: (int(low), None if high is None else int(high)) for symbol, (low, high) in record["bounds"].items()}
+    bounds = {
+        symbol: (int(low), None if high is None else int(high)) for symbol, (low, high) in record["bounds"].items()
+    }
     lists = {name: tuple(record[name]) for name in ("tensors", "instructions")}
     return Package(**{**record, **lists, "bounds": bounds})
 
