@@ -101,7 +101,7 @@ class _Graphs:
     def __init__(self, run: Any) -> None:
         self._run = run
         self._lock = threading.Lock()
-        self._stream = torch.cuda.Stream()
+        self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         # One pool for all: graphs run one at a time, and outputs leave the GPU before the next one runs.
         self._pool: Any = torch.cuda.graph_pool_handle()
         self._captured: OrderedDict[tuple[torch.Size, ...], tuple[Any, list[Tensor], list[Tensor]]] = OrderedDict()

@@ -33,7 +33,7 @@ def main(folder: Path) -> None:
 def _compile(folder: Path, job: dict[str, Any]) -> None:
     import torch
     from torch._inductor import aot_compile
-    from torch._inductor.package import package_aoti
+    from torch._inductor.package.package import package_aoti
 
     program = torch.export.load(folder / PROGRAM)
     (folder / PROGRAM).unlink()  # as large as the weights, which are in memory now

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import os
@@ -213,6 +214,8 @@ def _options(package: Package) -> dict[str, Any]:
     return {
         "aot_inductor.package": True,
         "aot_inductor.metadata": package.metadata(),
+        # A precompiled header pays where many files share it; here it is gone with its folder.
+        "aot_inductor.precompile_headers": False,
         # Line tables hold this machine's folders.
         "aot_inductor.enable_line_tables": False,
         # Else the number of threads at the time of compilation is written into the code; one means no threads at all.
@@ -263,10 +266,8 @@ _FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "cache", "TRITON_CACHE_DIR": "triton", "T
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
-    try:
+    with contextlib.suppress(ProcessLookupError):  # the group is gone: all have ended by themselves
         os.killpg(process.pid, signal.SIGKILL)
-    except ProcessLookupError:
-        pass  # the group is gone: all have ended by themselves
     if process.stdin is not None:
         process.stdin.close()
     process.wait()
