@@ -220,6 +220,8 @@ def _options(package: Package) -> dict[str, Any]:
         "aot_inductor.enable_line_tables": False,
         # Else the number of threads at the time of compilation is written into the code; one means no threads at all.
         "cpp.dynamic_threads": True,
+        # Weights laid out for oneDNN once, here. On the CPU about a fifth faster; not measured on a GPU.
+        "freezing": package.device == "cpu",
     }
 
 
