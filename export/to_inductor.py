@@ -13,7 +13,7 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,10 @@ DEVICES = ("cpu", "cuda")
 COMPILERS = ("g++", "clang++", "c++")  # tried in this order where CXX names none
 
 Bounds = Mapping[str, tuple[int, int | None]]
+
+# Torch's caches and Triton's, and every temporary file: all inside the room.
+_CACHE = "TORCHINDUCTOR_CACHE_DIR"
+_FOLDERS = {_CACHE: "cache", "TRITON_CACHE_DIR": "triton", "TMPDIR": "tmp"}
 
 
 def cannot_build(device: str = "cpu") -> str | None:
@@ -101,7 +105,8 @@ def to_inductor(
     with tempfile.TemporaryDirectory(prefix=f".{path.stem}-", dir=path.parent, ignore_cleanup_errors=True) as folder:
         room = Path(folder)
         report(f"{network.name}: export", 0, 2)
-        _export(module, network, dims, room / aoti_compile.PROGRAM, DTYPES[precision], device, bounds)
+        with _cache(room / _FOLDERS[_CACHE]):
+            _export(module, network, dims, room / aoti_compile.PROGRAM, DTYPES[precision], device, bounds)
         report(f"{network.name}: compile", 1, 2)
         package = Package.of_this_machine(network, precision, device, bounds)
         job = {"name": path.name, "device": device, "options": _options(package)}
@@ -147,6 +152,19 @@ def _export(
         raise EngineError(f"{network.name}: torch.export failed: {reason(error)}") from error
     with quiet():
         torch.export.save(program, path)
+
+
+@contextlib.contextmanager
+def _cache(folder: Path) -> Iterator[None]:
+    """torch.export, too, makes inductor's cache folder in this process, if only once and empty."""
+    before = os.environ.get(_CACHE)
+    os.environ[_CACHE] = str(folder)
+    try:
+        yield
+    finally:
+        os.environ.pop(_CACHE)
+        if before is not None:
+            os.environ[_CACHE] = before
 
 
 class _Cast(nn.Module):
@@ -235,7 +253,7 @@ def _compile(network: Network, room: Path) -> None:
     """Run `aoti_compile` over what lies in `room`, silently, and end it and its compilers whatever happens."""
     caches = {name: str(room / folder) for name, folder in _FOLDERS.items()}
     for folder in caches.values():
-        Path(folder).mkdir()
+        Path(folder).mkdir(exist_ok=True)
     path = os.pathsep.join(entry for entry in sys.path if entry)
     environment = {**os.environ, **caches, "CXX": _compiler() or "", "PYTHONPATH": path, "PYTHONWARNINGS": "ignore"}
     with (room / "said").open("w+", encoding="utf-8", errors="replace") as said:
@@ -261,10 +279,6 @@ def _compile(network: Network, room: Path) -> None:
         fault = f"the compiling process ended with code {code}: {last.splitlines()[-1] if last else 'it said nothing'}"
     if fault is not None:
         raise EngineError(f"{network.name}: AOTInductor failed: {_cause(fault)}; use another backend")
-
-
-# Torch's caches and Triton's, and every temporary file: all inside the room.
-_FOLDERS = {"TORCHINDUCTOR_CACHE_DIR": "cache", "TRITON_CACHE_DIR": "triton", "TMPDIR": "tmp"}
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
