@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from engines.contract import NETWORKS, Axis, Dims, Network, NetworkName, TensorSpec, contract
     from engines.eager import EagerEngine, torch_networks
     from engines.errors import BundleError, EngineError, InputError, ModelError, ParityError, SmoothRTError
+    from engines.inductor import InductorEngine
     from engines.ort import OrtEngine
     from engines.ov import OvEngine
     from engines.select import BACKENDS, Choice, availability, backend_version, choose, open_engine
@@ -43,6 +44,7 @@ __all__ = [
     "EngineError",
     "EngineRecord",
     "FileRecord",
+    "InductorEngine",
     "InputError",
     "LoraSource",
     "Manifest",
@@ -77,6 +79,7 @@ _ROOMS = {
     "contract": ("NETWORKS", "Axis", "Dims", "Network", "NetworkName", "TensorSpec", "contract"),
     "eager": ("EagerEngine", "torch_networks"),
     "errors": ("BundleError", "EngineError", "InputError", "ModelError", "ParityError", "SmoothRTError"),
+    "inductor": ("InductorEngine",),
     "ort": ("OrtEngine",),
     "ov": ("OvEngine",),
     "select": ("BACKENDS", "Choice", "availability", "backend_version", "choose", "open_engine"),

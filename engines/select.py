@@ -45,7 +45,7 @@ class Recipe:
     hint: str | None = None
 
 
-BACKENDS: tuple[str, ...] = ("eager", "onnxruntime", "openvino")
+BACKENDS: tuple[str, ...] = ("eager", "onnxruntime", "openvino", "inductor")
 # Fastest first on a CPU: measured, OpenVINO f32 is level with or ahead of ONNX Runtime, both well ahead of eager.
 AUTO_ORDER: tuple[str, ...] = ("openvino", "onnxruntime", "eager")
 LATER = {
@@ -75,13 +75,19 @@ RECIPES: dict[str, dict[Precision, dict[NetworkName, Recipe]]] = {
             "vae_decoder": Recipe("bf16", "bf16"),
         },
     },
+    "inductor": {
+        "fp32": _ALL_FP32,
+        "fp16": {name: Recipe("fp16") for name in NETWORKS},
+        "bf16": {name: Recipe("bf16") for name in NETWORKS} | {"text_encoder": Recipe("fp32")},
+    },
 }
 
-_MODULES = {"eager": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino"}
+_MODULES = {"eager": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino", "inductor": "torch._inductor"}
 _DISTRIBUTIONS = {
     "eager": ("torch",),
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "openvino": ("openvino",),
+    "inductor": ("torch",),
 }
 
 
@@ -97,8 +103,8 @@ def check_backend(name: str) -> None:
     """Raise EngineError if `name` is not a backend that this version can build or run."""
     if name in LATER:
         raise EngineError(f"engine {name!r}: {LATER[name]}; choose from {', '.join(BACKENDS)}")
-    if name not in BACKENDS:
-        raise EngineError(f"engine {name!r}: unknown; choose from auto, {', '.join(BACKENDS)}")
+    if name not in _MODULES:
+        raise EngineError(f"engine {name!r}: unknown; choose from auto, {', '.join(_MODULES)}")
 
 
 def architecture() -> str:
@@ -212,7 +218,7 @@ def _first_that_runs(built: Collection[str]) -> Choice:
 def open_engine(
     backend: str, network: Network, path: Path, hint: str | None = None, bounds: Sequence[Bounds] = ()
 ) -> Engine:
-    """Open the graph at `path` on `backend`.
+    """Open the graph at `path` on `backend`. A .pt2 holds native code: its digest must have been verified before.
 
     Args:
         hint: OpenVINO's precision hint; None stands for "f32".
@@ -232,4 +238,8 @@ def open_engine(
         from engines.ov import OvEngine
 
         return OvEngine(network, path, bounds, hint or "f32")
+    if backend == "inductor":
+        from engines.inductor import InductorEngine
+
+        return InductorEngine(network, path, bounds)
     raise EngineError(f"engine {backend!r}: runs torch modules, not graphs; open the model instead of a bundle")

@@ -21,7 +21,7 @@ from engines.select import RECIPES, Recipe, availability, backend_version, check
 from engines.staging import staging
 from engines.variant import Bounds, Order
 from export.graphs import cases
-from export.stages import Graph, Samples, Stages
+from export.stages import Graph, Samples, Stages, cannot_build
 from export.verify import verify
 from export.versions import peak_memory, versions
 
@@ -129,6 +129,9 @@ def _check(
         if backend == "eager":
             raise InputError("backends: eager runs the torch modules and is not built; name another")
         check_precision(backend, precision)
+        fault = cannot_build(order.variant)
+        if fault is not None:
+            raise EngineError(f"engine {backend!r}: {fault}")
         if precision == "int8" and samples is None:
             raise InputError("precision 'int8': needs samples of real runs to be calibrated on; none were given")
         for profile in order.profiles:

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 
 from engines.contract import Dims, Network, NetworkName
 from engines.errors import EngineError
+from engines.inductor import package_of
 from engines.select import RECIPES
 from engines.variant import Bounds, Order, Precision, Variant
 from export.to_onnx import to_onnx
 
-__all__ = ["Graph", "Samples", "Stages"]
+__all__ = ["Graph", "Samples", "Stages", "cannot_build"]
 
 # The inputs that a network had in real runs, by name: what int8 is calibrated on.
 Samples = Callable[[NetworkName], Sequence[dict[str, Tensor]]]
@@ -69,7 +70,7 @@ class Stages:
         module: nn.Module,
         variant: Variant,
         precision: Precision,
-        bounds: Sequence[Bounds],  # noqa: ARG002
+        bounds: Sequence[Bounds],
         folder: Path,
     ) -> Graph:
         """Build the graph of `network` for `variant`, itself in `precision`, into `folder`.
@@ -86,6 +87,8 @@ class Stages:
             return self._as_onnx(network, precision, onnx, folder / "model.onnx")
         if variant.backend == "openvino" and onnx is not None:
             return self._as_openvino(network, precision, onnx, folder / "openvino_model.xml")
+        if variant.backend == "inductor":
+            return self._as_inductor(network, module, variant, precision, bounds, folder / "model.pt2")
         raise EngineError(f"engine {variant.backend!r}: this version does not build it")
 
     def forget(self) -> None:
@@ -127,9 +130,36 @@ class Stages:
         to_openvino(onnx, path, compress=precision == "fp16")
         return Graph(path)
 
+    def _as_inductor(
+        self,
+        network: Network,
+        module: nn.Module,
+        variant: Variant,
+        precision: Precision,
+        bounds: Sequence[Bounds],
+        path: Path,
+    ) -> Graph:
+        from export.to_inductor import to_inductor
+
+        device = "cpu" if variant.architecture.startswith("cpu-") else "cuda"
+        for index, one in enumerate(bounds):
+            ends = {symbol: (least, most) for symbol, (least, _, most) in one.items()}
+            package = package_of(path, index)
+            to_inductor(module, network, self._dims, package, precision=precision, device=device, symbol_bounds=ends)
+        return Graph(path, {"packages": len(bounds)})
+
     def _calibration(self, network: Network) -> Sequence[dict[str, Tensor]]:
         assert self._samples is not None
         return self._samples(network.name)
+
+
+def cannot_build(variant: Variant) -> str | None:
+    """None if the backend's tools for building `variant` are here, else one line: what is missing, what mends it."""
+    if variant.backend == "inductor":
+        from export.to_inductor import cannot_build as cannot_compile
+
+        return cannot_compile("cpu" if variant.architecture.startswith("cpu-") else "cuda")
+    return None
 
 
 def _exported(variant: Variant, precision: Precision) -> Precision | None:
@@ -143,6 +173,8 @@ def _exported(variant: Variant, precision: Precision) -> Precision | None:
 def _conversions(variant: Variant, precision: Precision) -> list[str]:
     if precision == "int8":
         return ["quantise"]
+    if variant.backend == "inductor":
+        return ["compile"]
     return [] if variant.backend == "onnxruntime" else ["convert to"]
 
 
