@@ -156,10 +156,11 @@ def contract(name: NetworkName, dims: Dims) -> Network:
     pixels = (Axis("height", dims.vae_factor), Axis("width", dims.vae_factor))
     image: tuple[int | Axis, ...] = (batch, dims.image_channels, *pixels)
     text: tuple[int | Axis, ...] = (batch, dims.tokens, dims.text_width)
-    f32, i64 = "float32", "int64"
+    f32, i32, i64 = "float32", "int32", "int64"
+    # int32 ids: what diffusers' ONNX pipeline feeds and OpenVINO's takes too.
     tensors: dict[NetworkName, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = {
         "text_encoder": (
-            (TensorSpec("input_ids", i64, (batch, dims.tokens), (0, dims.vocabulary - 1)),),
+            (TensorSpec("input_ids", i32, (batch, dims.tokens), (0, dims.vocabulary - 1)),),
             (TensorSpec("last_hidden_state", f32, text),),
         ),
         "unet": (

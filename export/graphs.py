@@ -12,10 +12,13 @@ from torch.export import Dim
 from engines.contract import Axis, Dims, Network
 from engines.manifest import Profile
 
-__all__ = ["Case", "cases", "dynamic_shapes", "example_inputs", "profile", "random_inputs"]
+__all__ = ["SHARED", "Case", "cases", "dynamic_shapes", "example_inputs", "profile", "random_inputs"]
 
 # torch.export proves the graph for 1..63: 64 clashes with a guard. The graph itself has a free batch axis.
 TRACED_BATCH_MAX = 63
+# Inputs of which one row may serve the whole batch. They are traced with one row, so that diffusers' own expansion to
+# the batch stays in the graph; of a full batch of rows it makes the same rows.
+SHARED = ("timestep",)
 TRAIN_TIMESTEPS = 1000  # the timesteps that every Stable Diffusion was trained at: 0..999
 
 
@@ -36,7 +39,7 @@ def dynamic_shapes(network: Network) -> tuple[dict[int, Any], ...]:
     """For each input in order, the symbolic dimension of each axis that a caller chooses.
 
     A side that must be a multiple of m is the derived dimension m * Dim: diffusers then sees that every halving comes
-    out even and takes the branch that hands no sizes to its upsamplers.
+    out even and takes the branch that hands no sizes to its upsamplers. What is `SHARED` has its one row.
     """
     roots = {symbol: Dim(symbol) for symbol in network.symbols if symbol != "batch"}
     roots["batch"] = Dim("batch", min=1, max=TRACED_BATCH_MAX)
@@ -47,6 +50,8 @@ def dynamic_shapes(network: Network) -> tuple[dict[int, Any], ...]:
 
     return tuple(
         {index: dimension(axis) for index, axis in enumerate(spec.axes) if isinstance(axis, Axis)}
+        if spec.name not in SHARED
+        else {}
         for spec in network.inputs
     )
 
@@ -57,10 +62,14 @@ def _unit(network: Network) -> int:
 
 
 def example_inputs(network: Network, dims: Dims) -> tuple[Tensor, ...]:
-    """Inputs to trace with: a batch of 2 and unlike sides, so that no axis is taken for another or for a 1."""
+    """Inputs to trace with: a batch of 2 and unlike sides, so that no axis is taken for another or for a 1.
+
+    What is `SHARED` is one row.
+    """
     unit = _unit(network)
     sizes = {"batch": 2, "height": dims.sample_size + unit, "width": dims.sample_size + 2 * unit}
-    return tuple(random_inputs(network, dims, Case(sizes, 1.0), torch.Generator().manual_seed(0)).values())
+    inputs = random_inputs(network, dims, Case(sizes, 1.0), torch.Generator().manual_seed(0))
+    return tuple(tensor[:1] if name in SHARED else tensor for name, tensor in inputs.items())
 
 
 def cases(network: Network, dims: Dims) -> tuple[Case, ...]:
@@ -88,7 +97,7 @@ def random_inputs(network: Network, dims: Dims, case: Case, generator: torch.Gen
     for spec in network.inputs:
         shape = spec.shape(case.sizes)
         if spec.name == "input_ids":
-            inputs[spec.name] = torch.randint(0, dims.vocabulary, shape, generator=generator)
+            inputs[spec.name] = torch.randint(0, dims.vocabulary, shape, generator=generator, dtype=torch.int32)
         elif spec.name == "timestep":
             # One draw from each equal part of 0..999, the first case's alone being anywhere.
             part = TRAIN_TIMESTEPS / shape[0]

@@ -1,4 +1,4 @@
-"""Torch module -> ONNX graph with the contract's names and free batch, height and width."""
+"""Torch module -> ONNX graph with the contract's names and free batch, height and width; one timestep or one a row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from torch import nn
 
 from engines.contract import Dims, Network
 from engines.errors import EngineError, reason
-from export.graphs import dynamic_shapes, example_inputs
+from export.graphs import SHARED, dynamic_shapes, example_inputs
 from export.quiet import quiet
 
 __all__ = ["OPSET", "to_onnx"]
@@ -57,6 +57,9 @@ def to_onnx(module: nn.Module, network: Network, dims: Dims, path: Path) -> None
         got = [value.name for value in values]
         if got != names:
             raise EngineError(f"{network.name}: the ONNX graph's {kind} are {got}, not {names}; does the module fit?")
+    for value in graph.inputs:
+        if value.name in SHARED and value.shape is not None:
+            value.shape[0] = f"{value.name}s"  # 1 or the batch: a symbol of its own
     _forget_origin(program.model)
     path.parent.mkdir(parents=True, exist_ok=True)
     with quiet():
