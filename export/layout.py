@@ -113,8 +113,9 @@ def _convert_tokenizer(folder: Path) -> None:
     try:
         with quiet():
             tokenizer = CLIPTokenizer.from_pretrained(folder)
-            # GenAI copies the ids into a row of the network's length unchecked, so the graph must cut them.
-            graph = convert_tokenizer(tokenizer, truncation=True)
+            # GenAI copies the ids as they come into the network's input: of its dtype they must be, and cut to its
+            # length with the end-of-text token last.
+            graph = convert_tokenizer(tokenizer, tokenizer_output_type=openvino.Type.i32, truncation=True)
     except Exception as error:
         raise EngineError(f"{folder}: openvino-tokenizers cannot convert it ({reason(error)}); leave it out") from error
     openvino.save_model(graph, str(folder / "openvino_tokenizer.xml"), compress_to_fp16=False)
