@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import openvino
+from openvino import opset13 as ops
 
 from engines.contract import NETWORKS, NetworkName
 from engines.errors import EngineError, InputError, reason
@@ -55,7 +56,7 @@ def write_layout(
         kind: what the graphs are.
         configs: each network's, as diffusers and transformers save it; the VAE's for both its networks.
         tokenizer_folder: a CLIPTokenizer as transformers saves it, vocab.json and merges.txt included.
-        scheduler_config: of any diffusers scheduler.
+        scheduler_config: of any diffusers scheduler, with `clip_sample` off: GenAI refuses it.
 
     Raises:
         InputError: a network has no config, or `tokenizer_folder` is missing.
@@ -90,8 +91,8 @@ def _index(kind: Kind, scheduler: str) -> dict[str, Any]:
         "tokenizer": ["transformers", "CLIPTokenizer"],
     }
     if kind == "onnx":
-        graphs = {name: ["diffusers", "OnnxRuntimeModel"] for name in NETWORKS}
-        return {**index, **graphs, "_class_name": "OnnxStableDiffusionPipeline"}
+        index["_class_name"] = "OnnxStableDiffusionPipeline"
+        return index | {name: ["diffusers", "OnnxRuntimeModel"] for name in NETWORKS}
     return {
         **index,
         "_class_name": "StableDiffusionPipeline",
@@ -113,12 +114,29 @@ def _convert_tokenizer(folder: Path) -> None:
     try:
         with quiet():
             tokenizer = CLIPTokenizer.from_pretrained(folder)
-            # GenAI copies the ids as they come into the network's input: of its dtype they must be, and cut to its
-            # length with the end-of-text token last.
-            graph = convert_tokenizer(tokenizer, tokenizer_output_type=openvino.Type.i32, truncation=True)
+            # GenAI copies the ids as they are into the network's input, so they must be of its dtype.
+            graph = convert_tokenizer(tokenizer, tokenizer_output_type=openvino.Type.i32)
+            _cut(graph, tokenizer.model_max_length)
     except Exception as error:
         raise EngineError(f"{folder}: openvino-tokenizers cannot convert it ({reason(error)}); leave it out") from error
     openvino.save_model(graph, str(folder / "openvino_tokenizer.xml"), compress_to_fp16=False)
+
+
+def _cut(graph: openvino.Model, tokens: int) -> None:
+    """Let each row of the graph's outputs be its first `tokens - 1` ids and its last, the end of the text.
+
+    The graph's own truncation would not do: GenAI lifts it where it opens the graph, and the end of a long prompt would
+    be missing from the network's input.
+    """
+    for result in graph.get_results():
+        ids = result.input_value(0)
+        names = ids.get_names()
+        ids.get_tensor().set_names(set())
+        text = ops.slice(ops.slice(ids, [0], [-1], [1], [1]), [0], [tokens - 1], [1], [1])
+        cut = ops.concat([text, ops.slice(ids, [-1], [2**31 - 1], [1], [1])], 1)
+        cut.output(0).get_tensor().set_names(names)
+        result.input(0).replace_source_output(cut.output(0))
+    graph.validate_nodes_and_infer_types()
 
 
 def _write_json(path: Path, value: Mapping[str, Any]) -> None:
