@@ -85,10 +85,11 @@ class Engine(abc.ABC):
         for name, tensor in inputs.items():
             if not getattr(tensor, "is_cpu", False):
                 raise InputError(f"{self.network.name}: {name} is not a CPU torch tensor; convert it with .cpu() first")
-        sample = inputs.get("sample")
-        timestep = inputs.get("timestep")
-        if sample is not None and timestep is not None and timestep.shape == (1,) and sample.ndim:
-            inputs["timestep"] = timestep.expand(sample.shape[0])
+        first = inputs.get(self.network.inputs[0].name)
+        for spec in self.network.inputs:
+            tensor = inputs.get(spec.name)
+            if spec.shared and tensor is not None and first is not None and tensor.shape[:1] == (1,) and first.ndim:
+                inputs[spec.name] = tensor.expand(len(first), *tensor.shape[1:])
         sizes = self.network.bind(inputs)
         profile = self._profile(sizes)
         ready = {spec.name: inputs[spec.name].detach().contiguous() for spec in self.network.inputs}

@@ -72,13 +72,21 @@ class TensorSpec:
     """One tensor: its name, torch dtype name, axes and, where a value outside would be nonsense, its range.
 
     `limits` are the least and the greatest value. Token ids have them because OpenVINO reads past an embedding table
-    without a word.
+    without a word. One row of a `shared` input may serve the whole batch.
     """
 
     name: str
     dtype: str
     axes: tuple[int | Axis, ...]
     limits: tuple[int, int] | None = None
+    shared: bool = False
+
+    @property
+    def axis_names(self) -> tuple[int | str, ...]:
+        """What a graph calls each axis. The rows of a shared input have a name of their own: they may be one."""
+        rows = f"{self.name}s"
+        named = (axis if isinstance(axis, int) else str(axis) for axis in self.axes)
+        return tuple(rows if self.shared and name == "batch" else name for name in named)
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape where each symbol has the given size."""
@@ -156,16 +164,17 @@ def contract(name: NetworkName, dims: Dims) -> Network:
     pixels = (Axis("height", dims.vae_factor), Axis("width", dims.vae_factor))
     image: tuple[int | Axis, ...] = (batch, dims.image_channels, *pixels)
     text: tuple[int | Axis, ...] = (batch, dims.tokens, dims.text_width)
-    f32, i64 = "float32", "int64"
+    f32, i32, i64 = "float32", "int32", "int64"
+    # int32 ids: what diffusers' ONNX pipeline feeds and OpenVINO's takes too.
     tensors: dict[NetworkName, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = {
         "text_encoder": (
-            (TensorSpec("input_ids", i64, (batch, dims.tokens), (0, dims.vocabulary - 1)),),
+            (TensorSpec("input_ids", i32, (batch, dims.tokens), (0, dims.vocabulary - 1)),),
             (TensorSpec("last_hidden_state", f32, text),),
         ),
         "unet": (
             (
                 TensorSpec("sample", f32, latent),
-                TensorSpec("timestep", i64, (batch,)),
+                TensorSpec("timestep", i64, (batch,), shared=True),
                 TensorSpec("encoder_hidden_states", f32, text),
             ),
             (TensorSpec("noise_pred", f32, latent),),

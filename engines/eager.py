@@ -15,7 +15,7 @@ __all__ = ["EagerEngine", "TextEncoder", "Unet", "VaeDecoder", "VaeEncoder", "to
 
 
 class TextEncoder(nn.Module):
-    """`input_ids` int64 [B, L] -> `last_hidden_state` [B, L, D], after the final layer norm."""
+    """`input_ids` int32 [B, L] -> `last_hidden_state` [B, L, D], after the final layer norm."""
 
     def __init__(self, text_encoder: nn.Module) -> None:
         super().__init__()
@@ -26,7 +26,7 @@ class TextEncoder(nn.Module):
 
 
 class Unet(nn.Module):
-    """`sample` [B, C, h, w], `timestep` int64 [B], `encoder_hidden_states` [B, L, D] -> `noise_pred` [B, C, h, w]."""
+    """`sample` [B, C, h, w], `timestep` int64 [B] or [1], `encoder_hidden_states` [B, L, D] -> `noise_pred`."""
 
     def __init__(self, unet: nn.Module) -> None:
         super().__init__()

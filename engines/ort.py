@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from engines.base import Engine
-from engines.contract import Axis, Network
+from engines.contract import Network
 from engines.errors import EngineError, reason
 from engines.specialised import Specialised
 from engines.variant import Bounds
@@ -63,9 +63,9 @@ class OrtEngine(Engine):
         options.log_severity_level = _ERRORS_ONLY
         if sizes is not None:
             for spec in self.network.inputs:  # whose free axes bear the contract's names
-                for axis, size in zip(spec.axes, spec.shape(sizes), strict=True):
-                    if isinstance(axis, Axis):
-                        options.add_free_dimension_override_by_name(str(axis), size)
+                for name, size in zip(spec.axis_names, spec.shape(sizes), strict=True):
+                    if isinstance(name, str):
+                        options.add_free_dimension_override_by_name(name, size)
         try:
             return onnxruntime.InferenceSession(str(self._path), options, providers=self._providers)
         except Exception as error:

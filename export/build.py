@@ -6,9 +6,10 @@ import gc
 import os
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -21,11 +22,12 @@ from engines.select import RECIPES, Recipe, availability, backend_version, check
 from engines.staging import staging
 from engines.variant import Bounds, Order
 from export.graphs import cases
+from export.layout import KINDS, write_layout
 from export.stages import Graph, Samples, Stages, cannot_build
 from export.verify import verify
 from export.versions import peak_memory, versions
 
-__all__ = ["Progress", "build_bundle"]
+__all__ = ["Configs", "Progress", "build_bundle"]
 
 # Called with what is being done, how many steps are done and how many there are.
 Progress = Callable[[str, int, int], None]
@@ -44,6 +46,7 @@ def build_bundle(
     target: Path,
     write_config: Callable[[Path], None],
     *,
+    configs: Configs | None = None,
     keep: Bundle | None = None,
     samples: Samples | None = None,
     progress: Progress | None = None,
@@ -57,6 +60,8 @@ def build_bundle(
         orders: the variants and the sizes that they are for; at least one.
         target: the bundle's folder; a bundle that stands there is replaced at the end, and kept if the build fails.
         write_config: writes what the pipeline needs into the folder it is given.
+        configs: of the networks and the scheduler; with them the variants that others can open get a layout of theirs,
+            see `layout`. `write_config` must then write the tokenizer, into `tokenizer`.
         keep: a bundle of the same source; its variants that are not built anew go into this one as they are.
         samples: of real runs, which int8 is calibrated on; see `stages.Samples`.
         progress: called before each step.
@@ -90,6 +95,12 @@ def build_bundle(
                 records[index].append(build.engine(network, networks[name], order))
                 seconds[index] += time.perf_counter() - started
             build.stages.forget()
+        if configs is not None:
+            for order in orders:
+                kind = KINDS.get(order.variant.backend)
+                if kind is not None:
+                    tokenizer = folder / "config" / "tokenizer"
+                    write_layout(folder / order.variant.name, kind, configs.networks, tokenizer, configs.scheduler)
         steps.begin("manifest")
         shutil.rmtree(folder / _WORK, ignore_errors=True)
         made = [build.variant(o, r, s) for o, r, s in zip(orders, records, seconds, strict=True)]
@@ -99,6 +110,14 @@ def build_bundle(
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
     steps.begin("done")
     return Bundle.open(target, verify=False)
+
+
+@dataclass(frozen=True)
+class Configs:
+    """What readers of other layouts want to know: each network's configuration, and the scheduler's."""
+
+    networks: Mapping[NetworkName, Mapping[str, Any]]
+    scheduler: Mapping[str, Any]
 
 
 class _Steps:

@@ -34,7 +34,7 @@ def dynamic_shapes(network: Network) -> tuple[dict[int, Any], ...]:
     """For each input in order, the symbolic dimension of each axis that a caller chooses.
 
     A side that must be a multiple of m is the derived dimension m * Dim: diffusers then sees that every halving comes
-    out even and takes the branch that hands no sizes to its upsamplers.
+    out even and takes the branch that hands no sizes to its upsamplers. A shared input has its one row.
     """
     roots = {symbol: Dim(symbol) for symbol in network.symbols if symbol != "batch"}
     roots["batch"] = Dim("batch", min=1, max=TRACED_BATCH_MAX)
@@ -45,6 +45,8 @@ def dynamic_shapes(network: Network) -> tuple[dict[int, Any], ...]:
 
     return tuple(
         {index: dimension(axis) for index, axis in enumerate(spec.axes) if isinstance(axis, Axis)}
+        if not spec.shared
+        else {}
         for spec in network.inputs
     )
 
@@ -55,10 +57,15 @@ def _unit(network: Network) -> int:
 
 
 def example_inputs(network: Network, dims: Dims) -> tuple[Tensor, ...]:
-    """Inputs to trace with: a batch of 2 and unlike sides, so that no axis is taken for another or for a 1."""
+    """Inputs to trace with: a batch of 2 and unlike sides, so that no axis is taken for another or for a 1.
+
+    Of what one row may serve the whole batch, it is one row: diffusers' own expansion to the batch then stays in the
+    graph, and of a full batch of rows it makes the same rows.
+    """
     unit = _unit(network)
     sizes = {"batch": 2, "height": dims.sample_size + unit, "width": dims.sample_size + 2 * unit}
-    return tuple(random_inputs(network, dims, Case(sizes, 1.0), torch.Generator().manual_seed(0)).values())
+    inputs = random_inputs(network, dims, Case(sizes, 1.0), torch.Generator().manual_seed(0))
+    return tuple(inputs[spec.name][:1] if spec.shared else inputs[spec.name] for spec in network.inputs)
 
 
 def cases(network: Network, dims: Dims, bounds: Sequence[Bounds] = ()) -> tuple[Case, ...]:
@@ -103,7 +110,7 @@ def random_inputs(network: Network, dims: Dims, case: Case, generator: torch.Gen
     for spec in network.inputs:
         shape = spec.shape(case.sizes)
         if spec.name == "input_ids":
-            inputs[spec.name] = torch.randint(0, dims.vocabulary, shape, generator=generator)
+            inputs[spec.name] = torch.randint(0, dims.vocabulary, shape, generator=generator, dtype=torch.int32)
         elif spec.name == "timestep":
             # One draw from each equal part of 0..999, the first case's alone being anywhere.
             part = TRAIN_TIMESTEPS / shape[0]

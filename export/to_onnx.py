@@ -1,4 +1,4 @@
-"""Torch module -> ONNX graph with the contract's names and free batch, height and width."""
+"""Torch module -> ONNX graph with the contract's names and free batch, height and width; one timestep or one a row."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def _name_axes(model: Any, network: Network) -> None:
     import onnx_ir
 
     for value, spec in zip(model.graph.inputs, network.inputs, strict=True):
-        value.shape = onnx_ir.Shape([axis if isinstance(axis, int) else str(axis) for axis in spec.axes])
+        value.shape = onnx_ir.Shape(spec.axis_names)
 
 
 def _forget_origin(model: Any) -> None:

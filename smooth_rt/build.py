@@ -189,7 +189,7 @@ def _build(
     calibration_prompts: Sequence[str],
 ) -> Bundle:
     from engines.eager import torch_networks
-    from export.build import build_bundle
+    from export.build import Configs, build_bundle
     from smooth_rt.lora import fuse
 
     if lora is not None and source.lora is not None and source.lora.strength is not None:
@@ -201,7 +201,16 @@ def _build(
 
         samples = Trajectories(model, calibration_prompts)
     return build_bundle(
-        networks, model.dims, source, orders, target, model.write_config, keep=keep, samples=samples, progress=progress
+        networks,
+        model.dims,
+        source,
+        orders,
+        target,
+        model.write_config,
+        configs=Configs(model.network_configs(), model.config().sampling_config),
+        keep=keep,
+        samples=samples,
+        progress=progress,
     )
 
 

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from engines.bundle import digest_json, staging
-from engines.contract import Dims
+from engines.contract import Dims, NetworkName
 from smooth_rt.checkpoint import (
     HUB_ID,
     NETWORK_PARTS,
@@ -87,6 +87,18 @@ class Model:
         _save_tokenizer(self.tokenizer, folder / "tokenizer")
         _write_json(folder / "scheduler_config.json", self.scheduler_config)
         _write_json(folder / "model.json", {"scaling_factor": float(self.vae.config.scaling_factor)})
+
+    def network_configs(self) -> dict[NetworkName, dict[str, Any]]:
+        """Each network's config as `save` writes it, for `export.layout`; the VAE's stands for both its networks.
+
+        The text encoder's `max_position_embeddings` is the number of tokens that its graph takes: readers of graphs
+        size their ids by it.
+        """
+        text = {**self.text_encoder.config.to_diff_dict(), "max_position_embeddings": self.dims.tokens}
+        unet, vae = (json.loads(module.to_json_string()) for module in (self.unet, self.vae))
+        for config in (unet, vae):
+            config.pop("_name_or_path", None)  # this machine's folders
+        return {"text_encoder": text, "unet": unet, "vae_encoder": vae, "vae_decoder": vae}
 
     def save(self, folder: Path) -> None:
         """Write a complete diffusers folder (fp32 safetensors), whole or not at all.

@@ -228,7 +228,7 @@ class SmoothPipeline:
                 cut = shown(self.tokenizer.decode(ids[self.dims.tokens - 1 : -1]))
                 LOG.warning("prompt %s: longer than %d tokens; left out: %s", shown(prompt), self.dims.tokens, cut)
         parts = self._calls("text_encoder", len(distinct))
-        embeds = torch.cat([self._run("text_encoder", input_ids=tokens.input_ids[part]) for part in parts])
+        embeds = torch.cat([self._run("text_encoder", input_ids=tokens.input_ids[part].int()) for part in parts])
         return embeds[[distinct.index(prompt) for prompt in prompts]]
 
     def encode_image(

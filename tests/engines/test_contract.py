@@ -57,7 +57,7 @@ def test_inputs_that_contradict_the_contract(dims: Dims, change: dict[str, Tenso
 
 @pytest.mark.parametrize("stray", [-1, 11])
 def test_token_ids_outside_the_vocabulary(dims: Dims, stray: int) -> None:
-    ids = torch.zeros(2, dims.tokens, dtype=torch.int64)
+    ids = torch.zeros(2, dims.tokens, dtype=torch.int32)
     ids[1, 3] = stray
     with pytest.raises(InputError, match=f"holds {stray}, outside 0..10"):
         contract("text_encoder", dims).bind({"input_ids": ids})
