@@ -87,9 +87,9 @@ class Engine(abc.ABC):
                 raise InputError(f"{self.network.name}: {name} is not a CPU torch tensor; convert it with .cpu() first")
         first = inputs.get(self.network.inputs[0].name)
         for spec in self.network.inputs:
-            tensor = inputs.get(spec.name)
-            if spec.shared and tensor is not None and first is not None and tensor.shape[:1] == (1,) and first.ndim:
-                inputs[spec.name] = tensor.expand(len(first), *tensor.shape[1:])
+            row = inputs.get(spec.name)
+            if spec.shared and row is not None and first is not None and row.shape[:1] == (1,) and first.ndim:
+                inputs[spec.name] = row.expand(len(first), *row.shape[1:])
         sizes = self.network.bind(inputs)
         profile = self._profile(sizes)
         ready = {spec.name: inputs[spec.name].detach().contiguous() for spec in self.network.inputs}

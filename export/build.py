@@ -23,7 +23,8 @@ from engines.staging import staging
 from engines.variant import Bounds, Order
 from export.graphs import cases
 from export.layout import KINDS, write_layout
-from export.stages import Graph, Samples, Stages, cannot_build
+from export.stages import Graph, Stages, cannot_build
+from export.to_int8 import Calibration
 from export.verify import verify
 from export.versions import peak_memory, versions
 
@@ -48,7 +49,7 @@ def build_bundle(
     *,
     configs: Configs | None = None,
     keep: Bundle | None = None,
-    samples: Samples | None = None,
+    calibration: Calibration | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Build every network of every variant, verify every output of each, and publish the bundle at `target`.
@@ -63,23 +64,23 @@ def build_bundle(
         configs: of the networks and the scheduler; with them the variants that others can open get a layout of theirs,
             see `layout`. `write_config` must then write the tokenizer, into `tokenizer`.
         keep: a bundle of the same source; its variants that are not built anew go into this one as they are.
-        samples: of real runs, which int8 is calibrated on; see `stages.Samples`.
+        calibration: real runs of the model, for int8.
         progress: called before each step.
 
     Raises:
-        InputError: no order, a precision that a backend is not built in, int8 without samples, or networks that are
+        InputError: no order, a precision that a backend is not built in, int8 without calibration, or networks that are
             not the contract's, or not fp32.
         EngineError: a backend is unknown or cannot run here, or a network cannot be exported or converted.
         ParityError: a graph differs from its torch module; nothing is published.
         ModelError: a torch module gives numbers that are not finite.
         BundleError: `target` cannot be written, is somebody's folder, or the disk is full.
     """
-    _check(networks, dims, orders, samples)
+    _check(networks, dims, orders, calibration)
     kept = [] if keep is None else [b for b in keep.variants if b.variant not in [o.variant for o in orders]]
     steps = _Steps(progress, orders)
     with staging(target, needed=_needed(networks, orders)) as folder:
         ready = None if keep is None else keep.path / _EXPORTED
-        stages = Stages(folder / _WORK, dims, samples, steps.begin, ready)
+        stages = Stages(folder / _WORK, dims, calibration, steps.begin, ready)
         build = _Build(dims, source, folder, stages, steps)
         steps.begin("configuration")
         (folder / "config").mkdir()
@@ -136,7 +137,7 @@ class _Steps:
 
 
 def _check(
-    networks: dict[NetworkName, nn.Module], dims: Dims, orders: Sequence[Order], samples: Samples | None
+    networks: dict[NetworkName, nn.Module], dims: Dims, orders: Sequence[Order], calibration: Calibration | None
 ) -> None:
     if not orders:
         raise InputError("backends: none given; name one or more of " + ", ".join(n for n in RECIPES if n != "eager"))
@@ -151,8 +152,8 @@ def _check(
         fault = cannot_build(order.variant)
         if fault is not None:
             raise EngineError(f"engine {backend!r}: {fault}")
-        if precision == "int8" and samples is None:
-            raise InputError("precision 'int8': needs samples of real runs to be calibrated on; none were given")
+        if precision == "int8" and calibration is None:
+            raise InputError("precision 'int8': needs real runs of the model to be calibrated on; none were given")
         for profile in order.profiles:
             profile.check(dims)
         if not order.profiles:

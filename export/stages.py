@@ -8,19 +8,18 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import nn
 
 from engines.contract import Dims, Network, NetworkName
-from engines.errors import EngineError
+from engines.errors import EngineError, InputError
 from engines.inductor import package_of
 from engines.select import RECIPES
 from engines.variant import Bounds, Order, Precision, Variant
+from export.to_int8 import Calibration
 from export.to_onnx import to_onnx
 
-__all__ = ["Graph", "Samples", "Stages", "cannot_build"]
+__all__ = ["Graph", "Stages", "cannot_build"]
 
-# The inputs that a network had in real runs, by name: what int8 is calibrated on.
-Samples = Callable[[NetworkName], Sequence[dict[str, Tensor]]]
 Notes = dict[str, int | str | list[str]]
 
 
@@ -38,7 +37,7 @@ class Stages:
     Args:
         folder: for graphs on the way.
         dims: the model's sizes.
-        samples: see `Samples`; int8 alone asks for them.
+        calibration: real runs of the model; int8 alone asks for them.
         begin: called with what is being done.
         ready: a folder of graphs in fp32 that were exported and verified before, a folder a network, if it is there.
     """
@@ -47,14 +46,15 @@ class Stages:
         self,
         folder: Path,
         dims: Dims,
-        samples: Samples | None,
+        calibration: Calibration | None,
         begin: Callable[[str], None],
         ready: Path | None = None,
     ) -> None:
         self._folder = folder
         self._ready = ready
+        self._islands: list[str] = []
         self._dims = dims
-        self._samples = samples
+        self._real_runs = calibration
         self._begin = begin
 
     @staticmethod
@@ -108,17 +108,18 @@ class Stages:
             else:
                 from export.half import in_half
 
-                to_onnx(in_half(module, network, self._dims, precision), network, self._dims, path)
+                half, self._islands = in_half(module, network, self._dims, precision)
+                to_onnx(half, network, self._dims, path)
         return path
 
     def _as_onnx(self, network: Network, precision: Precision, onnx: Path, path: Path) -> Graph:
         if precision == "int8":
             from export.to_int8 import quantise_onnx
 
-            return Graph(path, quantise_onnx(onnx, path, network, self._calibration(network)))
+            return Graph(path, quantise_onnx(onnx, path, network, self._real()))
         for part in onnx.parent.iterdir():
             _take(part, path.parent / part.name)
-        return Graph(path)
+        return Graph(path, {} if precision == "fp32" else {"fp32_islands": self._islands})
 
     def _as_openvino(self, network: Network, precision: Precision, onnx: Path, path: Path) -> Graph:
         from export.to_openvino import to_openvino  # a build for another backend needs no openvino
@@ -126,7 +127,7 @@ class Stages:
         if precision == "int8":
             from export.to_int8 import quantise_openvino
 
-            return Graph(path, quantise_openvino(onnx, path, network, self._calibration(network)))
+            return Graph(path, quantise_openvino(onnx, path, network, self._real()))
         to_openvino(onnx, path, compress=precision == "fp16")
         return Graph(path)
 
@@ -148,9 +149,10 @@ class Stages:
             to_inductor(module, network, self._dims, package, precision=precision, device=device, symbol_bounds=ends)
         return Graph(path, {"packages": len(bounds)})
 
-    def _calibration(self, network: Network) -> Sequence[dict[str, Tensor]]:
-        assert self._samples is not None
-        return self._samples(network.name)
+    def _real(self) -> Calibration:
+        if self._real_runs is None:
+            raise InputError("precision 'int8': needs real runs of the model to be calibrated on; none were given")
+        return self._real_runs
 
 
 def cannot_build(variant: Variant) -> str | None:

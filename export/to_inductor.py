@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import json
 import os
 import re
@@ -27,11 +26,11 @@ from engines.errors import EngineError, InputError, reason
 from engines.pt2 import Package
 from export import aoti_compile
 from export.graphs import TRACED_BATCH_MAX, Case, random_inputs
+from export.half import DTYPES, Cast, converted
 from export.quiet import quiet
 
 __all__ = ["DTYPES", "cannot_build", "to_inductor"]
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 DEVICES = ("cpu", "cuda")
 COMPILERS = ("g++", "clang++", "c++")  # tried in this order where CXX names none
 
@@ -83,8 +82,7 @@ def to_inductor(
         network: its contract.
         dims: the model's sizes.
         path: the .pt2 file; its folder is created.
-        precision: fp32, bf16 or fp16. Inputs and outputs stay the contract's. A module that has parameters of that
-            dtype already is taken as it is: what it holds in fp32 is meant to be.
+        precision: fp32, bf16 or fp16. Inputs and outputs stay the contract's.
         device: "cpu", or "cuda" for the GPU that torch takes by default; the module stays on the CPU.
         symbol_bounds: per symbol of the contract, the least and the greatest size (None: no bound). Equal ones make
             the axis static. None, or a symbol left out: what the network itself takes.
@@ -144,9 +142,9 @@ def _export(
     try:
         with quiet(), torch.no_grad():
             if dtype is not torch.float32 or device == "cuda":
-                module = _converted(module, dtype, channels_last=device == "cuda")
+                module = converted(module, dtype, last=device == "cuda")
             if dtype is not torch.float32:
-                module, shapes = _Cast(module, dtype).eval(), (shapes,)
+                module, shapes = Cast(module, dtype).eval(), (shapes,)
             program = torch.export.export(module, inputs, dynamic_shapes=shapes)
     except Exception as error:
         raise EngineError(f"{network.name}: torch.export failed: {reason(error)}") from error
@@ -165,36 +163,6 @@ def _cache(folder: Path) -> Iterator[None]:
         os.environ.pop(_CACHE)
         if before is not None:
             os.environ[_CACHE] = before
-
-
-class _Cast(nn.Module):
-    """The contract's float32 outside, `dtype` inside."""
-
-    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
-        super().__init__()
-        self.module = module
-        self.dtype = dtype
-
-    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
-        cast = (tensor.to(self.dtype) if tensor.is_floating_point() else tensor for tensor in inputs)
-        return tuple(output.float() for output in self.module(*cast))
-
-
-def _converted(module: nn.Module, dtype: torch.dtype, channels_last: bool) -> nn.Module:
-    """A copy in `dtype`. Each tensor is converted on its own, so that there is never a second fp32 copy of them all;
-    one that needs no conversion is shared with `module`."""
-    tensors = [*module.parameters(), *module.buffers()]
-    as_it_is = dtype is torch.float32 or any(p.dtype is dtype for p in module.parameters())
-    memo: dict[int, Any] = {}
-    for tensor in tensors:
-        new = tensor.detach()
-        if new.is_floating_point() and not as_it_is:
-            new = new.to(dtype)
-        if channels_last and new.ndim == 4:
-            new = new.contiguous(memory_format=torch.channels_last)
-        memo[id(tensor)] = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
-    # deepcopy takes from the memo what it finds there, and copies the modules around.
-    return copy.deepcopy(module, memo)
 
 
 def _traced(network: Network, dims: Dims, bounds: Bounds) -> tuple[tuple[Tensor, ...], tuple[Any, ...]]:

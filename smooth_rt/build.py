@@ -195,11 +195,11 @@ def _build(
     if lora is not None and source.lora is not None and source.lora.strength is not None:
         fuse(model.unet, lora, source.lora.strength)
     networks = torch_networks(model.text_encoder, model.unet, model.vae)
-    samples = None
+    calibration = None
     if any(order.variant.precision == "int8" for order in orders):
         from smooth_rt.calibration import Trajectories
 
-        samples = Trajectories(model, calibration_prompts)
+        calibration = Trajectories(model, calibration_prompts)
     return build_bundle(
         networks,
         model.dims,
@@ -209,7 +209,7 @@ def _build(
         model.write_config,
         configs=Configs(model.network_configs(), model.config().sampling_config),
         keep=keep,
-        samples=samples,
+        calibration=calibration,
         progress=progress,
     )
 

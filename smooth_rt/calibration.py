@@ -1,4 +1,4 @@
-"""The inputs that a model's networks have in real runs: what int8 is calibrated on.
+"""Real runs of a model: what int8 is calibrated on, and judged by.
 
 A quantiser sees the values that pass through a network and sets its scales by them. Noise that was merely drawn would
 show it neither the text that steers nor how values shrink and grow from timestep 999 to 0, so images are sampled.
@@ -7,7 +7,8 @@ show it neither the text that steers nor how values shrink and grow from timeste
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -15,11 +16,13 @@ from torch import Tensor
 
 from engines.contract import NETWORKS, Network, NetworkName, contract
 from engines.eager import EagerEngine, torch_networks
+from engines.select import RECIPES, open_engine
 from smooth_rt.evaluation.inputs import read_prompts
 
 if TYPE_CHECKING:
     from torch import nn
 
+    from engines.base import Engine
     from smooth_rt.model import Model
 
 __all__ = ["IMAGES", "STEPS", "Trajectories", "read_prompts"]
@@ -33,7 +36,7 @@ SEED = 20240617
 
 
 class Trajectories:
-    """Inputs of each network while images are sampled by the model itself, without any engine.
+    """Images that the model itself samples, without any engine, and the inputs of each network meanwhile.
 
     Args:
         model: fused as the engines will be.
@@ -51,11 +54,12 @@ class Trajectories:
     ) -> None:
         self._model = model
         self._prompts = list(prompts)
-        self._images = images
+        self._count = images
         self._steps = steps
         self._seen: dict[NetworkName, list[dict[str, Tensor]]] = {}
+        self._wanted = torch.empty(0)
 
-    def __call__(self, network: NetworkName) -> list[dict[str, Tensor]]:
+    def samples(self, network: NetworkName) -> list[dict[str, Tensor]]:
         """The inputs of `network`, one row each, in an order that mixes images and timesteps."""
         if not self._seen:
             self._sample()
@@ -63,24 +67,40 @@ class Trajectories:
         order = torch.randperm(len(seen), generator=torch.Generator().manual_seed(SEED)).tolist()
         return [seen[index] for index in order]
 
+    def psnr(self, network: Network, graph: Path, backend: str) -> float:
+        """The median PSNR in dB, over the images, of those sampled with `graph` in the place of `network`."""
+        if not self._seen:
+            self._sample()
+        hint = RECIPES[backend]["int8"][network.name].hint
+        with open_engine(backend, network, graph, hint) as engine:
+            images = self._images({**self._engines(lambda _: lambda _: None), network.name: engine})
+        error = (images - self._wanted).square().flatten(1).mean(dim=1)
+        return float((-10 * error.clamp(min=1e-12).log10()).median())
+
+    def _engines(self, hear: Callable[[NetworkName], Callable[[dict[str, Tensor]], None]]) -> dict[NetworkName, Engine]:
+        model = self._model
+        networks = torch_networks(model.text_encoder, model.unet, model.vae)
+        return {name: _Listening(contract(name, model.dims), networks[name], hear(name)) for name in NETWORKS}
+
     def _sample(self) -> None:
+        self._seen = {name: [] for name in NETWORKS}
+        engines = self._engines(lambda name: self._seen[name].append)
+        LOG.info("calibration: sampling %d images in %d steps", self._count, self._steps)
+        self._wanted = self._images(engines)
+
+    def _images(self, engines: Mapping[NetworkName, Engine]) -> Tensor:
         from smooth_rt.pipeline import SmoothPipeline
 
         model = self._model
-        networks = torch_networks(model.text_encoder, model.unet, model.vae)
-        self._seen = {name: [] for name in NETWORKS}
-        engines = {
-            name: _Listening(contract(name, model.dims), networks[name], self._seen[name].append) for name in NETWORKS
-        }
         pipe = SmoothPipeline(engines, model.config(), model.dims, source=model.source)
         prompts = self._prompts or read_prompts()
         # Spread over the list, of which neighbours may be alike.
-        chosen = [prompts[index * len(prompts) // self._images % len(prompts)] for index in range(self._images)]
-        seeds = [torch.Generator().manual_seed(SEED + index) for index in range(self._images)]
-        LOG.info("calibration: sampling %d images in %d steps", self._images, self._steps)
-        for prompt, seed in zip(chosen, seeds, strict=True):
-            made = pipe(prompt, num_inference_steps=self._steps, guidance_scale=GUIDANCE, generator=seed)
-            pipe.encode_image(made.images)
+        chosen = [prompts[index * len(prompts) // self._count % len(prompts)] for index in range(self._count)]
+        seeds = [torch.Generator().manual_seed(SEED + index) for index in range(self._count)]
+        made = pipe(
+            chosen, num_inference_steps=self._steps, guidance_scale=GUIDANCE, generator=seeds, output_type="pt"
+        ).images
+        return torch.as_tensor(made)
 
 
 class _Listening(EagerEngine):

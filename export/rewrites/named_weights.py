@@ -10,8 +10,8 @@ from __future__ import annotations
 import hashlib
 from typing import Any
 
-import numpy as np
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 __all__ = ["TRANSPOSED", "named_weights"]
 
@@ -32,11 +32,11 @@ def named_weights(model: Any, module: nn.Module) -> int:
         forms = {name: parameter} | ({name + TRANSPOSED: parameter.T} if parameter.ndim == 2 else {})
         for called, tensor in forms.items():
             if tuple(tensor.shape) in shapes:
-                known.setdefault((tuple(tensor.shape), _digest(tensor.detach().numpy())), called)
+                known.setdefault((tuple(tensor.shape), _digest(tensor)), called)
     hits = 0
     for value in list(nameless.values()):
         tensor = value.const_value
-        found = None if tensor is None else known.get((tuple(tensor.shape), _digest(tensor.numpy())))
+        found = None if tensor is None else known.get((tuple(tensor.shape), hashlib.sha256(tensor.tobytes()).digest()))
         # Two layers of equal weights share a name's digest; the second keeps its own.
         if found is not None and found not in initializers:
             initializers.pop(value.name)
@@ -47,5 +47,5 @@ def named_weights(model: Any, module: nn.Module) -> int:
     return hits
 
 
-def _digest(array: np.ndarray) -> bytes:
-    return hashlib.sha256(np.ascontiguousarray(array).data).digest()
+def _digest(tensor: Tensor) -> bytes:
+    return hashlib.sha256(tensor.detach().contiguous().flatten().view(torch.uint8).numpy().data).digest()

@@ -1,0 +1,168 @@
+"""Torch module -> the same in fp16 or bf16, with islands of fp32 where a measurement asks for them.
+
+Precision lives in the graph: TensorRT 11 has no flag for it, so what is exported must compute in half already. What
+suffers by it, if anything does, depends on the weights: statistics of norms, the timestep's embedding, values that
+outgrow fp16 (VAE decoders are known for it, and give black images). So each is tried.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from engines.contract import Dims, Network
+from engines.errors import EngineError, InputError
+from engines.variant import Precision
+from export.graphs import Case, random_inputs
+
+__all__ = ["DTYPES", "ISLANDS", "converted", "in_half"]
+
+DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+# Kinds of modules that may be left in fp32, by what they are called in the manifest.
+ISLANDS: dict[str, tuple[str, ...]] = {
+    "norms": ("GroupNorm", "LayerNorm"),
+    "timestep embedding": ("TimestepEmbedding",),
+}
+WORTH = 1.1  # how many times larger the error must be without an island
+HEADROOM = 1 / 8  # of fp16's range: a module whose outputs go beyond stays in fp32
+SEED = 11
+
+
+def in_half(module: nn.Module, network: Network, dims: Dims, precision: Precision) -> tuple[nn.Module, list[str]]:
+    """A copy of `module` that computes in `precision`, and the islands in it, each by kind or by a module's name.
+
+    Inputs and outputs stay the contract's. The fp32 weights are not copied; those in half take half their space.
+
+    Args:
+        module: a module of `engines.eager.torch_networks`, in fp32 on the CPU.
+        network: its contract.
+        dims: the model's sizes.
+        precision: "fp16" or "bf16".
+
+    Raises:
+        InputError: another precision.
+        EngineError: the numbers are not finite, whatever is left in fp32.
+    """
+    if precision not in ("fp16", "bf16"):
+        raise InputError(f"precision {precision!r}: a module is converted to fp16 or bf16")
+    dtype = DTYPES[precision]
+    inputs = list(_inputs(network, dims).values())
+    large = _large(module, inputs) if dtype is torch.float16 else []
+    with torch.no_grad():
+        wanted = module(*inputs)
+    kinds = [kind for kind, types in ISLANDS.items() if any(type(m).__name__ in types for m in module.modules())]
+    full = _error(_built(module, dtype, kinds, large), inputs, wanted)
+    if not full < float("inf"):
+        raise EngineError(f"{network.name}: not finite in {precision}, even with norms in fp32; choose bf16 or fp32")
+    kept = [
+        kind
+        for kind in kinds
+        if _error(_built(module, dtype, [k for k in kinds if k != kind], large), inputs, wanted) > WORTH * full
+    ]
+    return _built(module, dtype, kept, large), [*kept, *large]
+
+
+def converted(module: nn.Module, dtype: torch.dtype, keep: Sequence[nn.Module] = (), last: bool = False) -> nn.Module:
+    """A copy in `dtype`. Each tensor is converted on its own, so that there is never a second fp32 copy of them all;
+    one that needs no conversion is shared with `module`.
+
+    Args:
+        keep: modules whose tensors stay as they are.
+        last: whether weights of convolutions are laid out channels-last.
+    """
+    kept = {id(tensor) for one in keep for tensor in (*one.parameters(), *one.buffers())}
+    memo: dict[int, Any] = {}
+    for tensor in (*module.parameters(), *module.buffers()):
+        new = tensor.detach()
+        if new.is_floating_point() and id(tensor) not in kept:
+            new = new.to(dtype)
+        if last and new.ndim == 4:
+            new = new.contiguous(memory_format=torch.channels_last)
+        memo[id(tensor)] = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
+    # deepcopy takes from the memo what it finds there, and copies the modules around.
+    return copy.deepcopy(module, memo)
+
+
+class Cast(nn.Module):
+    """The contract's float32 outside, `dtype` inside."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module = module
+        self.dtype = dtype
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        cast = (tensor.to(self.dtype) if tensor.is_floating_point() else tensor for tensor in inputs)
+        return tuple(output.float() for output in self.module(*cast))
+
+
+class _Island(nn.Module):
+    """fp32 inside, `dtype` outside."""
+
+    def __init__(self, module: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.module = module
+        self.dtype = dtype
+
+    def forward(self, *inputs: Any, **named: Any) -> Any:
+        output = self.module(*(_lifted(x) for x in inputs), **{name: _lifted(x) for name, x in named.items()})
+        return output.to(self.dtype)
+
+
+def _lifted(value: Any) -> Any:
+    return value.float() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _built(module: nn.Module, dtype: torch.dtype, kinds: Sequence[str], names: Sequence[str]) -> nn.Module:
+    types = {name for kind in kinds for name in ISLANDS[kind]}
+    islands = [name for name, one in module.named_modules() if name in names or type(one).__name__ in types]
+    islands = [name for name in islands if not any(name.startswith(f"{other}.") for other in islands)]
+    half = converted(module, dtype, [module.get_submodule(name) for name in islands])
+    for name in islands:
+        parent, _, own = name.rpartition(".")
+        setattr(half.get_submodule(parent), own, _Island(half.get_submodule(name), dtype))
+    return Cast(half, dtype).eval()
+
+
+def _large(module: nn.Module, inputs: Sequence[Tensor]) -> list[str]:
+    """The innermost modules whose outputs come near the end of fp16's range."""
+    limit = torch.finfo(torch.float16).max * HEADROOM
+    found: list[str] = []
+
+    def look(name: str) -> Any:
+        def hook(_: nn.Module, __: Any, output: Any) -> None:
+            if isinstance(output, Tensor) and float(output.detach().abs().max()) > limit and name not in found:
+                found.append(name)
+
+        return hook
+
+    hooks = [m.register_forward_hook(look(name)) for name, m in _leaves(module)]
+    try:
+        with torch.no_grad():
+            module(*inputs)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return found
+
+
+def _leaves(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    return ((name, one) for name, one in module.named_modules() if name and next(one.children(), None) is None)
+
+
+def _error(module: nn.Module, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    with torch.no_grad():
+        got = module(*inputs)
+    if not all(bool(output.isfinite().all()) for output in got):
+        return float("inf")
+    return max(float((g - w).norm() / w.norm().clamp(min=1e-12)) for g, w in zip(got, wanted, strict=True))
+
+
+def _inputs(network: Network, dims: Dims) -> dict[str, Tensor]:
+    """Two rows at the model's own size; a VAE's latents as large as those of SD1.x."""
+    sizes = {"batch": 2, "height": dims.sample_size, "width": dims.sample_size}
+    return random_inputs(network, dims, Case(sizes, 5.5), torch.Generator().manual_seed(SEED))

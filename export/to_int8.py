@@ -1,0 +1,161 @@
+"""fp32 graph -> int8 by NNCF: weights and what flows into a layer, but for the layers that images would suffer by.
+
+How far one call is from fp32 says little about an image: an error that is the same in both halves of guidance cancels
+in their difference, and one that is not is multiplied by the scale. So images decide. The layers that are never
+quantised cost next to nothing; of the rest, whole kinds are left in floating point, one more at each rung of `LADDER`,
+until images sampled on the graph are close enough to those of the torch module.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from engines.contract import Network, NetworkName
+from engines.errors import EngineError, ParityError, reason
+from export.quiet import quiet
+
+__all__ = ["ENOUGH_DB", "LADDER", "Calibration", "quantise_onnx", "quantise_openvino"]
+
+LOG = logging.getLogger("smooth_rt")
+
+# The median PSNR of images to fp32's at which a rung of the ladder is taken.
+ENOUGH_DB = 30.0
+# By the end of a weight's name. On the default model everything in int8 gave 26 dB, without attention 30, convolutions
+# alone 36.
+ALWAYS = r"time_|conv_in|conv_out|attn2\.to_[kv]"
+LADDER: tuple[tuple[str, str | None], ...] = (
+    ("all", None),
+    ("attention's queries and keys in floating point", r"to_[qk]\.|to_[qk]$"),
+    ("attention in floating point", r"attn[12]\."),
+    ("attention and proj_in, proj_out in floating point", r"attn[12]\.|proj_(in|out)"),
+    ("convolutions alone in int8", r"attn[12]\.|proj_(in|out)|ff\."),
+)
+SUBSET = 128  # rows that NNCF looks at
+_LAYERS = ("Conv", "MatMul", "Gemm")
+
+
+class Calibration(Protocol):
+    """What a quantiser asks of real runs of the model."""
+
+    def samples(self, network: NetworkName) -> Sequence[dict[str, Tensor]]:
+        """Inputs that the network had, one row each, images and timesteps mixed."""
+
+    def psnr(self, network: Network, graph: Path, backend: str) -> float:
+        """The median PSNR in dB of images sampled with `graph` in the network's place, to those without it."""
+
+
+def quantise_openvino(onnx: Path, path: Path, network: Network, calibration: Calibration) -> dict[str, Any]:
+    """Convert `onnx` and write `path` (.xml, its weights beside it) in int8.
+
+    Returns:
+        what was chosen, for the manifest.
+
+    Raises:
+        EngineError: NNCF is not installed, or cannot quantise the graph.
+        ParityError: no rung of the ladder gives images that are close enough.
+        OSError: the files cannot be written.
+    """
+    import openvino
+
+    from export.to_openvino import save
+
+    def quantise(data: Any, left_out: Any) -> None:
+        with quiet():
+            model = _quantised(openvino.convert_model(str(onnx)), data, left_out)
+        save(model, path, onnx.stat().st_size)
+
+    return _climb(onnx, path, network, "openvino", calibration, quantise)
+
+
+def quantise_onnx(onnx: Path, path: Path, network: Network, calibration: Calibration) -> dict[str, Any]:
+    """Write `path` (.onnx) in int8, as QuantizeLinear and DequantizeLinear; as `quantise_openvino`."""
+    import onnx as onnx_library
+
+    def quantise(data: Any, left_out: Any) -> None:
+        with quiet():
+            model = _quantised(onnx_library.load(str(onnx)), data, left_out)
+        for old in (path, path.with_name(f"{path.name}.data")):
+            old.unlink(missing_ok=True)
+        onnx_library.save_model(
+            model, str(path), save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024
+        )
+
+    return _climb(onnx, path, network, "onnxruntime", calibration, quantise)
+
+
+def _climb(
+    onnx: Path,
+    path: Path,
+    network: Network,
+    backend: str,
+    calibration: Calibration,
+    quantise: Callable[[Any, Any], None],
+) -> dict[str, Any]:
+    """Quantise rung after rung until images are close enough."""
+    try:
+        import nncf
+    except ImportError as error:
+        raise EngineError("precision 'int8': NNCF is not installed; run `pip install nncf`") from error
+    rows = calibration.samples(network.name)[:SUBSET]
+    samples = [{name: tensor.numpy() for name, tensor in row.items()} for row in rows]
+    layers = _layers(onnx)
+    tried: list[str] = []
+    for rung, (what, kinds) in enumerate(LADDER):
+        out = [node for node, weight in layers.items() if _stays(weight, kinds)]
+        scope = nncf.IgnoredScope(names=[*out, *(f"{node}/WithoutBiases" for node in out)], validate=False)
+        try:
+            quantise(nncf.Dataset(samples), scope)
+        except Exception as error:
+            raise EngineError(f"{network.name}: NNCF cannot quantise it ({reason(error)}); leave int8 out") from error
+        found = calibration.psnr(network, path, backend)
+        tried.append(f"{what}: {found:.1f} dB")
+        LOG.info("%s in int8 for %s, %s", network.name, backend, tried[-1])
+        if found >= ENOUGH_DB:
+            return {
+                "quantised": len(layers) - len(out),
+                "left_out": sorted(layers[node] or node for node in out),
+                "rung": rung,
+                "tried": tried,
+            }
+    raise ParityError(
+        f"{network.name}: {backend} in int8 gives images of {found:.1f} dB to fp32's, under {ENOUGH_DB:g}; not "
+        "published, choose bf16 or calibrate on prompts of your own (--calibration-prompts)"
+    )
+
+
+def _stays(weight: str | None, kinds: str | None) -> bool:
+    """Whether a layer of that weight stays in floating point. One of no weight multiplies two things that flow."""
+    return weight is None or any(re.search(kind, weight) for kind in (ALWAYS, kinds) if kind is not None)
+
+
+def _layers(path: Path) -> dict[str, str | None]:
+    """The weight of each node that multiplies, by the node's name; None where it multiplies two things that flow."""
+    import onnx as onnx_library
+
+    graph = onnx_library.load(str(path), load_external_data=False).graph
+    weights = {tensor.name for tensor in graph.initializer}
+    return {
+        node.name: next((name for name in node.input if name in weights), None)
+        for node in graph.node
+        if node.op_type in _LAYERS
+    }
+
+
+def _quantised(model: Any, data: Any, left_out: Any) -> Any:
+    import nncf
+
+    nncf.set_log_level(logging.ERROR)
+    return nncf.quantize(
+        model,
+        data,
+        preset=nncf.QuantizationPreset.MIXED,
+        model_type=nncf.ModelType.TRANSFORMER,
+        subset_size=SUBSET,
+        ignored_scope=left_out,
+    )
