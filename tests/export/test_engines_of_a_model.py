@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from engines.base import Engine
 from engines.contract import NETWORKS, Axis, Dims, NetworkName, contract
-from export.graphs import Case, cases, example_inputs, profile, random_inputs
+from export.graphs import SHARED, Case, cases, example_inputs, profile, random_inputs
 
 BACKENDS = ("onnxruntime", "openvino")
 # N at once against N alone: the same graph, other blocking in the matrix products.
@@ -113,7 +113,9 @@ def test_the_graph_does_not_say_where_it_was_made(built: Any, name: NetworkName)
 @pytest.mark.parametrize("name", NETWORKS)
 def test_inputs_of_verification_obey_the_contract_and_are_fresh(dims: Dims, name: NetworkName) -> None:
     network = contract(name, dims)
-    traced = network.bind(dict(zip([s.name for s in network.inputs], example_inputs(network, dims), strict=True)))
+    example = dict(zip([s.name for s in network.inputs], example_inputs(network, dims), strict=True))
+    assert all(len(tensor) == (1 if name in SHARED else 2) for name, tensor in example.items())
+    traced = network.bind({name: tensor.expand(2, *tensor.shape[1:]) for name, tensor in example.items()})
     tried = cases(network, dims)
     assert [case.sizes["batch"] for case in tried] == [1, 2, 3]
     for case in tried:
