@@ -19,7 +19,7 @@ from engines.errors import EngineError, InputError
 from engines.variant import Precision
 from export.graphs import Case, random_inputs
 
-__all__ = ["DTYPES", "ISLANDS", "converted", "in_half"]
+__all__ = ["DTYPES", "ISLANDS", "Cast", "converted", "in_half"]
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Kinds of modules that may be left in fp32, by what they are called in the manifest.

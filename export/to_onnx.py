@@ -11,6 +11,7 @@ from torch import nn
 from engines.contract import Dims, Network
 from engines.errors import EngineError, reason
 from export.graphs import dynamic_shapes, example_inputs
+from export.half import Cast
 from export.quiet import quiet
 from export.rewrites.named_weights import named_weights
 
@@ -36,6 +37,7 @@ def to_onnx(module: nn.Module, network: Network, dims: Dims, path: Path) -> None
         OSError: the files cannot be written.
     """
     inputs = [spec.name for spec in network.inputs]
+    shapes = dynamic_shapes(network)
     outputs = [spec.name for spec in network.outputs]
     try:
         with quiet(), torch.no_grad():
@@ -46,7 +48,7 @@ def to_onnx(module: nn.Module, network: Network, dims: Dims, path: Path) -> None
                 opset_version=OPSET,
                 input_names=inputs,
                 output_names=outputs,
-                dynamic_shapes=dynamic_shapes(network),
+                dynamic_shapes=(shapes,) if isinstance(module, Cast) else shapes,  # which takes any number of inputs
                 verbose=False,
             )
     except Exception as error:

@@ -104,6 +104,14 @@ def test_save_writes_a_folder_that_diffusers_samples(model: Model, tmp_path: Pat
     assert {p.name for p in (folder / "tokenizer").iterdir()} >= {"tokenizer.json", "vocab.json", "merges.txt"}
 
 
+def test_network_configs_are_those_of_the_folder(model: Model, tiny_model: Path, copy: Path) -> None:
+    for name, config in model.network_configs().items():
+        folder = tiny_model / ("vae" if name.startswith("vae_") else name)
+        assert config == json.loads((folder / "config.json").read_text())
+    edit_json(copy / "tokenizer" / "tokenizer_config.json", model_max_length=7)
+    assert load_model(copy).network_configs()["text_encoder"]["max_position_embeddings"] == 7
+
+
 def test_save_leaves_a_folder_in_use_alone(model: Model, tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
     with pytest.raises(InputError, match="holds something already") as error:

@@ -1,0 +1,262 @@
+"""ONNX graph -> TensorRT engine, by TensorRT or by TensorRT for RTX: one API, two modules.
+
+Neither needs a GPU to build for RTX: an engine is built ahead of time for the architectures that are named, or, with
+none named, for every one that TensorRT for RTX supports. An engine of TensorRT itself is built on the GPU that runs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from engines.contract import Network
+from engines.errors import EngineError, InputError, reason
+from engines.variant import Bounds
+
+__all__ = ["MODULES", "BuildFacts", "capabilities", "to_tensorrt"]
+
+MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
+POLL_S = 0.1
+PORTABLE = "rtx"  # the architecture of an engine that every supported GPU takes
+_ARCH = re.compile(r"sm([0-9]{2,3})")
+# Called with what is being done, and how much of it: the fraction is that of the phase named.
+Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True)
+class BuildFacts:
+    """What a build tells of itself: the network's layers, the engine's bytes, the time, and the GPUs it is for."""
+
+    layers: int
+    bytes: int
+    seconds: float
+    capabilities: tuple[str, ...]
+    refittable: int
+
+    def notes(self) -> dict[str, int | str | list[str]]:
+        """For the manifest."""
+        return {"layers": self.layers, "capabilities": list(self.capabilities), "refittable": self.refittable}
+
+
+def capabilities(backend: str, architecture: str) -> list[Any]:
+    """TensorRT's names for the architectures in "sm80,sm89"; none for "rtx", the portable engine.
+
+    Raises:
+        InputError: one is not of the form sm89, or the backend builds none for it.
+        EngineError: the backend's module does not load.
+    """
+    if architecture == PORTABLE:
+        return []
+    trt = _module(backend)
+    known = {name.lower(): value for name, value in trt.ComputeCapability.__members__.items() if _ARCH.match(name.lower())}
+    found = []
+    for name in architecture.split(","):
+        if name.strip() not in known:
+            raise InputError(
+                f"gpu_arch={name.strip()}: {backend} {trt.__version__} builds ahead of time for {', '.join(known)}; "
+                "leave --gpu-arch out for an engine that all of these take"
+            )
+        found.append(known[name.strip()])
+    return found
+
+
+def to_tensorrt(
+    onnx: Path,
+    path: Path,
+    network: Network,
+    bounds: Sequence[Bounds],
+    *,
+    backend: str,
+    architecture: str,
+    refittable: Sequence[str] = (),
+    timing_cache: Path | None = None,
+    progress: Progress | None = None,
+) -> BuildFacts:
+    """Build `path` from the graph at `onnx`, whose weights lie beside it.
+
+    Ctrl-C stops the build at its next step. The file appears whole or not at all.
+
+    Args:
+        onnx: the graph, in the precision that the engine shall compute in: both builders are strongly typed.
+        path: of the engine.
+        network: the contract.
+        bounds: one optimization profile each; every symbol has an end.
+        backend: "tensorrt" or "tensorrt-rtx".
+        architecture: "sm80,sm89", ahead of time and for RTX alone; "rtx" for every GPU that RTX supports; for
+            TensorRT itself, the GPU at hand.
+        refittable: names of initializers whose values can be replaced in the built engine.
+        timing_cache: kept between builds where the backend times kernels; read, and written if it grew.
+        progress: called with the phase, steps done and steps in all.
+
+    Raises:
+        InputError: bounds without an end, or an architecture that is not built for.
+        EngineError: the backend is missing, the graph holds what it does not know, or the build failed.
+        OSError: the file cannot be written.
+    """
+    for one in bounds:
+        endless = [symbol for symbol, (_, _, most) in one.items() if most is None]
+        if endless:
+            raise InputError(
+                f"{network.name}: {backend} needs an end to {', '.join(endless)}; give --batch, --height and --width "
+                "as MIN:OPT:MAX"
+            )
+    trt = _module(backend)
+    log = _log(trt)
+    started = time.perf_counter()
+    builder = trt.Builder(log)
+    definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+    _parse(trt, onnx, definition, log, network, backend)
+    config = builder.create_builder_config()
+    for one in bounds:
+        config.add_optimization_profile(_profile(builder, network, one))
+    targets = capabilities(backend, architecture) if backend == "tensorrt-rtx" else []
+    if targets:
+        config.num_compute_capabilities = len(targets)
+        for index, target in enumerate(targets):
+            config.set_compute_capability(target, index)
+    if refittable:
+        # REFIT, which makes every weight replaceable, wants a GPU at the build.
+        config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
+        for name in refittable:
+            if not definition.mark_weights_refittable(name):
+                raise EngineError(f"{network.name}: {backend} finds no weights {name!r} in the graph; export it again")
+    cache = _load_cache(config, timing_cache)
+    monitor = _monitor(trt, progress)
+    config.progress_monitor = monitor
+    layers = definition.num_layers
+    serialized = _apart(lambda: builder.build_serialized_network(definition, config), monitor)
+    if serialized is None:
+        raise EngineError(f"{network.name}: {backend} cannot build it ({log.fault()}); see --debug, or another backend")
+    content = memoryview(serialized)
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    _save_cache(cache, timing_cache)
+    names = tuple(target.name.lower() for target in targets) or (architecture,)
+    return BuildFacts(layers, content.nbytes, time.perf_counter() - started, names, len(refittable))
+
+
+def _module(backend: str) -> Any:
+    try:
+        return importlib.import_module(MODULES[backend])
+    except (ImportError, OSError) as error:
+        raise EngineError(f"engine {backend!r}: does not load ({reason(error)}); run `pip install {backend}`") from error
+
+
+def _parse(trt: Any, onnx: Path, definition: Any, log: Any, network: Network, backend: str) -> None:
+    parser = trt.OnnxParser(definition, log)
+    # From the file, so that the weights beside it are found.
+    if parser.parse_from_file(str(onnx)):
+        return
+    faults = [parser.get_error(index) for index in range(parser.num_errors)]
+    first = faults[0] if faults else None
+    where = f"node {first.node_name()!r} ({first.node_operator()})" if first is not None else str(onnx)
+    said = " ".join(first.desc().split()) if first is not None else log.fault()
+    raise EngineError(f"{network.name}: {backend} does not take {where}: {said[:200]}; use another backend")
+
+
+def _profile(builder: Any, network: Network, bounds: Bounds) -> Any:
+    profile = builder.create_optimization_profile()
+    for spec in network.inputs:
+        ends = [spec.shape({symbol: sizes[index] or 0 for symbol, sizes in bounds.items()}) for index in range(3)]
+        profile.set_shape(spec.name, *ends)
+    return profile
+
+
+def _load_cache(config: Any, path: Path | None) -> Any:
+    """The timing cache of the config. One that cannot be read is begun anew: it only saves time."""
+    if path is None:
+        return None
+    content = path.read_bytes() if path.is_file() else b""
+    cache = config.create_timing_cache(content) or config.create_timing_cache(b"")
+    if cache is not None:
+        config.set_timing_cache(cache, ignore_mismatch=False)
+    return cache
+
+
+def _save_cache(cache: Any, path: Path | None) -> None:
+    if cache is None or path is None:
+        return
+    content = bytes(memoryview(cache.serialize()))
+    if path.is_file() and path.read_bytes() == content:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_bytes(content)
+    partial.replace(path)
+
+
+def _apart(build: Callable[[], Any], monitor: Any) -> Any:
+    """Run a build in a thread of its own. Ctrl-C is then raised here, and not in a callback of TensorRT's, where it
+    would end the process: the build is told to stop, and waited for."""
+    made: list[Any] = []
+    thread = threading.Thread(target=lambda: made.append(build()), name="tensorrt-build")
+    thread.start()
+    try:
+        while thread.is_alive():
+            thread.join(POLL_S)
+    except BaseException as error:
+        monitor.interruption = error
+        thread.join()
+    if monitor.interruption is not None:
+        raise monitor.interruption
+    return made[0] if made else None
+
+
+def _log(trt: Any) -> Any:
+    class Log(trt.ILogger):  # type: ignore[misc]
+        """Keeps what is said, and prints nothing."""
+
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+            self.faults: list[str] = []
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
+                self.faults.append(" ".join(message.split()))
+
+        def fault(self) -> str:
+            """The last thing that went wrong, shortened."""
+            return self.faults[-1][:200] if self.faults else "it did not say why"
+
+    return Log()
+
+
+def _monitor(trt: Any, progress: Progress | None) -> Any:
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        """Hands progress on; an exception from there, Ctrl-C among them, ends the build and is raised after it."""
+
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.steps: dict[str, int] = {}
+            self.interruption: BaseException | None = None
+
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+            self.steps[phase] = steps
+            self._report(phase, 0)
+
+        def step_complete(self, phase: str, step: int) -> bool:
+            self._report(phase, step + 1)
+            return self.interruption is None
+
+        def phase_finish(self, phase: str) -> None:
+            self._report(phase, self.steps.get(phase, 0))
+
+        def _report(self, phase: str, step: int) -> None:
+            try:
+                if progress is not None and self.interruption is None:
+                    progress(phase, min(step, self.steps.get(phase, step)), self.steps.get(phase, step))
+            except BaseException as error:  # it may not pass through TensorRT's own frames
+                self.interruption = error
+
+    return Monitor()
