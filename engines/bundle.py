@@ -199,6 +199,11 @@ class Bundle:
         reason = self.stale(built)
         if reason is not None:
             raise BundleError(f"{self.path}: {reason}")
+        if not built.proved:
+            raise BundleError(
+                f"{self.path}: {built.variant.name} was built where it could not run, so nothing proves it yet; run "
+                f"`smooth-rt engines prove {self.path}` here"
+            )
         record = built.engine(network)
         engine = open_engine(
             built.backend, contract(network, self.dims), self.path / record.file, record.hint, record.bounds

@@ -131,6 +131,11 @@ class VariantRecord(Record):
         """The variant's backend."""
         return self.variant.backend
 
+    @property
+    def proved(self) -> bool:
+        """Whether every engine was compared with its torch module: not where it was built ahead of time."""
+        return all(record.parity for record in self.engines)
+
     def engine(self, network: NetworkName) -> EngineRecord:
         """The record of a network; every variant of a manifest has all of them."""
         return next(record for record in self.engines if record.network == network)

@@ -21,17 +21,22 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BACKENDS",
+    "ON_GPU",
+    "PORTABLE",
     "RECIPES",
     "Choice",
     "Recipe",
     "architecture",
     "availability",
     "backend_version",
+    "buildable",
     "check_backend",
     "check_precision",
     "choose",
+    "gpu",
     "open_engine",
     "runs_here",
+    "target",
 ]
 
 LOG = logging.getLogger("smooth_rt")
@@ -45,14 +50,19 @@ class Recipe:
     hint: str | None = None
 
 
-BACKENDS: tuple[str, ...] = ("eager", "onnxruntime", "openvino", "inductor")
+BACKENDS: tuple[str, ...] = ("eager", "onnxruntime", "openvino", "inductor", "tensorrt", "tensorrt-rtx")
+# Those that run on a CUDA GPU alone, and are built for one or several architectures.
+ON_GPU: tuple[str, ...] = ("tensorrt", "tensorrt-rtx")
+PORTABLE = "rtx"  # the architecture of an engine for every GPU that TensorRT for RTX supports
 # Fastest first on a CPU: measured, OpenVINO f32 is level with or ahead of ONNX Runtime, both well ahead of eager.
+# On a CUDA GPU, TensorRT comes first: published at about twice ONNX Runtime's speed (docs/decisions).
 AUTO_ORDER: tuple[str, ...] = ("openvino", "onnxruntime", "eager")
-LATER = {
-    "tensorrt": "this version does not build TensorRT engines yet",
-    "tensorrt-rtx": "this version does not build TensorRT for RTX engines yet",
-}
 _ALL_FP32: dict[NetworkName, Recipe] = {name: Recipe("fp32") for name in NETWORKS}
+_IN_HALF: dict[Precision, dict[NetworkName, Recipe]] = {
+    "fp32": _ALL_FP32,
+    "fp16": {name: Recipe("fp16") for name in NETWORKS},
+    "bf16": {name: Recipe("bf16") for name in NETWORKS} | {"text_encoder": Recipe("fp32")},
+}
 # By backend and by the precision asked for: what each network is built in. The text encoder runs once a prompt and the
 # VAE's encoder once an image: they stay exact where that costs next to nothing.
 RECIPES: dict[str, dict[Precision, dict[NetworkName, Recipe]]] = {
@@ -75,19 +85,26 @@ RECIPES: dict[str, dict[Precision, dict[NetworkName, Recipe]]] = {
             "vae_decoder": Recipe("bf16", "bf16"),
         },
     },
-    "inductor": {
-        "fp32": _ALL_FP32,
-        "fp16": {name: Recipe("fp16") for name in NETWORKS},
-        "bf16": {name: Recipe("bf16") for name in NETWORKS} | {"text_encoder": Recipe("fp32")},
-    },
+    "inductor": _IN_HALF,
+    "tensorrt": _IN_HALF,
+    "tensorrt-rtx": _IN_HALF,
 }
 
-_MODULES = {"eager": "torch", "onnxruntime": "onnxruntime", "openvino": "openvino", "inductor": "torch._inductor"}
+_MODULES = {
+    "eager": "torch",
+    "onnxruntime": "onnxruntime",
+    "openvino": "openvino",
+    "inductor": "torch._inductor",
+    "tensorrt": "tensorrt",
+    "tensorrt-rtx": "tensorrt_rtx",
+}
 _DISTRIBUTIONS = {
     "eager": ("torch",),
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "openvino": ("openvino",),
     "inductor": ("torch",),
+    "tensorrt": ("tensorrt",),
+    "tensorrt-rtx": ("tensorrt-rtx",),
 }
 
 
@@ -101,14 +118,40 @@ class Choice:
 
 def check_backend(name: str) -> None:
     """Raise EngineError if `name` is not a backend that this version can build or run."""
-    if name in LATER:
-        raise EngineError(f"engine {name!r}: {LATER[name]}; choose from {', '.join(BACKENDS)}")
-    if name not in _MODULES:
-        raise EngineError(f"engine {name!r}: unknown; choose from auto, {', '.join(_MODULES)}")
+    if name not in BACKENDS:
+        raise EngineError(f"engine {name!r}: unknown; choose from auto, {', '.join(BACKENDS)}")
+
+
+def gpu() -> str | None:
+    """The architecture of the CUDA GPU that torch takes by default, such as "sm89"; None where there is none."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    major, minor = torch.cuda.get_device_capability()
+    return f"sm{major}{minor}"
+
+
+def target(backend: str, gpu_arch: str | None = None) -> str:
+    """The architecture that `backend` is built for: `gpu_arch` as named, else the GPU at hand, else what runs anywhere.
+
+    Raises:
+        InputError: a backend that runs on the CPU is asked for a GPU's architecture, or one that must be built on its
+            GPU for another.
+    """
+    at_hand = gpu() if backend in (*ON_GPU, "inductor") else None
+    if gpu_arch is None:
+        return at_hand or (PORTABLE if backend == "tensorrt-rtx" else architecture())
+    if backend == "tensorrt-rtx":
+        return ",".join(dict.fromkeys(part.strip().lower() for part in gpu_arch.split(",")))
+    if gpu_arch.lower() != at_hand:
+        where = f"the GPU at hand, {at_hand}" if at_hand else "the GPU at hand, and there is none"
+        raise InputError(f"gpu_arch={gpu_arch}: {backend} is built for {where}; tensorrt-rtx builds ahead of time")
+    return gpu_arch.lower()
 
 
 def architecture() -> str:
-    """What the engines of this machine run on, such as "cpu-x86_64"."""
+    """What engines for this machine's processor run on, such as "cpu-x86_64"."""
     machine = platform.machine().lower()
     return "cpu-" + {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
 
@@ -124,8 +167,14 @@ def check_precision(backend: str, precision: str) -> None:
 
 def runs_here(built_for: str) -> str | None:
     """None if an engine of that architecture runs on this machine, else what this machine is."""
-    here = architecture()
-    return None if built_for == here else f"this is {here}"
+    if built_for.startswith("cpu-"):
+        here = architecture()
+        return None if built_for == here else f"this is {here}"
+    at_hand = gpu()
+    if at_hand is None:
+        return "a GPU, and torch finds none here"
+    # Which GPUs take a portable engine, TensorRT for RTX knows: it refuses the others when it opens one.
+    return None if built_for == PORTABLE or at_hand in built_for.split(",") else f"this is {at_hand}"
 
 
 def _installed(name: str) -> dict[str, str]:
@@ -156,7 +205,19 @@ def availability(name: str) -> str | None:
     """None if the backend can run here, else one line: why it cannot, and the command that mends it.
 
     Raises:
-        EngineError: the backend is unknown, or known and not supported by this version.
+        EngineError: the backend is unknown.
+    """
+    fault = buildable(name)
+    if fault is None and name in ON_GPU and gpu() is None:
+        return f"{name} runs on a CUDA GPU and torch finds none here; choose openvino or onnxruntime"
+    return fault
+
+
+def buildable(name: str) -> str | None:
+    """None if engines of the backend can be built here, as far as its library goes; else as `availability`.
+
+    Raises:
+        EngineError: the backend is unknown.
     """
     check_backend(name)
     found = _installed(name)
@@ -180,7 +241,8 @@ def choose(engine: str, built: Collection[str]) -> Choice:
     """The backend to run on, logged once at INFO on the logger "smooth_rt".
 
     Args:
-        engine: "auto" or a backend. "auto" takes the first of openvino, onnxruntime, eager that is built and can run.
+        engine: "auto" or a backend. "auto" takes the first of openvino, onnxruntime, eager that is built and can run;
+            on a CUDA GPU TensorRT before them.
         built: the backends there are graphs for. Eager needs none.
 
     Raises:
@@ -204,10 +266,11 @@ def choose(engine: str, built: Collection[str]) -> Choice:
 
 def _first_that_runs(built: Collection[str]) -> Choice:
     passed_over: list[str] = []
-    for name in AUTO_ORDER:
+    on_gpu = gpu() is not None
+    for name in (*ON_GPU, *AUTO_ORDER) if on_gpu else AUTO_ORDER:
         fault = "not built" if name != "eager" and name not in built else availability(name)
         if fault is None:
-            because = "the first choice on a CPU"
+            because = "the first choice on a " + ("GPU" if on_gpu else "CPU")
             if passed_over:
                 because += "; passed over: " + ", ".join(passed_over)
             return Choice(name, because)
@@ -242,4 +305,8 @@ def open_engine(
         from engines.inductor import InductorEngine
 
         return InductorEngine(network, path, bounds)
+    if backend in ON_GPU:
+        from engines.trt import TrtEngine
+
+        return TrtEngine(network, path, bounds, backend)
     raise EngineError(f"engine {backend!r}: runs torch modules, not graphs; open the model instead of a bundle")

@@ -29,6 +29,7 @@ __all__ = [
     "Variant",
     "covers",
     "every_size",
+    "few_images",
     "fitting",
     "merged",
 ]
@@ -151,6 +152,13 @@ def every_size(dims: Dims) -> Profile:
     side, unit = dims.sample_size * dims.vae_factor, dims.image_multiple
     sides = Span(min=unit, opt=max(side, unit), max=None)
     return Profile(batch=Span(min=1, opt=1, max=None), height=sides, width=sides)
+
+
+def few_images(dims: Dims) -> Profile:
+    """Up to four images of the size that the model was trained at: for backends that need an end to every size."""
+    side = dims.sample_size * dims.vae_factor
+    sides = Span(min=side, opt=side, max=side)
+    return Profile(batch=Span(min=1, opt=1, max=4), height=sides, width=sides)
 
 
 class Variant(Record):

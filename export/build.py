@@ -18,7 +18,16 @@ from engines.bundle import MANIFEST, Bundle
 from engines.contract import NETWORKS, Dims, Network, NetworkName, contract
 from engines.errors import EngineError, InputError
 from engines.manifest import EngineRecord, FileRecord, Manifest, Parity, Source, VariantRecord, digest_file
-from engines.select import RECIPES, Recipe, availability, backend_version, check_precision, open_engine
+from engines.select import (
+    RECIPES,
+    Recipe,
+    availability,
+    backend_version,
+    buildable,
+    check_precision,
+    open_engine,
+    runs_here,
+)
 from engines.staging import staging
 from engines.variant import Bounds, Order
 from export.graphs import cases
@@ -36,6 +45,7 @@ Progress = Callable[[str, int, int], None]
 VERIFY_SEED = 20231207  # of the inputs of verification, unlike the example inputs' seed
 _GRAPH_SHARE = 1.1  # graph files and rounding, over the weights' bytes
 _EXPORTED = "onnxruntime-fp32"  # the variant that is the exported graphs as they are
+DETAIL_S = 0.1
 _WORK = "config/.work"  # of graphs on the way to others; gone before the bundle is published
 
 
@@ -50,6 +60,7 @@ def build_bundle(
     configs: Configs | None = None,
     keep: Bundle | None = None,
     calibration: Calibration | None = None,
+    timing_caches: Path | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Build every network of every variant, verify every output of each, and publish the bundle at `target`.
@@ -65,7 +76,8 @@ def build_bundle(
             see `layout`. `write_config` must then write the tokenizer, into `tokenizer`.
         keep: a bundle of the same source; its variants that are not built anew go into this one as they are.
         calibration: real runs of the model, for int8.
-        progress: called before each step.
+        timing_caches: a folder for what TensorRT remembers from build to build.
+        progress: called before each step, and within long ones.
 
     Raises:
         InputError: no order, a precision that a backend is not built in, int8 without calibration, or networks that are
@@ -80,7 +92,7 @@ def build_bundle(
     steps = _Steps(progress, orders)
     with staging(target, needed=_needed(networks, orders)) as folder:
         ready = None if keep is None else keep.path / _EXPORTED
-        stages = Stages(folder / _WORK, dims, calibration, steps.begin, ready)
+        stages = Stages(folder / _WORK, dims, calibration, steps.begin, ready, steps.detail, timing_caches)
         build = _Build(dims, source, folder, stages, steps)
         steps.begin("configuration")
         (folder / "config").mkdir()
@@ -127,12 +139,19 @@ class _Steps:
     def __init__(self, progress: Progress | None, orders: Sequence[Order]) -> None:
         self._progress = progress
         self._done = -1
+        self._said = 0.0
         # The configuration, the manifest; each variant's verification; the graphs on the way and each variant's own.
         self._total = 2 + len(NETWORKS) * len(orders) + sum(Stages.steps(orders, name) for name in NETWORKS)
 
     def begin(self, what: str) -> None:
         self._done += 1
         if self._progress is not None:
+            self._progress(what, self._done, self._total)
+
+    def detail(self, what: str) -> None:
+        """Say what goes on within a step, but not more often than anybody can read."""
+        if self._progress is not None and time.monotonic() - self._said > DETAIL_S:
+            self._said = time.monotonic()
             self._progress(what, self._done, self._total)
 
 
@@ -143,7 +162,7 @@ def _check(
         raise InputError("backends: none given; name one or more of " + ", ".join(n for n in RECIPES if n != "eager"))
     for order in orders:
         backend, precision = order.variant.backend, order.variant.precision
-        reason = availability(backend)
+        reason = buildable(backend)
         if reason is not None:
             raise EngineError(f"engine {backend!r}: {reason}")
         if backend == "eager":
@@ -202,7 +221,8 @@ class _Build:
         gc.collect()  # the exporter's reference cycles hold a copy of the weights
         self.steps.begin(f"{network.name}: verify {variant.name}")
         parity = []
-        if availability(variant.backend) is None:
+        # What cannot run here is published without, and proved where it runs before it is used.
+        if availability(variant.backend) is None and runs_here(variant.architecture) is None:
             tried = cases(network, self.dims, bounds)
             with open_engine(variant.backend, network, graph.path, recipe.hint, bounds) as engine:
                 parity = verify(engine, module, network, self.dims, recipe.precision, VERIFY_SEED, tried)

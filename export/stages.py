@@ -13,7 +13,7 @@ from torch import nn
 from engines.contract import Dims, Network, NetworkName
 from engines.errors import EngineError, InputError
 from engines.inductor import package_of
-from engines.select import RECIPES
+from engines.select import ON_GPU, RECIPES, backend_version, gpu
 from engines.variant import Bounds, Order, Precision, Variant
 from export.to_int8 import Calibration
 from export.to_onnx import to_onnx
@@ -39,6 +39,8 @@ class Stages:
         dims: the model's sizes.
         calibration: real runs of the model; int8 alone asks for them.
         begin: called with what is being done.
+        detail: called with what goes on within what was begun.
+        timing_caches: a folder that keeps TensorRT's from build to build, one for each version and architecture.
         ready: a folder of graphs in fp32 that were exported and verified before, a folder a network, if it is there.
     """
 
@@ -49,6 +51,8 @@ class Stages:
         calibration: Calibration | None,
         begin: Callable[[str], None],
         ready: Path | None = None,
+        detail: Callable[[str], None] = lambda _: None,
+        timing_caches: Path | None = None,
     ) -> None:
         self._folder = folder
         self._ready = ready
@@ -56,6 +60,8 @@ class Stages:
         self._dims = dims
         self._real_runs = calibration
         self._begin = begin
+        self._detail = detail
+        self._timing_caches = timing_caches
 
     @staticmethod
     def steps(orders: Sequence[Order], network: NetworkName) -> int:
@@ -89,6 +95,8 @@ class Stages:
             return self._as_openvino(network, precision, onnx, folder / "openvino_model.xml")
         if variant.backend == "inductor":
             return self._as_inductor(network, module, variant, precision, bounds, folder / "model.pt2")
+        if variant.backend in ON_GPU and onnx is not None:
+            return self._as_tensorrt(network, variant, onnx, bounds, folder / "model.engine")
         raise EngineError(f"engine {variant.backend!r}: this version does not build it")
 
     def forget(self) -> None:
@@ -131,6 +139,24 @@ class Stages:
         to_openvino(onnx, path, compress=precision == "fp16")
         return Graph(path)
 
+    def _as_tensorrt(
+        self, network: Network, variant: Variant, onnx: Path, bounds: Sequence[Bounds], path: Path
+    ) -> Graph:
+        from export.to_tensorrt import to_tensorrt
+
+        facts = to_tensorrt(
+            onnx,
+            path,
+            network,
+            bounds,
+            backend=variant.backend,
+            architecture=variant.architecture,
+            timing_cache=None if self._timing_caches is None else self._timing_caches / _cache_name(variant),
+            progress=lambda phase, done, total: self._detail(f"{network.name}: {phase} {done}/{total}"),
+        )
+        notes = facts.notes() | ({} if variant.precision == "fp32" else {"fp32_islands": self._islands})
+        return Graph(path, notes)
+
     def _as_inductor(
         self,
         network: Network,
@@ -156,12 +182,26 @@ class Stages:
 
 
 def cannot_build(variant: Variant) -> str | None:
-    """None if the backend's tools for building `variant` are here, else one line: what is missing, what mends it."""
+    """None if the backend's tools for building `variant` are here, else one line: what is missing, what mends it.
+
+    Raises:
+        InputError: the backend builds nothing for the variant's architecture.
+    """
     if variant.backend == "inductor":
         from export.to_inductor import cannot_build as cannot_compile
 
         return cannot_compile("cpu" if variant.architecture.startswith("cpu-") else "cuda")
+    if variant.backend == "tensorrt" and gpu() is None:
+        return "engines are built on the GPU that runs them, and torch finds none here; tensorrt-rtx builds without one"
+    if variant.backend == "tensorrt-rtx":
+        from export.to_tensorrt import capabilities
+
+        capabilities(variant.backend, variant.architecture)
     return None
+
+
+def _cache_name(variant: Variant) -> str:
+    return f"{variant.backend}-{backend_version(variant.backend)}-{variant.architecture}.cache"
 
 
 def _exported(variant: Variant, precision: Precision) -> Precision | None:

@@ -17,13 +17,14 @@ from typing import Any
 
 from engines.contract import Network
 from engines.errors import EngineError, InputError, reason
+from engines.select import PORTABLE
+from engines.trt_log import quiet_log
 from engines.variant import Bounds
 
 __all__ = ["MODULES", "BuildFacts", "capabilities", "to_tensorrt"]
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 POLL_S = 0.1
-PORTABLE = "rtx"  # the architecture of an engine that every supported GPU takes
 _ARCH = re.compile(r"sm([0-9]{2,3})")
 # Called with what is being done, and how much of it: the fraction is that of the phase named.
 Progress = Callable[[str, int, int], None]
@@ -54,7 +55,9 @@ def capabilities(backend: str, architecture: str) -> list[Any]:
     if architecture == PORTABLE:
         return []
     trt = _module(backend)
-    known = {name.lower(): value for name, value in trt.ComputeCapability.__members__.items() if _ARCH.match(name.lower())}
+    known = {
+        name.lower(): value for name, value in trt.ComputeCapability.__members__.items() if _ARCH.match(name.lower())
+    }
     found = []
     for name in architecture.split(","):
         if name.strip() not in known:
@@ -107,7 +110,7 @@ def to_tensorrt(
                 "as MIN:OPT:MAX"
             )
     trt = _module(backend)
-    log = _log(trt)
+    log = quiet_log(trt)
     started = time.perf_counter()
     builder = trt.Builder(log)
     definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
@@ -150,7 +153,9 @@ def _module(backend: str) -> Any:
     try:
         return importlib.import_module(MODULES[backend])
     except (ImportError, OSError) as error:
-        raise EngineError(f"engine {backend!r}: does not load ({reason(error)}); run `pip install {backend}`") from error
+        raise EngineError(
+            f"engine {backend!r}: does not load ({reason(error)}); run `pip install {backend}`"
+        ) from error
 
 
 def _parse(trt: Any, onnx: Path, definition: Any, log: Any, network: Network, backend: str) -> None:
@@ -213,25 +218,6 @@ def _apart(build: Callable[[], Any], monitor: Any) -> Any:
     return made[0] if made else None
 
 
-def _log(trt: Any) -> Any:
-    class Log(trt.ILogger):  # type: ignore[misc]
-        """Keeps what is said, and prints nothing."""
-
-        def __init__(self) -> None:
-            trt.ILogger.__init__(self)
-            self.faults: list[str] = []
-
-        def log(self, severity: Any, message: str) -> None:
-            if severity in (trt.ILogger.Severity.ERROR, trt.ILogger.Severity.INTERNAL_ERROR):
-                self.faults.append(" ".join(message.split()))
-
-        def fault(self) -> str:
-            """The last thing that went wrong, shortened."""
-            return self.faults[-1][:200] if self.faults else "it did not say why"
-
-    return Log()
-
-
 def _monitor(trt: Any, progress: Progress | None) -> Any:
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         """Hands progress on; an exception from there, Ctrl-C among them, ends the build and is raised after it."""
@@ -241,7 +227,7 @@ def _monitor(trt: Any, progress: Progress | None) -> Any:
             self.steps: dict[str, int] = {}
             self.interruption: BaseException | None = None
 
-        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:
+        def phase_start(self, phase: str, parent: str | None, steps: int) -> None:  # noqa: ARG002
             self.steps[phase] = steps
             self._report(phase, 0)
 

@@ -75,6 +75,7 @@ def ensure_engines(
     precision: str = "fp32",
     profiles: Sequence[Profile] = (),
     calibration_prompts: Sequence[str] = (),
+    gpu_arch: str | None = None,
 ) -> Built:
     """A bundle of the model's engines with the LoRA fused in; reused where one stands that is whole and still fits.
 
@@ -93,6 +94,8 @@ def ensure_engines(
         precision: of the engines: "fp32", "fp16", "bf16" or "int8", as far as each backend has it.
         profiles: the requests that the engines shall take beside those that they are built for already; none stands
             for every size.
+        gpu_arch: for TensorRT, the architectures such as "sm80,sm89"; None is the GPU at hand, or with none at hand
+            every one that TensorRT for RTX supports.
         calibration_prompts: of the images that int8 is calibrated on; none stands for `calibration.PROMPTS`.
 
     Raises:
@@ -102,7 +105,7 @@ def ensure_engines(
         ModelError: the model or the LoRA cannot be read or does not fit. ParityError: a graph is not exact enough.
         BundleError: `output` is in use by something else than a bundle, or cannot be written.
     """
-    variants = _variants(backends, precision)
+    variants = _variants(backends, precision, gpu_arch)
     (lora_strength,) = check(lora_strength=lora_strength)
     from engines.bundle import LoraSource, Source
     from smooth_rt.lora import Lora, fused_with, read_lora
@@ -135,23 +138,23 @@ def ensure_engines(
         return Built(bundle, False, fault)
 
 
-def _variants(backends: Sequence[str], precision: str) -> list[Variant]:
+def _variants(backends: Sequence[str], precision: str, gpu_arch: str | None) -> list[Variant]:
     """What is asked for, one variant a backend, each checked before anything is loaded."""
-    from engines.select import RECIPES, architecture, availability, check_precision
+    from engines.select import RECIPES, buildable, check_precision, target
     from engines.variant import Variant
 
     if not backends:
         raise InputError(f"backends: none named; name one or more of {', '.join(n for n in RECIPES if n != 'eager')}")
     for name in backends:
-        reason = availability(name)
+        reason = buildable(name)
         if reason is not None:
             raise EngineError(f"engine {name!r}: {reason}")
         if name == "eager":
             raise InputError("backend 'eager': runs the torch modules and has nothing to build; name another")
         check_precision(name, precision)
-    here = architecture()
+    exact = cast("Precision", precision)
     return [
-        Variant(backend=name, precision=cast("Precision", precision), lora_mode="fused", architecture=here)
+        Variant(backend=name, precision=exact, lora_mode="fused", architecture=target(name, gpu_arch))
         for name in dict.fromkeys(backends)
     ]
 
@@ -160,21 +163,23 @@ def _lacking(
     there: Bundle | str, source: Source, variants: Sequence[Variant], profiles: Sequence[Profile], dims: Dims
 ) -> dict[Order, str]:
     """What has to be built, and why. A variant that was built for other profiles keeps those."""
-    from engines.variant import Order, every_size, merged
+    from engines.select import ON_GPU
+    from engines.variant import Order, every_size, few_images, merged
 
-    wanted = list(profiles) or [every_size(dims)]
+    def wanted(variant: Variant) -> list[Profile]:
+        return list(profiles) or [few_images(dims) if variant.backend in ON_GPU else every_size(dims)]
+
     if isinstance(there, str) or there.misfit(source) is not None:
         fault = there if isinstance(there, str) else str(there.misfit(source))
-        return {Order(variant=variant, profiles=tuple(wanted)): fault for variant in variants}
+        return {Order(variant=variant, profiles=tuple(wanted(variant))): fault for variant in variants}
     found = {}
     for variant in variants:
         # Who names no size takes what there is.
         reason = there.misfit(source, variant, profiles)
         if reason is not None:
             before = next((built.profiles for built in there.variants if built.variant == variant), [])
-            found[Order(variant=variant, profiles=tuple(merged(before, profiles or ([] if before else wanted))))] = (
-                reason
-            )
+            asked = list(profiles) if profiles or before else wanted(variant)
+            found[Order(variant=variant, profiles=tuple(merged(before, asked)))] = reason
     return found
 
 
@@ -210,6 +215,7 @@ def _build(
         configs=Configs(model.network_configs(), model.config().sampling_config),
         keep=keep,
         calibration=calibration,
+        timing_caches=cache_root() / "timing",
         progress=progress,
     )
 

@@ -43,8 +43,8 @@ class Trajectories:
     Args:
         model: fused as the engines will be.
         prompts: of the images; none stands for those that ship. Each image takes the next, around and around.
-        images: how many are sampled; None stands for 32, or 6 of a large model. A median over fewer is hardly one: on the
-            default model that of 8 was 32 dB where that of 32 was 27.
+        images: how many are sampled; None stands for 32, or 6 of a large model. A median over fewer is hardly one: on
+            the default model that of 8 was 32 dB where that of 32 was 27.
         steps: of each; all their timesteps are kept, for both halves of guidance.
     """
 

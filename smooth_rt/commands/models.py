@@ -50,7 +50,9 @@ def fuse(options: ModelOptions, output: Output) -> dict[str, Any]:
 
 def build_engine(
     options: ModelOptions,
-    backend: Annotated[str, typer.Option(help="Comma-separated: onnxruntime, openvino.")] = "onnxruntime,openvino",
+    backend: Annotated[
+        str, typer.Option(help="Comma-separated: onnxruntime (or onnx), openvino, inductor, tensorrt, tensorrt-rtx.")
+    ] = "onnxruntime,openvino",
     precision: Annotated[
         str, typer.Option(help="Of the graphs: fp32, fp16, bf16 or int8; int8 is calibrated on runs of the model.")
     ] = "fp32",
@@ -69,6 +71,14 @@ def build_engine(
     width: Annotated[
         list[str] | None, typer.Option(metavar="N|MIN:OPT:MAX", help="Pixels.", show_default=False)
     ] = None,
+    gpu_arch: Annotated[
+        str | None,
+        typer.Option(
+            metavar="sm80,sm89",
+            help="For tensorrt-rtx: built ahead of time for these. Left out: the GPU at hand, or else every RTX GPU.",
+            show_default=False,
+        ),
+    ] = None,
     calibration_prompts: Annotated[
         Path | None,
         typer.Option(
@@ -80,7 +90,7 @@ def build_engine(
     ] = None,
 ) -> dict[str, Any]:
     """Export every network, compare it with PyTorch and write a bundle of engines."""
-    backends = listed(backend)
+    backends = list(dict.fromkeys("onnxruntime" if name == "onnx" else name for name in listed(backend)))
     from smooth_rt.build import ensure_engines
     from smooth_rt.calibration import read_prompts
 
@@ -99,6 +109,7 @@ def build_engine(
             precision=precision,
             profiles=profiles,
             calibration_prompts=prompts,
+            gpu_arch=gpu_arch,
         )
     parity = [
         {

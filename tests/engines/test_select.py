@@ -12,7 +12,7 @@ import pytest
 
 from engines import select
 from engines.contract import Network
-from engines.errors import EngineError
+from engines.errors import EngineError, InputError
 from engines.select import availability, backend_version, choose, open_engine
 
 
@@ -31,7 +31,7 @@ def installed(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 
 
 def test_what_is_installed_here_can_run() -> None:
-    assert [availability(name) for name in select.BACKENDS] == [None, None, None]
+    assert [availability(name) for name in ("eager", "onnxruntime", "openvino", "inductor")] == [None] * 4
     assert backend_version("onnxruntime") == metadata.version("onnxruntime")
 
 
@@ -41,10 +41,47 @@ def test_an_unknown_backend_is_named_with_the_known_ones(name: str) -> None:
         availability(name)
 
 
-@pytest.mark.parametrize("name", ["tensorrt", "tensorrt-rtx"])
-def test_a_backend_of_a_later_version(name: str) -> None:
-    with pytest.raises(EngineError, match=f"{name!r}: this version does not build .* choose from eager"):
-        choose(name, ["onnxruntime"])
+@pytest.mark.parametrize("name", select.ON_GPU)
+def test_tensorrt_without_a_gpu(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    installed[name] = "11.0"
+    real = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", lambda module: None if "tensorrt" in module else real(module))
+    monkeypatch.setattr(select, "gpu", lambda: None)
+    assert select.buildable(name) is None
+    assert availability(name) == f"{name} runs on a CUDA GPU and torch finds none here; choose openvino or onnxruntime"
+    with pytest.raises(EngineError, match="torch finds none here"):
+        choose(name, [name])
+    del installed[name]
+    assert availability(name) == f"{name} is not installed; run `pip install {name}`"
+
+
+def test_auto_on_a_gpu_takes_tensorrt(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    real = importlib.import_module
+    monkeypatch.setattr(importlib, "import_module", lambda module: None if "tensorrt" in module else real(module))
+    monkeypatch.setattr(select, "gpu", lambda: "sm89")
+    installed["tensorrt-rtx"] = "1.7"
+    choice = choose("auto", ["openvino", "tensorrt-rtx"])
+    assert (choice.backend, "first choice on a GPU" in choice.reason) == ("tensorrt-rtx", True)
+    assert "tensorrt (not built)" in choice.reason
+    assert choose("auto", ["openvino"]).backend == "openvino"
+
+
+def test_what_is_built_for_which_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "gpu", lambda: None)
+    here = select.architecture()
+    assert [select.target(name) for name in ("openvino", "inductor", "tensorrt-rtx")] == [here, here, "rtx"]
+    assert select.target("tensorrt-rtx", "SM80, sm89,sm80") == "sm80,sm89"
+    assert select.runs_here(here) is None
+    assert "torch finds none" in str(select.runs_here("sm89"))
+    for name in ("tensorrt", "onnxruntime"):
+        with pytest.raises(InputError, match=r"gpu_arch=sm89: .* the GPU at hand, and there is none; tensorrt-rtx"):
+            select.target(name, "sm89")
+    monkeypatch.setattr(select, "gpu", lambda: "sm89")
+    assert [select.target(name) for name in ("openvino", "inductor", "tensorrt")] == [here, "sm89", "sm89"]
+    assert [select.runs_here(built) for built in ("sm80,sm89", "rtx", here)] == [None, None, None]
+    assert select.runs_here("sm80") == "this is sm89"
+    with pytest.raises(InputError, match="is built for the GPU at hand, sm89"):
+        select.target("tensorrt", "sm80")
 
 
 def test_both_onnxruntime_packages_at_once(installed: dict[str, str]) -> None:
