@@ -17,7 +17,7 @@ from typing import Any
 
 from engines.contract import Network
 from engines.errors import EngineError, InputError, reason
-from engines.select import PORTABLE
+from engines.select import PORTABLE, gpu
 from engines.trt_log import quiet_log
 from engines.variant import Bounds
 
@@ -94,7 +94,7 @@ def to_tensorrt(
         architecture: "sm80,sm89", ahead of time and for RTX alone; "rtx" for every GPU that RTX supports; for
             TensorRT itself, the GPU at hand.
         refittable: names of initializers whose values can be replaced in the built engine.
-        timing_cache: kept between builds where the backend times kernels; read, and written if it grew.
+        timing_cache: TensorRT's own, kept between builds; read, and written if it grew.
         progress: called with the phase, steps done and steps in all.
 
     Raises:
@@ -124,12 +124,17 @@ def to_tensorrt(
         for index, target in enumerate(targets):
             config.set_compute_capability(target, index)
     if refittable:
-        # REFIT, which makes every weight replaceable, wants a GPU at the build.
+        if gpu() is None:
+            raise EngineError(
+                f"{network.name}: {backend} makes weights replaceable on a CUDA GPU alone (without one its compiler "
+                "fails), and torch finds none here; build on the GPU, or with --lora-mode fused"
+            )
         config.set_flag(trt.BuilderFlag.REFIT_INDIVIDUAL)
         for name in refittable:
             if not definition.mark_weights_refittable(name):
                 raise EngineError(f"{network.name}: {backend} finds no weights {name!r} in the graph; export it again")
-    cache = _load_cache(config, timing_cache)
+    # TensorRT for RTX times nothing at the build, and its timing cache does nothing.
+    cache = _load_cache(config, timing_cache if backend == "tensorrt" else None)
     monitor = _monitor(trt, progress)
     config.progress_monitor = monitor
     layers = definition.num_layers

@@ -1,0 +1,157 @@
+"""Engines of TensorRT for RTX, built for real and without a GPU; that they run, tests/gpu shows where there is one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+from torch import nn
+
+from engines.contract import NETWORKS, Dims, Network, NetworkName, contract
+from engines.errors import EngineError, InputError
+from engines.trt import TrtEngine
+from engines.variant import Bounds
+
+pytest.importorskip("tensorrt_rtx", reason="builds the engines; pip install 'smooth-rt[tensorrt-rtx]'")
+
+from export.half import in_half
+from export.to_onnx import to_onnx
+from export.to_tensorrt import capabilities, to_tensorrt
+
+RTX = {"backend": "tensorrt-rtx", "architecture": "rtx"}
+
+
+def bounded(
+    network: Network, batch: tuple[int, int, int] = (1, 2, 4), side: tuple[int, int, int] = (8, 8, 16)
+) -> Bounds:
+    return {symbol: batch if symbol == "batch" else side for symbol in network.symbols}
+
+
+def graph(built: Any, name: str) -> Path:
+    path: Path = built.bundle.path / "onnxruntime-fp32" / name / "model.onnx"
+    return path
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_every_network_is_built_without_a_gpu(built: Any, dims: Dims, tmp_path: Path, name: NetworkName) -> None:
+    network = contract(name, dims)
+    seen: list[tuple[str, int, int]] = []
+    path = tmp_path / "model.engine"
+    facts = to_tensorrt(
+        graph(built, name), path, network, [bounded(network)], progress=lambda *step: seen.append(step), **RTX
+    )
+    assert facts.bytes == path.stat().st_size
+    assert facts.layers > 50
+    assert facts.capabilities == ("rtx",)
+    assert {phase for phase, _, _ in seen} >= {"Building engine"}
+    assert all(0 <= done <= total for _, done, total in seen)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_several_profiles_and_named_gpus(
+    built: Any, dims: Dims, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    network = contract("text_encoder", dims)
+    one, two = bounded(network, (1, 1, 1)), bounded(network, (1, 4, 8))
+    sizes = {}
+    for architecture in ("sm89", "sm80,sm120"):
+        facts = to_tensorrt(
+            graph(built, "text_encoder"),
+            tmp_path / architecture,
+            network,
+            [one, two],
+            backend="tensorrt-rtx",
+            architecture=architecture,
+        )
+        assert facts.capabilities == tuple(architecture.split(","))
+        sizes[architecture] = facts.bytes
+    assert sizes["sm89"] != sizes["sm80,sm120"]
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU; tests/gpu builds and refits such an engine")
+def test_replaceable_weights_want_a_gpu_at_the_build(built: Any, dims: Dims, tmp_path: Path) -> None:
+    network = contract("unet", dims)
+    options: Any = {**RTX, "refittable": ["unet.conv_in.weight"]}
+    with pytest.raises(EngineError, match=r"unet: tensorrt-rtx makes weights replaceable on a CUDA GPU alone"):
+        to_tensorrt(graph(built, "unet"), tmp_path / "model.engine", network, [bounded(network)], **options)
+
+
+def test_a_graph_in_half_precision(networks: dict[NetworkName, nn.Module], dims: Dims, tmp_path: Path) -> None:
+    network = contract("vae_decoder", dims)
+    sizes = []
+    half, _ = in_half(networks["vae_decoder"], network, dims, "fp16")
+    for name, module in (("exact", networks["vae_decoder"]), ("half", half)):
+        path = tmp_path / name / "model.onnx"
+        to_onnx(module, network, dims, path)
+        sizes.append(to_tensorrt(path, tmp_path / f"{name}.engine", network, [bounded(network)], **RTX).bytes)
+    assert sizes[1] < sizes[0]
+
+
+@pytest.mark.parametrize("by", ["progress", "Ctrl-C"])
+def test_a_build_that_is_interrupted_leaves_nothing(built: Any, dims: Dims, tmp_path: Path, by: str) -> None:
+    network = contract("unet", dims)
+    seen = 0
+
+    def stop(*_: object) -> None:
+        nonlocal seen
+        seen += 1
+        if seen == 500:
+            if by == "progress":
+                raise KeyboardInterrupt
+            threading.Timer(0, os.kill, (os.getpid(), signal.SIGINT)).start()
+
+    with pytest.raises(KeyboardInterrupt):
+        to_tensorrt(graph(built, "unet"), tmp_path / "m.engine", network, [bounded(network)], progress=stop, **RTX)
+    assert list(tmp_path.iterdir()) == []
+    assert seen < 2000
+
+
+def test_an_operator_that_nobody_knows(dims: Dims, tmp_path: Path) -> None:
+    network = contract("vae_decoder", dims)
+    spec = network.inputs[0]
+    ends = [
+        helper.make_tensor_value_info(one.name, TensorProto.FLOAT, list(one.axis_names))
+        for one in (spec, network.outputs[0])
+    ]
+    node = helper.make_node("Frobnicate", [spec.name], [network.outputs[0].name], name="frob", domain="nobody")
+    opsets = [helper.make_opsetid("", 20), helper.make_opsetid("nobody", 1)]
+    model = helper.make_model(helper.make_graph([node], "g", [ends[0]], [ends[1]]), opset_imports=opsets, ir_version=10)
+    onnx.save_model(model, str(tmp_path / "model.onnx"))
+    with pytest.raises(EngineError, match=r"vae_decoder: tensorrt-rtx does not take node 'frob'.*Frobnicate") as caught:
+        to_tensorrt(tmp_path / "model.onnx", tmp_path / "m.engine", network, [bounded(network)], **RTX)
+    assert "\n" not in str(caught.value)
+    (tmp_path / "model.onnx").write_bytes(b"garbage")
+    with pytest.raises(EngineError, match="vae_decoder: tensorrt-rtx does not take"):
+        to_tensorrt(tmp_path / "model.onnx", tmp_path / "m.engine", network, [bounded(network)], **RTX)
+    assert not (tmp_path / "m.engine").exists()
+
+
+def test_what_is_refused_before_anything_is_built(built: Any, dims: Dims, tmp_path: Path) -> None:
+    network = contract("unet", dims)
+    endless: Bounds = {"batch": (1, 2, 4), "height": (8, 8, None), "width": (8, 8, None)}
+    with pytest.raises(InputError, match=r"needs an end to height, width; give --batch, --height and --width as MIN"):
+        to_tensorrt(graph(built, "unet"), tmp_path / "m.engine", network, [endless], **RTX)
+    for name in ("sm90", "hopper", ""):
+        with pytest.raises(InputError, match=rf"gpu_arch={name}: tensorrt-rtx .* builds ahead of time for sm75"):
+            capabilities("tensorrt-rtx", name)
+    with pytest.raises(EngineError, match=r"engine 'tensorrt': does not load .*pip install tensorrt"):
+        to_tensorrt(
+            graph(built, "unet"), tmp_path / "m", network, [bounded(network)], backend="tensorrt", architecture="sm89"
+        )
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU; tests/gpu runs the engine")
+def test_an_engine_without_a_gpu_is_refused(built: Any, dims: Dims, tmp_path: Path) -> None:
+    network = contract("text_encoder", dims)
+    path = tmp_path / "m.engine"
+    to_tensorrt(graph(built, "text_encoder"), path, network, [bounded(network)], **RTX)
+    with pytest.raises(EngineError, match=r"m\.engine: tensorrt-rtx runs on a CUDA GPU and torch finds none"):
+        TrtEngine(network, path, [bounded(network)], "tensorrt-rtx")

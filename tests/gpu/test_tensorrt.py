@@ -1,0 +1,105 @@
+"""TensorRT on a GPU: torch's numbers at every corner, buffers that stay, graphs by shape, and weights put in place.
+
+`python -m pytest -m gpu tests/gpu/test_tensorrt.py` with tensorrt or tensorrt-rtx installed; each is tested if it is.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import onnx
+import pytest
+import torch
+
+from engines.contract import NETWORKS, Network, contract
+from engines.eager import torch_networks
+from engines.errors import EngineError
+from engines.select import ON_GPU, buildable, gpu
+from engines.trt import GRAPHS, TrtEngine
+from engines.variant import Bounds
+from export.graphs import Case, cases, random_inputs
+from export.to_onnx import to_onnx
+from export.to_tensorrt import to_tensorrt
+from export.verify import verify
+from smooth_rt.model import load_model
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU; torch finds none here"),
+]
+
+
+@pytest.fixture(scope="module", params=ON_GPU)
+def backend(request: pytest.FixtureRequest) -> str:
+    fault = buildable(request.param)
+    if fault is not None:
+        pytest.skip(fault)
+    return str(request.param)
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    return load_model("default")
+
+
+def bounded(network: Network) -> Bounds:
+    return {symbol: (1, 2, 4) if symbol == "batch" else (8, 16, 16) for symbol in network.symbols}
+
+
+def built(backend: str, model: Any, name: Any, folder: Path, **options: Any) -> tuple[TrtEngine, Any]:
+    network = contract(name, model.dims)
+    module = torch_networks(model.text_encoder, model.unet, model.vae)[name]
+    to_onnx(module, network, model.dims, folder / "model.onnx")
+    path, bounds = folder / "model.engine", [bounded(network)]
+    try:
+        to_tensorrt(folder / "model.onnx", path, network, bounds, backend=backend, architecture=gpu() or "", **options)
+        return TrtEngine(network, path, bounds, backend), module
+    except EngineError as error:
+        # A GPU that TensorRT for RTX does not know, such as Hopper: its refusal is the expected answer.
+        pytest.skip(f"{torch.cuda.get_device_name()}: {error}")
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_torchs_numbers_at_every_corner(backend: str, model: Any, tmp_path: Path, name: Any) -> None:
+    engine, module = built(backend, model, name, tmp_path)
+    with engine:
+        tried = cases(engine.network, model.dims, engine.bounds)
+        assert verify(engine, module, engine.network, model.dims, "fp32", 5, tried)
+
+
+def test_outputs_are_the_callers_own_and_shapes_take_turns(backend: str, model: Any, tmp_path: Path) -> None:
+    engine, _ = built(backend, model, "vae_decoder", tmp_path)
+    with engine:
+        generator = torch.Generator().manual_seed(0)
+        inputs = [
+            random_inputs(engine.network, model.dims, Case({"batch": b, "height": 8, "width": w}, 5.5), generator)
+            for w in (8, 12, 16)
+            for b in (1, 2, 3, 4)
+        ]
+        assert len(inputs) > GRAPHS
+        first = [engine.infer(**one)["sample"].clone() for one in inputs]
+        kept = engine.infer(**inputs[0])["sample"]
+        second = [engine.infer(**one)["sample"] for one in inputs]
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert torch.equal(kept, first[0])
+
+
+def test_weights_a_then_b_then_a_again(backend: str, model: Any, tmp_path: Path) -> None:
+    network = contract("unet", model.dims)
+    module = torch_networks(model.text_encoder, model.unet, model.vae)["unet"]
+    to_onnx(module, network, model.dims, tmp_path / "model.onnx")
+    graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
+    names = [tensor.name for tensor in graph.initializer if tensor.name.endswith("attn1.to_q.weight.T")]
+    engine, _ = built(backend, model, "unet", tmp_path, refittable=names)
+    own = {name: model.unet.get_parameter(name.removeprefix("unet.").removesuffix(".T")).T for name in names}
+    other = {name: weight * 1.5 for name, weight in own.items()}
+    case = Case({"batch": 2, "height": 16, "width": 16}, 1.0)
+    inputs = random_inputs(network, model.dims, case, torch.Generator().manual_seed(1))
+    with engine:
+        found = []
+        for weights in (own, other, own):
+            engine.refit(weights)
+            found.append(engine.infer(**inputs)["noise_pred"])
+        assert torch.equal(found[0], found[2])
+        assert (found[0] - found[1]).norm() / found[0].norm() > 1e-3
