@@ -111,7 +111,7 @@ def test_a_build_that_is_interrupted_leaves_nothing(built: Any, dims: Dims, tmp_
     with pytest.raises(KeyboardInterrupt):
         to_tensorrt(graph(built, "unet"), tmp_path / "m.engine", network, [bounded(network)], progress=stop, **RTX)
     assert list(tmp_path.iterdir()) == []
-    assert seen < 2000
+    assert by == "Ctrl-C" or seen == 500
 
 
 def test_an_operator_that_nobody_knows(dims: Dims, tmp_path: Path) -> None:
