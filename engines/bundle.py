@@ -194,15 +194,18 @@ class Bundle:
         """
         return self.open_network(network, self.find(backend, precision))
 
-    def open_network(self, network: NetworkName, built: VariantRecord) -> Engine:
-        """Open `network` of a variant that `find` gave, or one of `variants`; raises as `engine` does."""
+    def open_network(self, network: NetworkName, built: VariantRecord, proved: bool = True) -> Engine:
+        """Open `network` of a variant that `find` gave, or one of `variants`; raises as `engine` does.
+
+        `proved` refuses one that nothing was compared with yet.
+        """
         reason = self.stale(built)
         if reason is not None:
             raise BundleError(f"{self.path}: {reason}")
-        if not built.proved:
+        if proved and not built.proved:
             raise BundleError(
                 f"{self.path}: {built.variant.name} was built where it could not run, so nothing proves it yet; run "
-                f"`smooth-rt engines prove {self.path}` here"
+                f"`smooth-rt engines verify --parity {self.path}` here"
             )
         record = built.engine(network)
         engine = open_engine(
@@ -210,6 +213,23 @@ class Bundle:
         )
         engine.wider = f"build a wider one with `{self._wider(built)}`"
         return engine
+
+    def rewrite(self, manifest: Manifest) -> None:
+        """Put another manifest in the place of this one, whole or not at all.
+
+        Raises:
+            BundleError: it cannot be written.
+        """
+        path = self.path / MANIFEST
+        partial = path.with_name(f".{MANIFEST}.partial-{os.getpid()}")
+        try:
+            partial.write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
+            partial.replace(path)
+        except OSError as error:
+            raise BundleError(f"{path}: cannot be written ({error.strerror}); copy the bundle elsewhere") from error
+        finally:
+            partial.unlink(missing_ok=True)
+        self.manifest = manifest
 
     def _wider(self, built: VariantRecord) -> str:
         options = "--batch MIN:OPT:MAX --height MIN:OPT:MAX --width MIN:OPT:MAX"

@@ -14,13 +14,13 @@ from smooth_rt.errors import BundleError, EngineError, InputError
 from smooth_rt.ranges import check
 
 if TYPE_CHECKING:
-    from engines.bundle import Bundle, Source
+    from engines.bundle import Bundle, Source, VariantRecord
     from engines.contract import Dims
     from engines.variant import Order, Precision, Profile, Variant
     from smooth_rt.lora import Lora
     from smooth_rt.model import Model
 
-__all__ = ["Built", "build_engines", "cache_root", "ensure_engines"]
+__all__ = ["Built", "build_engines", "cache_root", "ensure_engines", "prove_engines"]
 
 LOG = logging.getLogger("smooth_rt")
 Progress = Callable[[str, int, int], None]
@@ -136,6 +136,16 @@ def ensure_engines(
         keep = there if not isinstance(there, str) and there.misfit(source) is None else None
         bundle = _build(loaded, adapter, source, list(lacking), target, keep, progress, calibration_prompts)
         return Built(bundle, False, fault)
+
+
+def prove_engines(
+    bundle: Bundle, model: Model, seed: int = 1, progress: Progress | None = None
+) -> dict[str, VariantRecord | str]:
+    """Compare a bundle's engines with `model`, fused as the bundle is, on fresh inputs: see `export.prove`."""
+    from engines.eager import torch_networks
+    from export.prove import prove
+
+    return prove(bundle, torch_networks(model.text_encoder, model.unet, model.vae), seed, progress)
 
 
 def _variants(backends: Sequence[str], precision: str, gpu_arch: str | None) -> list[Variant]:

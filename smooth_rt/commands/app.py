@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from smooth_rt.commands import demo, evaluate, models, tasks, train
+from smooth_rt.commands import bundles, demo, evaluate, models, tasks, train
 from smooth_rt.commands.checked import CheckedCommand
 from smooth_rt.commands.options import flattened
 from smooth_rt.errors import SmoothRTError
@@ -58,10 +58,10 @@ _group(
     "engines",
     "Bundles of built engines: list, inspect, verify, prune.",
     [
-        ("list", models.list_engines),
-        ("inspect", models.inspect_engines),
-        ("verify", models.verify_engines),
-        ("prune", models.prune_engines),
+        ("list", bundles.list_engines),
+        ("inspect", bundles.inspect_engines),
+        ("verify", bundles.verify_engines),
+        ("prune", bundles.prune_engines),
     ],
 )
 _group(

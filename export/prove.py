@@ -1,0 +1,77 @@
+"""Compare the engines of a bundle with the torch modules again, on fresh inputs, and note what was never compared."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+from torch import nn
+
+from engines.bundle import Bundle
+from engines.contract import NetworkName, contract
+from engines.manifest import Manifest, VariantRecord
+from engines.select import availability, runs_here
+from export.graphs import cases
+from export.verify import verify
+
+__all__ = ["prove"]
+
+
+def prove(
+    bundle: Bundle,
+    networks: Mapping[NetworkName, nn.Module],
+    seed: int,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, VariantRecord | str]:
+    """Compare every output of every engine that can run here; by variant, its record with the errors found, or why it
+    cannot run here.
+
+    A variant that was built where it could not run gets its errors written into the manifest: from then on it is used.
+
+    Args:
+        bundle: an open bundle.
+        networks: the torch modules that it was made from, fused as it says.
+        seed: of the inputs.
+        progress: called before each engine.
+
+    Raises:
+        ParityError: an engine's output is over its tolerance or not finite.
+        BundleError: an engine cannot be opened, or the manifest cannot be written.
+    """
+    found: dict[str, VariantRecord | str] = {}
+    total = sum(len(built.engines) for built in bundle.variants)
+    done = 0
+    for built in bundle.variants:
+        name = built.variant.name
+        fault = availability(built.backend) or runs_here(built.variant.architecture)
+        if fault is not None:
+            found[name] = fault
+            done += len(built.engines)
+            continue
+        records = []
+        for record in built.engines:
+            if progress is not None:
+                progress(f"{name}: {record.network}", done, total)
+            done += 1
+            network = contract(record.network, bundle.dims)
+            with bundle.open_network(record.network, built, proved=False) as engine:
+                tried = cases(network, bundle.dims, record.bounds)
+                module = networks[record.network]
+                parity = verify(engine, module, network, bundle.dims, record.precision, seed, tried)
+            records.append(record.model_copy(update={"parity": parity}))
+        found[name] = built.model_copy(update={"engines": records})
+    _note(bundle, found)
+    return found
+
+
+def _note(bundle: Bundle, found: Mapping[str, VariantRecord | str]) -> None:
+    """Write the errors of what was never compared before; what the build found of the others stays."""
+    changed = False
+    variants = []
+    for built in bundle.variants:
+        fresh = found[built.variant.name]
+        proved_now = not built.proved and isinstance(fresh, VariantRecord)
+        changed = changed or proved_now
+        variants.append(fresh if proved_now and isinstance(fresh, VariantRecord) else built)
+    if changed:
+        manifest: Manifest = bundle.manifest.model_copy(update={"variants": variants})
+        bundle.rewrite(manifest)

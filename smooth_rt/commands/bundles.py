@@ -1,0 +1,176 @@
+"""engines list, inspect, verify, prune, export-key: the bundles that were built."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from smooth_rt.commands.options import OutputOptions
+from smooth_rt.commands.running import build_progress
+from smooth_rt.errors import InputError
+from smooth_rt.ranges import MOST_IMAGES
+
+if TYPE_CHECKING:
+    from engines.bundle import Bundle
+    from smooth_rt.build import Progress
+    from smooth_rt.cache import Entry
+    from smooth_rt.model import Model
+
+__all__ = ["inspect_engines", "list_engines", "prune_engines", "verify_engines"]
+
+SHORT_KEY = 12  # digits of a key that tell it from others at a glance
+
+Bundles = Annotated[
+    list[Path],
+    typer.Argument(metavar="BUNDLE...", help="Folders of built engines, or names that `engines list` shows."),
+]
+
+
+def list_engines(options: OutputOptions) -> dict[str, Any]:
+    """The bundles of the cache, and whether they can be used."""
+    from smooth_rt.build import cache_root
+    from smooth_rt.cache import list_bundles
+
+    rows = [_row(entry) for entry in list_bundles()]
+    if not options.json:
+        rows = [{key: value for key, value in row.items() if key != "path"} for row in rows]
+    return {"cache": str(cache_root()), "bundles": rows}
+
+
+def inspect_engines(bundle: Annotated[Path, typer.Argument(metavar="BUNDLE")]) -> dict[str, Any]:
+    """What a bundle holds: its source, and each graph with its key, version and worst error. All of it is in its
+    manifest.json."""
+    from engines.bundle import MANIFEST, Bundle
+    from smooth_rt.cache import find
+
+    folder = find(bundle)
+    manifest = Bundle.open(folder, verify=False).manifest
+    lora = manifest.source.lora
+    return {
+        "manifest": str(folder / MANIFEST),
+        "format": manifest.format,
+        "model": manifest.source.model,
+        "revision": manifest.source.revision,
+        "lora": f"{lora.source} at {lora.strength:g}" if lora is not None else "none",
+        "dims": asdict(manifest.dims),
+        "profiles": {built.variant.name: [str(profile) for profile in built.profiles] for built in manifest.variants},
+        "made_with": {built.variant.name: built.made_with for built in manifest.variants},
+        "engines": [
+            {
+                "engine": built.variant.name,
+                "version": built.backend_version,
+                "network": record.network,
+                "precision": record.precision if record.hint is None else f"{record.precision}, hint {record.hint}",
+                "key": record.key[:SHORT_KEY],
+                "worst_error": max((parity.relative for parity in record.parity), default=None),
+                "tolerance": min((parity.tolerance for parity in record.parity), default=None),
+                "bytes": sum(file.size for file in manifest.files if file.path in (record.file, *record.weights)),
+            }
+            for built in manifest.variants
+            for record in built.engines
+        ],
+    }
+
+
+def verify_engines(
+    bundles: Bundles,
+    parity: Annotated[
+        bool, typer.Option("--parity", help="Also compare each output with PyTorch again, on fresh inputs.")
+    ] = False,
+    images: Annotated[
+        int, typer.Option(metavar="N", help="Also sample N images on each engine and on PyTorch: PSNR in dB.")
+    ] = 0,
+    seed: Annotated[int, typer.Option(help="Of the inputs of --parity.")] = 1,
+) -> dict[str, Any]:
+    """Compare every file with the manifest's digests, and the backends' versions with the installed ones."""
+    from engines.bundle import Bundle
+    from smooth_rt.cache import examine, find
+    from smooth_rt.errors import BundleError
+
+    if not 0 <= images <= MOST_IMAGES:
+        raise InputError(f"--images={images}: give a whole number from 0 to {MOST_IMAGES}")
+    result: dict[str, Any] = {"verified": [str(find(path)) for path in bundles]}
+    for path in map(find, bundles):
+        bundle = Bundle.open(path, verify=True)
+        fault = examine(path, verify=False).fault
+        if fault is not None:
+            raise BundleError(f"{path}: {fault}")
+        if parity or images:
+            from smooth_rt.opening import reopen_model
+
+            model = reopen_model(bundle)
+            with build_progress() as progress:
+                if parity:
+                    result.setdefault("parity", []).extend(_parity(bundle, model, seed, progress))
+                if images:
+                    result.setdefault("images", []).extend(_images(bundle, model, images, progress))
+    return result
+
+
+def _parity(bundle: Bundle, model: Model, seed: int, progress: Progress) -> list[dict[str, Any]]:
+    from smooth_rt.build import prove_engines
+
+    rows: list[dict[str, Any]] = []
+    for name, found in prove_engines(bundle, model, seed, progress).items():
+        if isinstance(found, str):
+            rows.append({"engine": name, "network": None, "output": None, "relative error": None, "note": found})
+            continue
+        for record in found.engines:
+            for error in record.parity:
+                numbers = {"output": error.output, "relative error": error.relative, "note": None}
+                rows.append({"engine": name, "network": record.network, **numbers})
+    return rows
+
+
+def _images(bundle: Bundle, model: Model, count: int, progress: Progress) -> list[dict[str, Any]]:
+    from engines.select import availability, runs_here
+    from smooth_rt.evaluation.fidelity import fidelity
+    from smooth_rt.evaluation.inputs import read_prompts
+    from smooth_rt.pipeline import SmoothPipeline
+
+    prompts = read_prompts()
+    chosen = [prompts[index * len(prompts) // count % len(prompts)] for index in range(count)]
+    runnable = [
+        built
+        for built in bundle.variants
+        if availability(built.backend) is None and runs_here(built.variant.architecture) is None
+    ]
+    with ExitStack() as stack:
+        pipes = [
+            stack.enter_context(SmoothPipeline.from_engines(bundle, built.backend, precision=built.variant.precision))
+            for built in runnable
+        ]
+        reference = stack.enter_context(SmoothPipeline.from_pretrained(model, engine="eager"))
+        found = fidelity(pipes, reference, chosen, progress=progress)
+    return [
+        {"engine": built.variant.name, "images": count, "median dB": one.median, "worst dB": one.worst}
+        for built, one in zip(runnable, found, strict=True)
+    ]
+
+
+def prune_engines(
+    every: Annotated[bool, typer.Option("--all", help="Remove the usable ones too.")] = False,
+) -> dict[str, Any]:
+    """Remove the cache's bundles that are damaged or stale."""
+    from smooth_rt.cache import prune
+
+    removed = prune(every=every)
+    return {"removed": [_row(entry) for entry in removed], "bytes": sum(entry.size for entry in removed)}
+
+
+def _row(entry: Entry) -> dict[str, Any]:
+    source = entry.bundle.source if entry.bundle is not None else None
+    lora = source.lora if source is not None else None
+    return {
+        "name": entry.path.name,
+        "path": str(entry.path),
+        "model": source.model if source is not None else None,
+        "lora": f"{lora.source} at {lora.strength:g}" if lora is not None else None,
+        "engines": [built.variant.name for built in entry.bundle.variants] if entry.bundle is not None else [],
+        "bytes": entry.size,
+        "fault": entry.fault,
+    }
