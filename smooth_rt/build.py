@@ -105,7 +105,10 @@ def ensure_engines(
         ModelError: the model or the LoRA cannot be read or does not fit. ParityError: a graph is not exact enough.
         BundleError: `output` is in use by something else than a bundle, or cannot be written.
     """
+    from smooth_rt.cache import limit, make_room, used
+
     variants = _variants(backends, precision, gpu_arch)
+    most = limit() if output is None else None
     (lora_strength,) = check(lora_strength=lora_strength)
     from engines.bundle import LoraSource, Source
     from smooth_rt.lora import Lora, fused_with, read_lora
@@ -129,12 +132,15 @@ def ensure_engines(
         if not lacking:
             reason = f"{target}: verified; made from the same weights by the installed versions"
             LOG.info("reusing engines: %s", reason)
+            used(target)
             assert not isinstance(there, str)
             return Built(there, True, reason)
         fault = " ".join(dict.fromkeys(lacking.values()))
         LOG.info("building engines for %s: %s", ", ".join(order.variant.name for order in lacking), fault)
         keep = there if not isinstance(there, str) and there.misfit(source) is None else None
         bundle = _build(loaded, adapter, source, list(lacking), target, keep, progress, calibration_prompts)
+        if most is not None:
+            make_room(most, keep=target)
         return Built(bundle, False, fault)
 
 

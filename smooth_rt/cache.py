@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+import os
+import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from engines.bundle import Bundle
 from engines.staging import abandoned, foreign
 from smooth_rt.build import cache_root
-from smooth_rt.errors import BundleError, EngineError, SmoothRTError
+from smooth_rt.errors import BundleError, EngineError, InputError, SmoothRTError
 
-__all__ = ["Entry", "examine", "find", "list_bundles", "prune"]
+__all__ = ["Entry", "examine", "find", "limit", "list_bundles", "make_room", "parse_size", "prune", "used"]
+
+LOG = logging.getLogger("smooth_rt")
+LIMIT = "SMOOTH_RT_CACHE_LIMIT"
+DEFAULT_LIMIT = "40G"
+_UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?)(?:I?B)?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,9 @@ def examine(path: Path, verify: bool = True) -> Entry:
 
 
 def _size(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
+    """Bytes on the disk; a file that several variants share counts once."""
+    files = (file.stat() for file in path.rglob("*") if file.is_file())
+    return sum({(file.st_dev, file.st_ino): file.st_size for file in files}.values())
 
 
 def prune(root: Path | None = None, every: bool = False) -> list[Entry]:
@@ -86,3 +98,60 @@ def prune(root: Path | None = None, every: bool = False) -> list[Entry]:
     if refused:
         raise SmoothRTError("; ".join(refused))
     return removed
+
+
+def parse_size(text: str, name: str) -> int:
+    """Bytes of "20G", "500 MB" or "1.5TiB", in powers of 1024.
+
+    Raises:
+        InputError: it is no size; `name` is what it is said of.
+    """
+    found = _SIZE.fullmatch(text.strip())
+    if not found:
+        raise InputError(f"{name}={text}: no size; give for example 20G or 500M (0 is no limit)")
+    return int(float(found[1]) * _UNITS[found[2].upper()])
+
+
+def limit() -> int | None:
+    """The bytes that the cache may hold: SMOOTH_RT_CACHE_LIMIT, or 40 GiB; None where that is 0."""
+    return parse_size(os.environ.get(LIMIT) or DEFAULT_LIMIT, LIMIT) or None
+
+
+def used(bundle: Path) -> None:
+    """Note that a bundle of the cache is used now: the one that was not for longest goes first."""
+    with suppress(OSError):  # a cache that can only be read is used all the same
+        os.utime(bundle)
+
+
+def make_room(most: int, keep: Path | None = None, root: Path | None = None) -> list[Entry]:
+    """Remove bundles of the cache, the one not used for longest first, until it holds at most `most` bytes.
+
+    Args:
+        most: bytes.
+        keep: a bundle that stays whatever its age.
+        root: the folder of bundles; None is the cache's.
+
+    Returns:
+        what was removed. What no build wrote, and what cannot be removed, is left.
+    """
+    entries = [entry for entry in list_bundles(root) if entry.ours]
+    total = sum(entry.size for entry in entries)
+    removed = []
+    for entry in sorted(entries, key=lambda entry: entry.path.stat().st_mtime):
+        if total <= most:
+            break
+        if keep is not None and entry.path.resolve() == keep.resolve():
+            continue
+        try:
+            entry.path.unlink() if entry.path.is_symlink() else shutil.rmtree(entry.path)
+        except OSError as error:
+            LOG.warning("%s: cannot be removed (%s)", entry.path, error.strerror)
+            continue
+        total -= entry.size
+        removed.append(entry)
+        LOG.info("cache over %s: removed %s, not used for longest", _said(most), entry.path.name)
+    return removed
+
+
+def _said(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

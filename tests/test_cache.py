@@ -7,7 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from smooth_rt.cache import list_bundles, prune
+from smooth_rt import cli
+from smooth_rt.cache import limit, list_bundles, make_room, parse_size, prune, used
+from smooth_rt.errors import InputError
 
 DEAD = 2**22 + 1  # above the greatest process number
 
@@ -59,3 +61,56 @@ def test_prune_takes_a_link_away_and_not_what_it_leads_to(tmp_path: Path) -> Non
 def test_an_absent_cache_is_empty(tmp_path: Path) -> None:
     assert list_bundles(tmp_path / "none") == []
     assert prune(tmp_path / "none") == []
+
+
+@pytest.fixture
+def aged(tmp_path: Path) -> Path:
+    """Four bundles of 1000 bytes, the first not used for longest; two of them share a file."""
+    for age, name in enumerate(("newest", "newer", "older", "oldest")):
+        bundle = tmp_path / name
+        bundle.mkdir()
+        (bundle / "manifest.json").write_bytes(b"{" * 500)
+        (bundle / "config").mkdir()
+        (bundle / "config" / "model.json").write_bytes(b" " * 500)
+        os.link(bundle / "config" / "model.json", bundle / "config" / "again.json")
+        os.utime(bundle, (1e9 - age, 1e9 - age))
+    return tmp_path
+
+
+def test_the_one_not_used_for_longest_goes_first(aged: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert make_room(4000, root=aged) == []
+    used(aged / "oldest")
+    with caplog.at_level("INFO", "smooth_rt"):
+        assert [entry.path.name for entry in make_room(2000, root=aged)] == ["older", "newer"]
+    assert "removed older, not used for longest" in caplog.text
+    assert [entry.path.name for entry in make_room(0, keep=aged / "newest", root=aged)] == ["oldest"]
+    assert [path.name for path in aged.iterdir()] == ["newest"]
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("0", 0), ("1K", 1024), ("1.5 MB", 3 * 2**19), ("20g", 20 * 2**30), ("2TiB", 2 * 2**40)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text, "x") == size
+
+
+@pytest.mark.parametrize("text", ["", "G", "-1G", "1e9", "20 potatoes", "nan"])
+def test_sizes_that_are_none(text: str) -> None:
+    with pytest.raises(InputError, match=r"max_size=.*: no size; give for example 20G"):
+        parse_size(text, "max_size")
+
+
+def test_the_limit_is_read_before_anything_is_built(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("SMOOTH_RT_CACHE", str(tmp_path))
+    monkeypatch.delenv("SMOOTH_RT_CACHE_LIMIT", raising=False)
+    assert limit() == 40 * 2**30
+    monkeypatch.setenv("SMOOTH_RT_CACHE_LIMIT", "0")
+    assert limit() is None
+    monkeypatch.setenv("SMOOTH_RT_CACHE_LIMIT", "much")
+    assert cli.main(["build-engine", "--model", str(tiny_model), "--backend", "onnxruntime"]) == 2
+    assert capsys.readouterr().err == (
+        "error: SMOOTH_RT_CACHE_LIMIT=much: no size; give for example 20G or 500M (0 is no limit)\n"
+    )
+    assert list(tmp_path.iterdir()) == []

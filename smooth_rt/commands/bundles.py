@@ -154,11 +154,20 @@ def _images(bundle: Bundle, model: Model, count: int, progress: Progress) -> lis
 
 def prune_engines(
     every: Annotated[bool, typer.Option("--all", help="Remove the usable ones too.")] = False,
+    max_size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="20G", help="Also remove the ones not used for longest, down to this size.", show_default=False
+        ),
+    ] = None,
 ) -> dict[str, Any]:
-    """Remove the cache's bundles that are damaged or stale."""
-    from smooth_rt.cache import prune
+    """Remove the cache's bundles that are damaged or stale. Builds do it by size: SMOOTH_RT_CACHE_LIMIT, 40G."""
+    from smooth_rt.cache import make_room, parse_size, prune
 
+    most = None if max_size is None else parse_size(max_size, "max_size")
     removed = prune(every=every)
+    if most is not None:
+        removed += make_room(most)
     return {"removed": [_row(entry) for entry in removed], "bytes": sum(entry.size for entry in removed)}
 
 
