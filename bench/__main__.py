@@ -34,6 +34,11 @@ def run(arguments: list[str]) -> None:
     Raises:
         SmoothRTError: an option is wrong, or the model, the LoRA or an engine does not work.
     """
+    if arguments[:1] == ["engines"]:
+        from bench.engines import main as engines
+
+        engines(arguments[1:])
+        return
     options = parse(arguments)
     if options is not None:
         _run(options)

@@ -11,7 +11,7 @@ from typing import NoReturn
 from smooth_rt.errors import InputError
 from smooth_rt.ranges import MOST_IMAGES, check, check_text, seeds_from
 
-__all__ = ["Options", "parse"]
+__all__ = ["Options", "Parser", "parse"]
 
 PROMPT = "red apple on blue background"
 
@@ -40,7 +40,9 @@ class Options:
     json: bool
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Whose errors are one line, as everywhere."""
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"bench: {message}; see --help")
 
@@ -69,7 +71,7 @@ _QUICK = {"batch_sizes": (2,), "steps": 2, "frames": 3, "repeats": 3, "warmup": 
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="smooth-rt bench",
         description="Parity, times, memory and the distance to the floor of every engine, beside diffusers.",
         allow_abbrev=False,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from engines.contract import Network, NetworkName
 from engines.errors import EngineError, ParityError, reason
 from export.quiet import quiet
 
-__all__ = ["ENOUGH_DB", "LADDER", "Calibration", "quantise_onnx", "quantise_openvino"]
+__all__ = ["ENOUGH_DB", "LADDER", "Calibration", "quantise_at", "quantise_onnx", "quantise_openvino"]
 
 LOG = logging.getLogger("smooth_rt")
 
@@ -61,68 +61,94 @@ def quantise_openvino(onnx: Path, path: Path, network: Network, calibration: Cal
         ParityError: no rung of the ladder gives images that are close enough.
         OSError: the files cannot be written.
     """
-    import openvino
-
-    from export.to_openvino import save
-
-    def quantise(data: Any, left_out: Any) -> None:
-        with quiet():
-            model = _quantised(openvino.convert_model(str(onnx)), data, left_out)
-        save(model, path, onnx.stat().st_size)
-
-    return _climb(onnx, path, network, "openvino", calibration, quantise)
+    return _climb(onnx, path, network, "openvino", calibration)
 
 
 def quantise_onnx(onnx: Path, path: Path, network: Network, calibration: Calibration) -> dict[str, Any]:
     """Write `path` (.onnx) in int8, as QuantizeLinear and DequantizeLinear; as `quantise_openvino`."""
-    import onnx as onnx_library
-
-    def quantise(data: Any, left_out: Any) -> None:
-        with quiet():
-            model = _quantised(onnx_library.load(str(onnx)), data, left_out)
-        for old in (path, path.with_name(f"{path.name}.data")):
-            old.unlink(missing_ok=True)
-        onnx_library.save_model(
-            model, str(path), save_as_external_data=True, location=f"{path.name}.data", size_threshold=1024
-        )
-
-    return _climb(onnx, path, network, "onnxruntime", calibration, quantise)
+    return _climb(onnx, path, network, "onnxruntime", calibration)
 
 
-def _climb(
-    onnx: Path,
-    path: Path,
-    network: Network,
-    backend: str,
-    calibration: Calibration,
-    quantise: Callable[[Any, Any], None],
+def quantise_at(
+    rung: int, onnx: Path, path: Path, network: Network, backend: str, rows: Sequence[Mapping[str, Tensor]]
 ) -> dict[str, Any]:
-    """Quantise rung after rung until images are close enough."""
+    """Quantise as one rung of `LADDER` says, whatever becomes of images.
+
+    Args:
+        rung: its index.
+        onnx: the graph in fp32.
+        path: what is written.
+        network: its contract.
+        backend: "openvino" or "onnxruntime".
+        rows: inputs of real runs, one row each; the first `SUBSET` are looked at.
+
+    Returns:
+        the number of layers in int8, and the weights of those that were left out.
+
+    Raises:
+        EngineError: NNCF is not installed, or cannot quantise the graph.
+        OSError: the files cannot be written.
+    """
     try:
         import nncf
     except ImportError as error:
         raise EngineError("precision 'int8': NNCF is not installed; run `pip install nncf`") from error
-    rows = calibration.samples(network.name)[:SUBSET]
-    samples = [{name: tensor.numpy() for name, tensor in row.items()} for row in rows]
     layers = _layers(onnx)
+    out = [node for node, weight in layers.items() if _stays(weight, LADDER[rung][1])]
+    scope = nncf.IgnoredScope(names=[*out, *(f"{node}/WithoutBiases" for node in out)], validate=False)
+    data = nncf.Dataset([{name: tensor.numpy() for name, tensor in row.items()} for row in rows[:SUBSET]])
+    nncf.set_log_level(logging.ERROR)
+    try:
+        with quiet():
+            model = nncf.quantize(
+                _read(onnx, backend),
+                data,
+                preset=nncf.QuantizationPreset.MIXED,
+                model_type=nncf.ModelType.TRANSFORMER,
+                subset_size=min(SUBSET, len(rows)),
+                ignored_scope=scope,
+            )
+    except Exception as error:
+        raise EngineError(f"{network.name}: NNCF cannot quantise it ({reason(error)}); leave int8 out") from error
+    _write(model, path, backend, onnx)
+    return {"quantised": len(layers) - len(out), "left_out": sorted(layers[node] or node for node in out)}
+
+
+def _read(onnx: Path, backend: str) -> Any:
+    if backend == "openvino":
+        import openvino
+
+        return openvino.convert_model(str(onnx))
+    import onnx as onnx_library
+
+    return onnx_library.load(str(onnx))
+
+
+def _write(model: Any, path: Path, backend: str, onnx: Path) -> None:
+    if backend == "openvino":
+        from export.to_openvino import save
+
+        save(model, path, onnx.stat().st_size)
+        return
+    import onnx as onnx_library
+
+    weights = path.with_name(f"{path.name}.data")
+    for old in (path, weights):  # of a rung before; onnx would write behind its end
+        old.unlink(missing_ok=True)
+    onnx_library.save_model(model, str(path), save_as_external_data=True, location=weights.name, size_threshold=1024)
+
+
+def _climb(onnx: Path, path: Path, network: Network, backend: str, calibration: Calibration) -> dict[str, Any]:
+    """Quantise rung after rung until images are close enough."""
+    rows = calibration.samples(network.name)
     tried: list[str] = []
-    for rung, (what, kinds) in enumerate(LADDER):
-        out = [node for node, weight in layers.items() if _stays(weight, kinds)]
-        scope = nncf.IgnoredScope(names=[*out, *(f"{node}/WithoutBiases" for node in out)], validate=False)
-        try:
-            quantise(nncf.Dataset(samples), scope)
-        except Exception as error:
-            raise EngineError(f"{network.name}: NNCF cannot quantise it ({reason(error)}); leave int8 out") from error
+    for rung, (what, _) in enumerate(LADDER):
+        notes = quantise_at(rung, onnx, path, network, backend, rows)
         found = calibration.psnr(network, path, backend)
         tried.append(f"{what}: {found:.1f} dB")
         LOG.info("%s in int8 for %s, %s", network.name, backend, tried[-1])
         if found >= ENOUGH_DB:
-            return {
-                "quantised": len(layers) - len(out),
-                "left_out": sorted(layers[node] or node for node in out),
-                "rung": rung,
-                "tried": tried,
-            }
+            return {**notes, "rung": rung, "tried": tried}
     raise ParityError(
         f"{network.name}: {backend} in int8 gives images of {found:.1f} dB to fp32's, under {ENOUGH_DB:g}; not "
         "published, choose bf16 or calibrate on prompts of your own (--calibration-prompts)"
@@ -145,17 +171,3 @@ def _layers(path: Path) -> dict[str, str | None]:
         for node in graph.node
         if node.op_type in _LAYERS
     }
-
-
-def _quantised(model: Any, data: Any, left_out: Any) -> Any:
-    import nncf
-
-    nncf.set_log_level(logging.ERROR)
-    return nncf.quantize(
-        model,
-        data,
-        preset=nncf.QuantizationPreset.MIXED,
-        model_type=nncf.ModelType.TRANSFORMER,
-        subset_size=SUBSET,
-        ignored_scope=left_out,
-    )

@@ -1,0 +1,247 @@
+"""`python -m bench engines`: the UNet on every engine and in every precision, beside diffusers, in one run.
+
+`--model sd15` is Stable Diffusion 1.5's UNet at full size with random weights, which need no download. What
+images suffer by a precision, random weights do not say: `smooth-rt engines verify --images` does, on a real model.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
+
+from bench.environment import busy, environment
+from bench.floor import count_flop, matrix_rates
+from engines.base import Engine
+from engines.contract import Dims, Network, contract
+from engines.eager import EagerEngine, Unet
+from engines.select import RECIPES, open_engine
+from engines.variant import Bounds
+from export.graphs import Case, random_inputs
+from export.to_int8 import quantise_at
+from export.to_onnx import to_onnx
+from export.to_openvino import to_openvino
+from smooth_rt.errors import InputError
+
+__all__ = ["CANDIDATES", "Row", "main", "measure"]
+
+PEER = "diffusers, eager fp32"
+# What is timed: the name, the backend, the precision, and whether the size is fixed.
+CANDIDATES: dict[str, tuple[str, str, bool]] = {
+    "onnxruntime fp32": ("onnxruntime", "fp32", False),
+    "openvino fp32": ("openvino", "fp32", False),
+    "openvino fp32, one size": ("openvino", "fp32", True),
+    "openvino bf16, one size": ("openvino", "bf16", True),
+    "openvino int8, one size": ("openvino", "int8", True),
+}
+
+
+@dataclass(frozen=True)
+class Row:
+    """One candidate: seconds of a call (the fastest and the middle one), relative error to torch in fp32."""
+
+    name: str
+    seconds: float
+    fastest: float
+    speedup: float
+    error: float
+    opened_in: float
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure, print and write.
+
+    Raises:
+        SmoothRTError: an option is wrong or an engine does not work.
+    """
+    options = _parse(list(sys.argv[1:] if argv is None else argv))
+    if options is None:
+        return
+    here = environment()
+    console = Console(stderr=True)
+    warning = busy(here)
+    if warning:
+        console.print(f"[yellow]warning:[/yellow] {warning}", soft_wrap=True)
+    with _folder(options.work) as work, console.status("starting") as status:
+        rows, facts = measure(options, work, lambda words: status.update(words))
+    _print(rows, facts, options)
+    if options.output is not None:
+        content = {"rows": [asdict(row) for row in rows], **facts, "environment": here.model_dump(mode="json")}
+        options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None]) -> tuple[list[Row], dict[str, Any]]:
+    """Each candidate opened, warmed up, timed and closed in turn; the peer first and last, so that drift shows."""
+    module, dims = _unet(options.model)
+    network = contract("unet", dims)
+    side = options.side // dims.vae_factor
+    rows = 2 * options.batch_size
+    inputs = random_inputs(
+        network, dims, Case({"batch": rows, "height": side, "width": side}, 1.0), torch.Generator().manual_seed(0)
+    )
+    say("matrix rate and FLOPs")
+    rate = max(matrix_rates(2048, 3), key=lambda one: one.gflop_per_s)
+    flop = count_flop(module, list(inputs.values()))
+    peer = EagerEngine(network, module)
+    wanted = peer.infer(**inputs)["noise_pred"]
+    seconds = {PEER: _timed(peer, inputs, options.repeats)}
+    graphs = _graphs(module, network, dims, work, options, say)
+    found: list[Row] = []
+    for name, (backend, precision, fixed) in CANDIDATES.items():
+        say(f"times of {name}")
+        recipe = RECIPES[backend][precision]["unet"]  # type: ignore[index]
+        bounds: list[Bounds] = [{"batch": (rows,) * 3, "height": (side,) * 3, "width": (side,) * 3}] if fixed else []
+        started = time.perf_counter()
+        with open_engine(backend, network, graphs[f"{backend} {precision}"], recipe.hint, bounds) as engine:
+            opened = time.perf_counter() - started
+            got = engine.infer(**inputs)["noise_pred"]
+            times = _timed(engine, inputs, options.repeats)
+        error = float((got - wanted).norm() / wanted.norm())
+        found.append(Row(name, sorted(times)[len(times) // 2], min(times), 0.0, error, opened))
+        gc.collect()
+    say(f"times of {PEER}, once more")
+    seconds[f"{PEER}, again"] = _timed(peer, inputs, options.repeats)
+    base = sorted(t for times in seconds.values() for t in times)
+    middle = base[len(base) // 2]
+    peers = [
+        Row(n, sorted(t)[len(t) // 2], min(t), middle / sorted(t)[len(t) // 2], 0.0, 0.0) for n, t in seconds.items()
+    ]
+    scored = [Row(r.name, r.seconds, r.fastest, middle / r.seconds, r.error, r.opened_in) for r in found]
+    facts = {
+        "gflop": flop / 1e9,
+        "matrix_rate_gflop_per_s": rate.gflop_per_s,
+        "matrix_rate_library": rate.library,
+        "floor_s": flop / rate.gflop_per_s / 1e9,
+        "rows": rows,
+        "side": options.side,
+        "model": options.model,
+        "int8_rung": options.rung,
+    }
+    return [*peers, *scored], facts
+
+
+def _graphs(
+    module: nn.Module,
+    network: Network,
+    dims: Dims,
+    work: Path,
+    options: argparse.Namespace,
+    say: Callable[[str], None],
+) -> dict[str, Path]:
+    """The graph of each backend and precision, made in `work` unless it is there from a run before."""
+    onnx, fp32 = work / "onnx" / "model.onnx", work / "fp32" / "openvino_model.xml"
+    int8 = work / f"int8-{options.rung}" / "openvino_model.xml"
+    if not onnx.exists():
+        say("export")
+        to_onnx(module, network, dims, onnx)
+    if not fp32.exists():
+        say("convert")
+        to_openvino(onnx, fp32)
+    if not int8.exists():
+        say("quantise")
+        # Of random weights nothing can be learnt; a few rows set the scales.
+        sizes = {"batch": 1, "height": dims.sample_size, "width": dims.sample_size}
+        generator = torch.Generator().manual_seed(1)
+        samples = [random_inputs(network, dims, Case(sizes, 1.0), generator) for _ in range(options.samples)]
+        quantise_at(options.rung, onnx, int8, network, "openvino", samples)
+    gc.collect()
+    return {"onnxruntime fp32": onnx, "openvino fp32": fp32, "openvino bf16": fp32, "openvino int8": int8}
+
+
+def _unet(model: str) -> tuple[nn.Module, Dims]:
+    from smooth_rt.model import load_model
+
+    if model != "sd15":
+        loaded = load_model(model)
+        return Unet(loaded.unet).eval(), loaded.dims
+    from diffusers import UNet2DConditionModel
+
+    from bench.training import SD15
+
+    torch.manual_seed(0)
+    dims = Dims(
+        tokens=77, text_width=768, vocabulary=49408, latent_channels=4, image_channels=3, vae_factor=8,
+        latent_multiple=8, sample_size=64,
+    )  # fmt: skip
+    return Unet(UNet2DConditionModel(**SD15, sample_size=64).requires_grad_(False)).eval(), dims
+
+
+def _timed(engine: Engine, inputs: dict[str, Tensor], repeats: int) -> list[float]:
+    engine.infer(**inputs)
+    seconds = []
+    for _ in range(repeats):
+        started = time.perf_counter()
+        engine.infer(**inputs)
+        seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+@contextmanager
+def _folder(work: Path | None) -> Iterator[Path]:
+    if work is not None:
+        work.mkdir(parents=True, exist_ok=True)
+        yield work
+        return
+    with tempfile.TemporaryDirectory(prefix="smooth-rt-bench-") as folder:
+        yield Path(folder)
+
+
+def _parse(arguments: list[str]) -> argparse.Namespace | None:
+    from bench.options import Parser
+
+    parser = Parser(prog="smooth-rt bench engines", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model", default="default", help="as everywhere, or sd15: full size, random weights")
+    parser.add_argument("--side", type=int, default=0, help="pixels; default: the model's own")
+    parser.add_argument("--batch-size", type=int, default=1, help="images; two rows each")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rung", type=int, default=2, help="of export.to_int8.LADDER")
+    parser.add_argument("--samples", type=int, default=4, help="rows that int8 takes its scales from")
+    parser.add_argument("--work", type=Path, help="a folder that keeps the graphs for another run")
+    parser.add_argument("--output", type=Path, help="a JSON file of the figures")
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit:  # --help
+        return None
+    for name in ("batch_size", "repeats", "samples"):
+        if getattr(options, name) < 1:
+            raise InputError(f"{name}={getattr(options, name)}: give a whole number of at least 1")
+    if not options.side:
+        options.side = 512 if options.model == "sd15" else 64
+    return options
+
+
+def _print(rows: Sequence[Row], facts: dict[str, Any], options: argparse.Namespace) -> None:
+    what = f"UNet of {options.model}, {options.side} px, {facts['rows']} rows, {facts['gflop'] / 1000:.3f} TFLOP a call"
+    table = Table(
+        "engine", "s", "fastest s", "x diffusers", "x fp32 floor", "relative error", "opened in s", title=what
+    )
+    for row in rows:
+        table.add_row(
+            row.name,
+            f"{row.seconds:.4g}",
+            f"{row.fastest:.4g}",
+            f"{row.speedup:.2f}",
+            f"{row.seconds / facts['floor_s']:.2f}",
+            f"{row.error:.1e}",
+            f"{row.opened_in:.1f}",
+        )
+    Console(width=120).print(table)
+    rate, library = facts["matrix_rate_gflop_per_s"], facts["matrix_rate_library"]
+    print(f"fp32 floor {facts['floor_s']:.4g} s: counted FLOPs over {rate:.0f} GFLOP/s ({library})")
+
+
+if __name__ == "__main__":
+    main()
