@@ -11,7 +11,7 @@ from engines.base import Engine
 from engines.bundle import Bundle
 from engines.contract import NETWORKS, NetworkName, contract
 from engines.eager import EagerEngine, torch_networks
-from engines.select import BACKENDS, Choice, availability, check_backend, choose
+from engines.select import BACKENDS, ON_GPU, Choice, availability, check_backend, choose, gpu
 from smooth_rt.build import build_engines
 from smooth_rt.errors import EngineError
 from smooth_rt.lora import fuse, fused_with, read_lora
@@ -62,7 +62,7 @@ def resolve_engines(asked: Sequence[str] | None) -> tuple[dict[str, Choice], lis
     """The backend behind each engine asked for, by the name asked, and warnings.
 
     Args:
-        asked: backends or "auto"; None: every backend that can run here.
+        asked: backends or "auto"; None: every backend that can run here, but inductor, which compiles for minutes.
 
     Raises:
         EngineError: an engine is unknown, or named and cannot run here.
@@ -72,6 +72,8 @@ def resolve_engines(asked: Sequence[str] | None) -> tuple[dict[str, Choice], lis
     choices: dict[str, Choice] = {}
     warnings = []
     for name in BACKENDS:
+        if name == "inductor" or (name in ON_GPU and gpu() is None):
+            continue
         reason = availability(name)
         if reason is None:
             choices[name] = Choice(name, "can run here")

@@ -161,7 +161,7 @@ def check_precision(backend: str, precision: str) -> None:
     offered = RECIPES[backend]
     if precision not in offered:
         others = [name for name, precisions in RECIPES.items() if precision in precisions]
-        has = f"; {' and '.join(others)} can" if others else ""
+        has = f"; that is what {', '.join(others)} can" if others else ""
         raise InputError(f"precision {precision!r}: {backend} is built in {', '.join(offered)}{has}")
 
 

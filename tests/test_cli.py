@@ -341,7 +341,7 @@ def test_other_files_of_the_same_names_are_replaced(opened: list[Any], run: Any,
     [
         ([*GENERATE, "--model", "no/where/at/all"], "no/where/at/all"),
         ([*GENERATE, "--model", "TINY", "--engine", "quantum"], "engine 'quantum': unknown"),
-        ([*GENERATE, "--model", "TINY", "--engine", "tensorrt"], "TensorRT"),
+        ([*GENERATE, "--model", "TINY", "--engine", "tensorrt"], "tensorrt"),
         ([*GENERATE, "--model", "TINY", "--lora", "MISSING"], "missing.safetensors"),
         ([*GENERATE, "--engines", "MISSING"], "no such bundle"),
         ([*GENERATE, "--engines", "MISSING", "--lora", "none"], "--engines: the bundle holds its model"),

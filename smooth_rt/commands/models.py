@@ -40,20 +40,21 @@ def build_engine(
     precision: Annotated[
         str, typer.Option(help="Of the graphs: fp32, fp16, bf16 or int8; int8 is calibrated on runs of the model.")
     ] = "fp32",
-    batch: Annotated[
+    batches: Annotated[
         list[str] | None,
         typer.Option(
+            "--batch",
             metavar="N|MIN:OPT:MAX",
             help="Images a call. Given with --height and --width; several times for several profiles. Left out: every "
             "size, where the backend can.",
             show_default=False,
         ),
     ] = None,
-    height: Annotated[
-        list[str] | None, typer.Option(metavar="N|MIN:OPT:MAX", help="Pixels.", show_default=False)
+    heights: Annotated[
+        list[str] | None, typer.Option("--height", metavar="N|MIN:OPT:MAX", help="Pixels.", show_default=False)
     ] = None,
-    width: Annotated[
-        list[str] | None, typer.Option(metavar="N|MIN:OPT:MAX", help="Pixels.", show_default=False)
+    widths: Annotated[
+        list[str] | None, typer.Option("--width", metavar="N|MIN:OPT:MAX", help="Pixels.", show_default=False)
     ] = None,
     gpu_arch: Annotated[
         str | None,
@@ -78,7 +79,7 @@ def build_engine(
     from smooth_rt.build import ensure_engines
     from smooth_rt.calibration import read_prompts
 
-    profiles = read_profiles(batch or [], height or [], width or [])
+    profiles = read_profiles(batches or [], heights or [], widths or [])
     prompts = [] if calibration_prompts is None else read_prompts(calibration_prompts)
     watch = Stopwatch()
     with build_progress() as progress:

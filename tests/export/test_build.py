@@ -260,7 +260,7 @@ def test_a_module_that_cannot_be_exported(run: Build, networks: Networks, target
         ({"backends": ["eager"]}, InputError, "eager runs the torch modules"),
         ({"backends": ["onnxruntime", "onnxruntime"]}, InputError, "a variant is named twice"),
         ({"backends": ["onnxruntime", "cuda"]}, EngineError, "'cuda': unknown"),
-        ({"precision": "bf16"}, InputError, "onnxruntime is built in fp32, fp16, int8; openvino can"),
+        ({"precision": "bf16"}, InputError, "onnxruntime is built in fp32, fp16, int8; that is what openvino"),
         ({"precision": "int8"}, InputError, "needs real runs of the model"),
         ({"networks": {}}, InputError, "a bundle holds text_encoder, unet"),
     ],
