@@ -164,7 +164,10 @@ def _layers(path: Path) -> dict[str, str | None]:
     """The weight of each node that multiplies, by the node's name; None where it multiplies two things that flow."""
     import onnx as onnx_library
 
-    graph = onnx_library.load(str(path), load_external_data=False).graph
+    try:
+        graph = onnx_library.load(str(path), load_external_data=False).graph
+    except Exception as error:
+        raise EngineError(f"{path}: not an ONNX graph ({reason(error)}); export it again") from error
     weights = {tensor.name for tensor in graph.initializer}
     return {
         node.name: next((name for name in node.input if name in weights), None)
