@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, ClassVar, Self
 
 from engines.contract import Network
 from engines.errors import EngineError, InputError, reason
-from engines.variant import Bounds, fitting
+from engines.variant import Bounds, Place, fitting
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -27,7 +27,8 @@ class Engine(abc.ABC):
         bounds: the sizes that the graph was built for, one after the other; none stands for every size. A call with
             fewer rows than the tightest of them takes is filled up with copies of its last row.
 
-    Attributes: `wider` says how to come by an engine for sizes that this one does not take; who opens it may set it.
+    Attributes: `wider` says how to come by an engine for sizes that this one does not take, `places` where in the graph
+    the weights lie that `refit` replaces; who opens it may set them.
     """
 
     backend: ClassVar[str]
@@ -36,6 +37,7 @@ class Engine(abc.ABC):
         self.network = network
         self.bounds = tuple(bounds)
         self.wider = "ask for one of these sizes"
+        self.places: Mapping[str, Place] = {}
         self.closed = False
 
     def most_rows(self, **sides: int) -> int | None:
@@ -122,6 +124,41 @@ class Engine(abc.ABC):
 
         `profile` is the index of the bounds that the sizes lie in; None where the engine takes every size.
         """
+
+    def refit(self, weights: Mapping[str, Tensor]) -> None:
+        """Put other values into the engine's weights, without a rebuild.
+
+        Hand over every weight that may differ from before: then A, B and A again give A bit for bit.
+
+        Args:
+            weights: by the torch parameter's name, in its layout.
+
+        Raises:
+            EngineError: the engine is closed, or cannot be refitted, or fails at it.
+            InputError: it has no such weight.
+        """
+        if self.closed:
+            raise EngineError(f"{self.network.name}: the {self.backend} engine is closed; open it again")
+        unknown = sorted(set(weights) - set(self.places))
+        if unknown:
+            raise InputError(
+                f"{self.network.name}: the {self.backend} engine has no weights {unknown[0]!r} that can be replaced; "
+                "build it with --lora-mode refit"
+            )
+        placed = {}
+        for name, weight in weights.items():
+            place = self.places[name]
+            placed[place.name] = (weight.detach().T if place.transposed else weight.detach()).contiguous()
+        try:
+            self.refit_impl(placed)
+        except (InputError, EngineError):
+            raise
+        except Exception as error:
+            raise EngineError(f"{self.network.name}: {self.backend} cannot refit ({reason(error)})") from error
+
+    def refit_impl(self, weights: Mapping[str, Tensor]) -> None:  # noqa: ARG002
+        """Replace weights by their names in the graph, in its layout."""
+        raise EngineError(f"{self.network.name}: {self.backend} cannot replace weights; use another engine")
 
     def check_names(self, inputs: Collection[str], outputs: Collection[str]) -> None:
         """Raise EngineError unless a graph's inputs and outputs are the contract's, in any order."""

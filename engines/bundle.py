@@ -211,6 +211,7 @@ class Bundle:
         engine = open_engine(
             built.backend, contract(network, self.dims), self.path / record.file, record.hint, record.bounds
         )
+        engine.places = record.places
         engine.wider = f"build a wider one with `{self._wider(built)}`"
         return engine
 

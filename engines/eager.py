@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from engines.base import Engine
 from engines.contract import Network, NetworkName
 from engines.errors import EngineError
+from engines.lora import put
 
 __all__ = ["EagerEngine", "TextEncoder", "Unet", "VaeDecoder", "VaeEncoder", "torch_networks"]
 
@@ -98,6 +100,12 @@ class EagerEngine(Engine):
         return {
             spec.name: output.cpu().contiguous() for spec, output in zip(self.network.outputs, outputs, strict=True)
         }
+
+    def refit(self, weights: Mapping[str, Tensor]) -> None:
+        """Write weights into the module's parameters, in place; see `Engine.refit`."""
+        if self._module is None:
+            raise EngineError(f"{self.network.name}: the eager engine is closed; open it again")
+        put(self._module, weights)
 
     def close(self) -> None:
         """Let go of the module; its owner may still hold it."""

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, Field, FiniteFloat, NonNegativeInt, model_validator
 
 from engines.contract import NETWORKS, Dims, NetworkName, contract
-from engines.variant import Bounds, Precision, Profile, Record, Variant
+from engines.variant import Bounds, Place, Precision, Profile, Record, Variant
 
 __all__ = [
     "FORMAT",
@@ -90,9 +90,12 @@ class Parity(Record):
 
 
 class EngineRecord(Record):
-    """One network's graph: its files, the sizes it was built for, and how exact it is. `key` sums up, with the variant
-    and the source, all that can change its numbers or its validity. `notes` are counts and choices of the build, such
-    as the hits of each rewrite and the layers that were left in fp32."""
+    """One network's graph: its files, the sizes it was built for, and how exact it is.
+
+    `key` sums up, with the variant and the source, all that can change its numbers or its validity. `precision` and
+    `hint` are what `select.RECIPES` has for the network in a variant. `places` are the weights that can be replaced, by
+    the torch parameter's name. `notes` are counts and choices of the build, such as the layers that were left in fp32.
+    """
 
     network: NetworkName
     precision: Precision
@@ -103,6 +106,7 @@ class EngineRecord(Record):
     bounds: list[Bounds]
     key: str
     parity: list[Parity]
+    places: dict[str, Place] = Field(default_factory=dict)
     notes: dict[str, int | str | list[str]] = Field(default_factory=dict)
 
 

@@ -52,6 +52,7 @@ class OrtEngine(Engine):
             available = ", ".join(onnxruntime.get_available_providers())
             raise EngineError(f"{path}: this onnxruntime has no {unknown[0]}; it has {available}")
         self._path, self._providers = path, list(providers)
+        self._replaced: dict[str, Any] = {}
         self._sessions = Specialised(self.bounds, self._open)
         session = self._sessions.any()
         self.check_names(
@@ -66,6 +67,8 @@ class OrtEngine(Engine):
                 for name, size in zip(spec.axis_names, spec.shape(sizes), strict=True):
                     if isinstance(name, str):
                         options.add_free_dimension_override_by_name(name, size)
+        if self._replaced:
+            options.add_external_initializers(list(self._replaced), list(self._replaced.values()))
         try:
             return onnxruntime.InferenceSession(str(self._path), options, providers=self._providers)
         except Exception as error:
@@ -76,6 +79,15 @@ class OrtEngine(Engine):
         session = self._sessions.of(profile)
         arrays = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
         return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
+
+    def refit_impl(self, weights: Mapping[str, Tensor]) -> None:
+        # A session packs its weights as it opens, so that it takes no others later: it is opened anew, on the same
+        # file, with these in the place of the file's.
+        self._replaced |= {
+            name: onnxruntime.OrtValue.ortvalue_from_numpy(weight.float().numpy()) for name, weight in weights.items()
+        }
+        self._sessions.clear()
+        self._sessions.any()
 
     def close(self) -> None:
         """Free the sessions."""

@@ -55,12 +55,14 @@ class OvEngine(Engine):
         super().__init__(network, bounds)
         self.hint = hint
         self._path = path
+        self._replaced: dict[str, Any] = {}
         self._requests = Specialised(self.bounds, self._open)
         self._requests.any()
 
     def _open(self, sizes: Mapping[str, int] | None) -> Any:
         try:
             model = core().read_model(str(self._path))
+            _replace(model, self._replaced)
             if sizes is not None:
                 model.reshape({spec.name: list(spec.shape(sizes)) for spec in self.network.inputs})
             compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": self.hint})
@@ -79,10 +81,33 @@ class OvEngine(Engine):
         results = self._requests.of(profile).infer(arrays, share_inputs=True, share_outputs=False)
         return {spec.name: torch.from_numpy(results[spec.name]) for spec in self.network.outputs}
 
+    def refit_impl(self, weights: Mapping[str, Tensor]) -> None:
+        # The compiled graph holds its weights packed: it is compiled anew from the same file with these in it.
+        self._replaced |= {name: weight.float().numpy() for name, weight in weights.items()}
+        self._requests.clear()
+        self._requests.any()
+
     def close(self) -> None:
         """Free the compiled graphs."""
         self._requests.clear()
         super().close()
+
+
+def _replace(model: Any, weights: Mapping[str, Any]) -> None:
+    """Put other constants in the places of those of these names."""
+    if not weights:
+        return
+    from openvino import opset13 as ops
+
+    left = dict(weights)
+    for node in model.get_ordered_ops():
+        if node.get_type_name() == "Constant" and node.get_friendly_name() in left:
+            weight = left.pop(node.get_friendly_name())
+            fresh = ops.constant(weight, shared_memory=True)
+            for target in node.output(0).get_target_inputs():
+                target.replace_source_output(fresh.output(0))
+    if left:
+        raise ValueError(f"the graph has no constant {sorted(left)[0]!r}")
 
 
 def _contract_name(port: Any, names: list[str]) -> str:

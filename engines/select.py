@@ -31,6 +31,7 @@ __all__ = [
     "backend_version",
     "buildable",
     "check_backend",
+    "check_lora_mode",
     "check_precision",
     "choose",
     "gpu",
@@ -90,6 +91,13 @@ RECIPES: dict[str, dict[Precision, dict[NetworkName, Recipe]]] = {
     "tensorrt-rtx": _IN_HALF,
 }
 
+# The precisions in which a backend's weights can be replaced: quantised and packed ones are no longer what they were.
+REFITTING: dict[str, tuple[Precision, ...]] = {
+    "onnxruntime": ("fp32",),
+    "openvino": ("fp32", "bf16"),
+    "tensorrt": ("fp32", "fp16", "bf16"),
+    "tensorrt-rtx": ("fp32", "fp16", "bf16"),
+}
 _MODULES = {
     "eager": "torch",
     "onnxruntime": "onnxruntime",
@@ -163,6 +171,16 @@ def check_precision(backend: str, precision: str) -> None:
         others = [name for name, precisions in RECIPES.items() if precision in precisions]
         has = f"; that is what {', '.join(others)} can" if others else ""
         raise InputError(f"precision {precision!r}: {backend} is built in {', '.join(offered)}{has}")
+
+
+def check_lora_mode(backend: str, precision: str, lora_mode: str) -> None:
+    """Raise InputError unless `backend` can hold a LoRA in that way, in that precision."""
+    if lora_mode not in ("fused", "refit"):
+        raise InputError(f"lora_mode={lora_mode}: unknown; choose fused or refit")
+    able = REFITTING.get(backend, ())
+    if lora_mode == "refit" and precision not in able:
+        what = f"replaces weights in {', '.join(able)}" if able else "cannot replace weights"
+        raise InputError(f"lora_mode=refit: {backend} {what}, not in {precision}; choose fused, or another backend")
 
 
 def runs_here(built_for: str) -> str | None:

@@ -85,17 +85,11 @@ class TrtEngine(Engine):
             dtypes = {spec.name: getattr(torch, spec.dtype) for spec in self.network.outputs}
             return {name: output.to(dtypes[name]).cpu() for name, output in run.outputs.items()}
 
-    def refit(self, weights: Mapping[str, Tensor]) -> None:
-        """Put other values into the engine's weights, in place; every captured graph is dropped.
-
-        Whoever calls this hands over all weights that may differ from those of the call before, so that nothing of an
-        earlier LoRA is left: A, then B, then A again gives A bit for bit.
-
-        Args:
-            weights: by initializer's name, on the CPU or the GPU, of the shapes that the graph has.
+    def refit_impl(self, weights: Mapping[str, Tensor]) -> None:
+        """Replace weights in place; every captured graph is dropped.
 
         Raises:
-            InputError: the engine has no weights of a name, or of that shape and type.
+            InputError: the engine has no weights of a name.
             EngineError: TensorRT refuses them; the engine is closed, since it is neither the old one nor the new.
         """
         trt = self._trt

@@ -22,6 +22,7 @@ __all__ = [
     "Bounds",
     "LoraMode",
     "Order",
+    "Place",
     "Precision",
     "Profile",
     "Record",
@@ -191,6 +192,13 @@ class Order(Record):
 
     variant: Variant
     profiles: tuple[Profile, ...]
+
+
+class Place(Record):
+    """Where a torch parameter lies in a graph: the name of its constant there, and whether that is its transpose."""
+
+    name: str
+    transposed: bool
 
 
 def covers(bounds: Bounds, sizes: Mapping[str, int]) -> bool:

@@ -6,7 +6,7 @@ import gc
 import os
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from engines.base import Engine
 from engines.bundle import MANIFEST, Bundle
 from engines.contract import NETWORKS, Dims, Network, NetworkName, contract
 from engines.errors import EngineError, InputError
+from engines.lora import LORA_FILE, LoraWeights, put
 from engines.manifest import EngineRecord, FileRecord, Manifest, Parity, Source, VariantRecord, digest_file
 from engines.select import (
     RECIPES,
@@ -29,9 +31,10 @@ from engines.select import (
     runs_here,
 )
 from engines.staging import staging
-from engines.variant import Bounds, Order
+from engines.variant import Bounds, Order, Place
 from export.graphs import cases
 from export.layout import KINDS, write_layout
+from export.places import find_places
 from export.stages import Graph, Stages, cannot_build
 from export.to_int8 import Calibration
 from export.verify import verify
@@ -60,6 +63,7 @@ def build_bundle(
     configs: Configs | None = None,
     keep: Bundle | None = None,
     calibration: Calibration | None = None,
+    lora: LoraWeights | None = None,
     timing_caches: Path | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
@@ -76,6 +80,7 @@ def build_bundle(
             see `layout`. `write_config` must then write the tokenizer, into `tokenizer`.
         keep: a bundle of the same source; its variants that are not built anew go into this one as they are.
         calibration: real runs of the model, for int8.
+        lora: for variants whose LoRA is set at run time; `networks` are then those of the base model.
         timing_caches: a folder for what TensorRT remembers from build to build.
         progress: called before each step, and within long ones.
 
@@ -87,13 +92,13 @@ def build_bundle(
         ModelError: a torch module gives numbers that are not finite.
         BundleError: `target` cannot be written, is somebody's folder, or the disk is full.
     """
-    _check(networks, dims, orders, calibration)
+    _check(networks, dims, orders, calibration, lora)
     kept = [] if keep is None else [b for b in keep.variants if b.variant not in [o.variant for o in orders]]
     steps = _Steps(progress, orders)
     with staging(target, needed=_needed(networks, orders)) as folder:
         ready = None if keep is None else keep.path / _EXPORTED
         stages = Stages(folder / _WORK, dims, calibration, steps.begin, ready, steps.detail, timing_caches)
-        build = _Build(dims, source, folder, stages, steps)
+        build = _Build(dims, source, folder, stages, steps, lora)
         steps.begin("configuration")
         (folder / "config").mkdir()
         write_config(folder / "config")
@@ -156,7 +161,11 @@ class _Steps:
 
 
 def _check(
-    networks: dict[NetworkName, nn.Module], dims: Dims, orders: Sequence[Order], calibration: Calibration | None
+    networks: dict[NetworkName, nn.Module],
+    dims: Dims,
+    orders: Sequence[Order],
+    calibration: Calibration | None,
+    lora: LoraWeights | None,
 ) -> None:
     if not orders:
         raise InputError("backends: none given; name one or more of " + ", ".join(n for n in RECIPES if n != "eager"))
@@ -171,6 +180,8 @@ def _check(
         fault = cannot_build(order.variant)
         if fault is not None:
             raise EngineError(f"engine {backend!r}: {fault}")
+        if order.variant.lora_mode == "refit" and lora is None:
+            raise InputError("lora_mode 'refit': needs a LoRA whose strength can be set; name one")
         if precision == "int8" and calibration is None:
             raise InputError("precision 'int8': needs real runs of the model to be calibrated on; none were given")
         for profile in order.profiles:
@@ -208,6 +219,7 @@ class _Build:
     folder: Path
     stages: Stages
     steps: _Steps
+    lora: LoraWeights | None
     files: dict[Path, FileRecord] = field(default_factory=dict)
 
     def engine(self, network: Network, module: nn.Module, order: Order) -> EngineRecord:
@@ -220,13 +232,22 @@ class _Build:
         graph = self.stages.build(network, module, variant, recipe.precision, bounds, folder)
         gc.collect()  # the exporter's reference cycles hold a copy of the weights
         self.steps.begin(f"{network.name}: verify {variant.name}")
+        places: dict[str, Place] = {}
+        lora = self.lora if variant.lora_mode == "refit" and network.name == "unet" else None
+        if lora is not None:
+            places = find_places(graph.path, self.stages.exported(recipe.precision), variant.backend, lora.base)
+            lora.save(folder / LORA_FILE)
         parity = []
         # What cannot run here is published without, and proved where it runs before it is used.
         if availability(variant.backend) is None and runs_here(variant.architecture) is None:
             tried = cases(network, self.dims, bounds)
             with open_engine(variant.backend, network, graph.path, recipe.hint, bounds) as engine:
-                parity = verify(engine, module, network, self.dims, recipe.precision, VERIFY_SEED, tried)
-        return self.record(network, recipe, graph, bounds, parity)
+                engine.places = places
+                for _ in _strengths(engine, module, lora):
+                    parity.append(verify(engine, module, network, self.dims, recipe.precision, VERIFY_SEED, tried))
+        worst = [max(found, key=lambda one: one.relative) for found in zip(*parity, strict=True)]
+        record = self.record(network, recipe, graph, bounds, worst)
+        return record.model_copy(update={"places": places})
 
     def record(
         self, network: Network, recipe: Recipe, graph: Graph, bounds: list[Bounds], parity: list[Parity]
@@ -267,6 +288,21 @@ class _Build:
             name = path.relative_to(self.folder).as_posix()
             self.files[path] = FileRecord(path=name, size=path.stat().st_size, sha256=digest_file(path))
         return self.files[path]
+
+
+def _strengths(engine: Engine, module: nn.Module, lora: LoraWeights | None) -> Iterator[float]:
+    """The strengths that an engine is verified at; the module holds the base weights again at the end."""
+    if lora is None:
+        yield 1.0
+        return
+    try:
+        for strength in (0.0, 1.0):
+            weights = lora.at(strength)
+            put(module, weights)
+            engine.refit(weights)
+            yield strength
+    finally:
+        put(module, lora.base)
 
 
 def _link_tree(bundle: Bundle | None, variant: str, folder: Path) -> None:

@@ -99,6 +99,10 @@ class Stages:
             return self._as_tensorrt(network, variant, onnx, bounds, folder / "model.engine")
         raise EngineError(f"engine {variant.backend!r}: this version does not build it")
 
+    def exported(self, precision: Precision) -> Path:
+        """The ONNX graph that the network's graph in that precision came from."""
+        return self._folder / ("fp32" if precision == "int8" else precision) / "model.onnx"
+
     def forget(self) -> None:
         """Remove the graphs on the way; those of the next network follow."""
         shutil.rmtree(self._folder, ignore_errors=True)

@@ -16,7 +16,7 @@ from smooth_rt.ranges import check
 if TYPE_CHECKING:
     from engines.bundle import Bundle, Source, VariantRecord
     from engines.contract import Dims
-    from engines.variant import Order, Precision, Profile, Variant
+    from engines.variant import LoraMode, Order, Precision, Profile, Variant
     from smooth_rt.lora import Lora
     from smooth_rt.model import Model
 
@@ -76,6 +76,7 @@ def ensure_engines(
     profiles: Sequence[Profile] = (),
     calibration_prompts: Sequence[str] = (),
     gpu_arch: str | None = None,
+    lora_mode: str = "fused",
 ) -> Built:
     """A bundle of the model's engines with the LoRA fused in; reused where one stands that is whole and still fits.
 
@@ -96,6 +97,8 @@ def ensure_engines(
             for every size.
         gpu_arch: for TensorRT, the architectures such as "sm80,sm89"; None is the GPU at hand, or with none at hand
             every one that TensorRT for RTX supports.
+        lora_mode: "fused", or "refit": the engines are those of the base model, and the LoRA's weights are put into
+            them when they are opened, at any strength; `lora_strength` is then of no account here.
         calibration_prompts: of the images that int8 is calibrated on; none stands for `calibration.PROMPTS`.
 
     Raises:
@@ -107,7 +110,7 @@ def ensure_engines(
     """
     from smooth_rt.cache import limit, make_room, used
 
-    variants = _variants(backends, precision, gpu_arch)
+    variants = _variants(backends, precision, gpu_arch, lora_mode)
     most = limit() if output is None else None
     (lora_strength,) = check(lora_strength=lora_strength)
     from engines.bundle import LoraSource, Source
@@ -122,7 +125,10 @@ def ensure_engines(
     adapter = lora if lora is None or isinstance(lora, Lora) else read_lora(lora)
     record = None
     if adapter is not None:
-        record = LoraSource(source=adapter.source, digest=adapter.digest, strength=lora_strength)
+        strength = lora_strength if lora_mode == "fused" else None
+        record = LoraSource(source=adapter.source, digest=adapter.digest, strength=strength)
+    elif lora_mode != "fused":
+        raise InputError(f"lora_mode={lora_mode}: there is no LoRA whose strength could be set; name one")
     source = Source(model=loaded.source, revision=loaded.revision, digests=loaded.digests, lora=record)
     target = cache_root() / "bundles" / _cache_key(source) if output is None else output
 
@@ -154,9 +160,9 @@ def prove_engines(
     return prove(bundle, torch_networks(model.text_encoder, model.unet, model.vae), seed, progress)
 
 
-def _variants(backends: Sequence[str], precision: str, gpu_arch: str | None) -> list[Variant]:
+def _variants(backends: Sequence[str], precision: str, gpu_arch: str | None, lora_mode: str) -> list[Variant]:
     """What is asked for, one variant a backend, each checked before anything is loaded."""
-    from engines.select import RECIPES, buildable, check_precision, target
+    from engines.select import RECIPES, buildable, check_lora_mode, check_precision, target
     from engines.variant import Variant
 
     if not backends:
@@ -168,9 +174,11 @@ def _variants(backends: Sequence[str], precision: str, gpu_arch: str | None) -> 
         if name == "eager":
             raise InputError("backend 'eager': runs the torch modules and has nothing to build; name another")
         check_precision(name, precision)
-    exact = cast("Precision", precision)
+    for name in backends:
+        check_lora_mode(name, precision, lora_mode)
+    exact, mode = cast("Precision", precision), cast("LoraMode", lora_mode)
     return [
-        Variant(backend=name, precision=exact, lora_mode="fused", architecture=target(name, gpu_arch))
+        Variant(backend=name, precision=exact, lora_mode=mode, architecture=target(name, gpu_arch))
         for name in dict.fromkeys(backends)
     ]
 
@@ -211,10 +219,14 @@ def _build(
 ) -> Bundle:
     from engines.eager import torch_networks
     from export.build import Configs, build_bundle
-    from smooth_rt.lora import fuse
+    from smooth_rt.lora import fuse, lora_weights
 
-    if lora is not None and source.lora is not None and source.lora.strength is not None:
-        fuse(model.unet, lora, source.lora.strength)
+    weights = None
+    if lora is not None and source.lora is not None:
+        if source.lora.strength is None:
+            weights = lora_weights(model.unet, lora)
+        else:
+            fuse(model.unet, lora, source.lora.strength)
     networks = torch_networks(model.text_encoder, model.unet, model.vae)
     calibration = None
     if any(order.variant.precision == "int8" for order in orders):
@@ -231,6 +243,7 @@ def _build(
         configs=Configs(model.network_configs(), model.config().sampling_config),
         keep=keep,
         calibration=calibration,
+        lora=weights,
         timing_caches=cache_root() / "timing",
         progress=progress,
     )

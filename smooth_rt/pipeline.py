@@ -18,8 +18,9 @@ from engines.base import Engine
 from engines.bundle import Bundle
 from engines.contract import NETWORKS, Dims, NetworkName, contract
 from engines.eager import EagerEngine, torch_networks
+from engines.lora import LORA_FILE, LoraWeights
 from engines.select import BACKENDS, RECIPES, Choice, check_precision, choose
-from smooth_rt.errors import EngineError
+from smooth_rt.errors import EngineError, InputError
 from smooth_rt.images import ImageLike, Images, OutputType, read, to_images
 from smooth_rt.lora import fused_with
 from smooth_rt.model import Model, PipelineConfig, load_model, read_config
@@ -94,6 +95,7 @@ class SmoothPipeline:
         self.size = size or (dims.sample_size * dims.vae_factor,) * 2
         self.bundle: Bundle | None = None
         self.precision = "fp32"
+        self.lora: LoraWeights | None = None
         self.digests: Mapping[str, str] = {}
         self.batch_size = batch_size
 
@@ -145,7 +147,7 @@ class SmoothPipeline:
 
             model = model if isinstance(model, Model) else load_model(model, config=config)
             bundle = build_engines(model, lora, lora_strength, [choice.backend], None, progress, precision)
-            return cls._open(bundle, choice, batch_size, precision)
+            return cls._open(bundle, choice, batch_size, precision, lora_strength)
         return cls._eager(open_model(model, lora, lora_strength, config), choice, batch_size)
 
     @classmethod
@@ -156,6 +158,7 @@ class SmoothPipeline:
         batch_size: int | str = "auto",
         config: str | Path | None = None,
         precision: str | None = None,
+        lora_strength: float = 1.0,
     ) -> Self:
         """Open a bundle that `smooth-rt build-engine` wrote.
 
@@ -165,6 +168,7 @@ class SmoothPipeline:
             batch_size: see the class.
             config: for "eager", where the bundle was made from a single-file checkpoint; as in `load_model`.
             precision: of the engines; None is the most exact that the bundle has for the backend.
+            lora_strength: of a bundle whose LoRA is set at run time; see `set_lora_strength`.
 
         Raises:
             InputError: an option is out of its range.
@@ -172,15 +176,18 @@ class SmoothPipeline:
             EngineError: the named engine is not in the bundle or cannot run here.
         """
         engine, batch_size, config = check(engine=engine, batch_size=batch_size, config=config)
+        (lora_strength,) = check(lora_strength=lora_strength)
         (precision,) = check(precision=precision)
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(*check(bundle=bundle)))
         choice = choose(engine, opened.backends)
         if choice.backend != "eager":
-            return cls._open(opened, choice, batch_size, precision)
+            return cls._open(opened, choice, batch_size, precision, lora_strength)
         return cls._eager(reopen_model(opened, config), choice, batch_size)
 
     @classmethod
-    def _open(cls, bundle: Bundle, choice: Choice, batch_size: int | str, precision: str | None) -> Self:
+    def _open(
+        cls, bundle: Bundle, choice: Choice, batch_size: int | str, precision: str | None, lora_strength: float
+    ) -> Self:
         config = read_config(bundle.config)
         built = bundle.find(choice.backend, cast("Precision | None", precision))
         engines = {name: bundle.open_network(name, built) for name in NETWORKS}
@@ -189,6 +196,9 @@ class SmoothPipeline:
         pipe = cls(engines, config, bundle.dims, size=size, **named)
         pipe.bundle = bundle
         pipe.precision = built.variant.precision
+        if built.variant.lora_mode == "refit":
+            pipe.lora = LoraWeights.load((bundle.path / built.engine("unet").file).with_name(LORA_FILE))
+            pipe.set_lora_strength(lora_strength)
         lora = bundle.source.lora
         pipe.digests = _digests(
             bundle.source.digests, (lora.digest, lora.strength or 1.0) if lora is not None else None
@@ -202,6 +212,24 @@ class SmoothPipeline:
         pipe = cls(engines, model.config(), model.dims, source=model.source, choice=choice, batch_size=batch_size)
         pipe.digests = _digests(model.digests, fused_with(model.unet))
         return pipe
+
+    def set_lora_strength(self, strength: float) -> None:
+        """Set the LoRA's strength of engines that were built with `lora_mode="refit"`: 1 is as trained, 0 is none.
+
+        Its weights are made from the base model's each time, so A, B and A again gives the same images bit for bit.
+
+        Raises:
+            InputError: the strength is out of its range, or the LoRA is fused into the engines, or there is none.
+            EngineError: the engine cannot take the weights.
+        """
+        (strength,) = check(lora_strength=strength)
+        if self.lora is None:
+            raise InputError(
+                f"lora_strength={strength:g}: the engines hold their LoRA fused, or none; build with --lora-mode refit "
+                "to set it at run time"
+            )
+        self._engines["unet"].refit(self.lora.at(strength))
+        self.digests = {**self.digests, "lora_strength": f"{strength:g}"}
 
     @property
     def batch_size(self) -> int | str:

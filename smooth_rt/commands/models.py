@@ -56,6 +56,9 @@ def build_engine(
     widths: Annotated[
         list[str] | None, typer.Option("--width", metavar="N|MIN:OPT:MAX", help="Pixels.", show_default=False)
     ] = None,
+    lora_mode: Annotated[
+        str, typer.Option(help="fused (fastest), or refit: one build for every strength, set when it runs.")
+    ] = "fused",
     gpu_arch: Annotated[
         str | None,
         typer.Option(
@@ -95,6 +98,7 @@ def build_engine(
             profiles=profiles,
             calibration_prompts=prompts,
             gpu_arch=gpu_arch,
+            lora_mode=lora_mode,
         )
     parity = [
         {

@@ -160,7 +160,11 @@ def open_pipeline(options: RunOptions) -> SmoothPipeline:
         bundle = Bundle.open(find(options.engines))
         _check_fit(options, read_config(bundle.config), bundle.dims)
         return SmoothPipeline.from_engines(
-            bundle, options.engine, config=options.model_config, precision=options.precision
+            bundle,
+            options.engine,
+            config=options.model_config,
+            precision=options.precision,
+            lora_strength=options.lora_strength,
         )
     model = opened_model(options)
     _check_fit(options, model.config(), model.dims)

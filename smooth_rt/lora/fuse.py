@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from engines.lora import LoraWeights
 from smooth_rt.errors import ModelError
 from smooth_rt.lora.read import Lora, LoraLayer
 from smooth_rt.ranges import check
@@ -15,7 +16,7 @@ from smooth_rt.ranges import check
 if TYPE_CHECKING:
     from smooth_rt.model import Model
 
-__all__ = ["fuse", "fuse_to_folder", "fused_with"]
+__all__ = ["fuse", "fuse_to_folder", "fused_with", "lora_weights"]
 
 MARK = "smooth_rt_fused"
 
@@ -44,6 +45,33 @@ def fuse(unet: nn.Module, lora: Lora, strength: float = 1.0) -> None:
             change = layer.up.float().flatten(1) @ layer.down.float().flatten(1)
             weight.add_(change.reshape(weight.shape), alpha=strength * layer.scale)
     setattr(unet, MARK, (lora.digest, strength))
+
+
+def lora_weights(unet: nn.Module, lora: Lora) -> LoraWeights:
+    """The base weights of the layers that `lora` changes, and its factors, for engines whose weights are replaced.
+
+    Args:
+        unet: as loaded, in fp32; it is left as it is.
+        lora: as `read_lora` returns it.
+
+    Raises:
+        ModelError: as `fuse`.
+    """
+    if fused_with(unet) is not None:
+        raise ModelError(f"{lora.source}: this UNet has a LoRA fused in already; load the model again")
+    modules = dict(unet.named_modules())
+    # As the network of `engines.eager.Unet` calls them.
+    base = {
+        f"unet.{path}.weight": _target(modules, path, layer, lora.source).detach().clone()
+        for path, layer in lora.layers.items()
+    }
+    layers = {f"unet.{path}.weight": layer for path, layer in lora.layers.items()}
+    return LoraWeights(
+        base,
+        {name: layer.down for name, layer in layers.items()},
+        {name: layer.up for name, layer in layers.items()},
+        {name: layer.scale for name, layer in layers.items()},
+    )
 
 
 def fused_with(unet: nn.Module) -> tuple[str, float] | None:

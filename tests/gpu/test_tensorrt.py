@@ -17,7 +17,7 @@ from engines.eager import torch_networks
 from engines.errors import EngineError
 from engines.select import ON_GPU, buildable, gpu
 from engines.trt import GRAPHS, TrtEngine
-from engines.variant import Bounds
+from engines.variant import Bounds, Place
 from export.graphs import Case, cases, random_inputs
 from export.to_onnx import to_onnx
 from export.to_tensorrt import to_tensorrt
@@ -92,7 +92,8 @@ def test_weights_a_then_b_then_a_again(backend: str, model: Any, tmp_path: Path)
     graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
     names = [tensor.name for tensor in graph.initializer if tensor.name.endswith("attn1.to_q.weight.T")]
     engine, _ = built(backend, model, "unet", tmp_path, refittable=names)
-    own = {name: model.unet.get_parameter(name.removeprefix("unet.").removesuffix(".T")).T for name in names}
+    engine.places = {name.removesuffix(".T"): Place(name=name, transposed=True) for name in names}
+    own = {name: model.unet.get_parameter(name.removeprefix("unet.")).detach() for name in engine.places}
     other = {name: weight * 1.5 for name, weight in own.items()}
     case = Case({"batch": 2, "height": 16, "width": 16}, 1.0)
     inputs = random_inputs(network, model.dims, case, torch.Generator().manual_seed(1))
