@@ -8,7 +8,7 @@ outgrow fp16 (VAE decoders are known for it, and give black images). So each is 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ ISLANDS: dict[str, tuple[str, ...]] = {
     "timestep embedding": ("TimestepEmbedding",),
 }
 WORTH = 1.1  # how many times larger the error must be without an island
-HEADROOM = 1 / 8  # of fp16's range: a module whose outputs go beyond stays in fp32
+HEADROOM = 1 / 8  # of fp16's range: what goes beyond stays in fp32
 SEED = 11
 
 
@@ -110,7 +110,14 @@ class _Island(nn.Module):
 
     def forward(self, *inputs: Any, **named: Any) -> Any:
         output = self.module(*(_lifted(x) for x in inputs), **{name: _lifted(x) for name, x in named.items()})
-        return output.to(self.dtype)
+        if isinstance(output, tuple):
+            return tuple(self._lowered(one) for one in output)
+        return self._lowered(output)
+
+    def _lowered(self, value: Any) -> Any:
+        if isinstance(value, tuple):
+            return tuple(self._lowered(one) for one in value)
+        return value.to(self.dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def _lifted(value: Any) -> Any:
@@ -129,29 +136,37 @@ def _built(module: nn.Module, dtype: torch.dtype, kinds: Sequence[str], names: S
 
 
 def _large(module: nn.Module, inputs: Sequence[Tensor]) -> list[str]:
-    """The innermost modules whose outputs come near the end of fp16's range."""
+    """The smallest parts of the module that hold what comes near the end of fp16's range, and hand on what does not.
+
+    A layer whose output is large is no island by itself: its output would leave it in fp16. The block around it is.
+    """
     limit = torch.finfo(torch.float16).max * HEADROOM
     found: list[str] = []
 
     def look(name: str) -> Any:
         def hook(_: nn.Module, __: Any, output: Any) -> None:
-            if isinstance(output, Tensor) and float(output.detach().abs().max()) > limit and name not in found:
+            tensors = output if isinstance(output, tuple | list) else [output]
+            if any(isinstance(one, Tensor) and float(one.detach().abs().max()) > limit for one in tensors):
                 found.append(name)
 
         return hook
 
-    hooks = [m.register_forward_hook(look(name)) for name, m in _leaves(module)]
+    hooks = [one.register_forward_hook(look(name)) for name, one in module.named_modules() if name]
     try:
         with torch.no_grad():
             module(*inputs)
     finally:
         for hook in hooks:
             hook.remove()
-    return found
-
-
-def _leaves(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    return ((name, one) for name, one in module.named_modules() if name and next(one.children(), None) is None)
+    islands = []
+    for name in dict.fromkeys(found):
+        around = name
+        while around in found:
+            around = around.rpartition(".")[0]
+        if not around:
+            raise EngineError(f"{name}: its values outgrow fp16 and leave the network so; choose bf16 or fp32")
+        islands.append(around)
+    return list(dict.fromkeys(islands))
 
 
 def _error(module: nn.Module, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:

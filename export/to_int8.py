@@ -8,9 +8,10 @@ until images sampled on the graph are close enough to those of the torch module.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -97,9 +98,9 @@ def quantise_at(
     out = [node for node, weight in layers.items() if _stays(weight, LADDER[rung][1])]
     scope = nncf.IgnoredScope(names=[*out, *(f"{node}/WithoutBiases" for node in out)], validate=False)
     data = nncf.Dataset([{name: tensor.numpy() for name, tensor in row.items()} for row in rows[:SUBSET]])
-    nncf.set_log_level(logging.ERROR)
     try:
-        with quiet():
+        with quiet(), _levels_kept():
+            nncf.set_log_level(logging.ERROR)
             model = nncf.quantize(
                 _read(onnx, backend),
                 data,
@@ -112,6 +113,17 @@ def quantise_at(
         raise EngineError(f"{network.name}: NNCF cannot quantise it ({reason(error)}); leave int8 out") from error
     _write(model, path, backend, onnx)
     return {"quantised": len(layers) - len(out), "left_out": sorted(layers[node] or node for node in out)}
+
+
+@contextlib.contextmanager
+def _levels_kept() -> Iterator[None]:
+    """NNCF sets the level of the root logger's handlers, which are everybody's."""
+    before = [(handler, handler.level) for handler in logging.root.handlers]
+    try:
+        yield
+    finally:
+        for handler, level in before:
+            handler.setLevel(level)
 
 
 def _read(onnx: Path, backend: str) -> Any:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress
     from torch import Generator
 
+    from engines.bundle import Bundle
     from engines.contract import Dims
     from smooth_rt.model import Model, PipelineConfig
     from smooth_rt.pipeline import SmoothPipeline, StepCallback
@@ -158,6 +159,7 @@ def open_pipeline(options: RunOptions) -> SmoothPipeline:
         from smooth_rt.model import read_config
 
         bundle = Bundle.open(find(options.engines))
+        refuse_strength(options, bundle)
         _check_fit(options, read_config(bundle.config), bundle.dims)
         return SmoothPipeline.from_engines(
             bundle,
@@ -190,8 +192,17 @@ def _check_fit(options: RunOptions, config: PipelineConfig, dims: Dims) -> None:
 
 def refuse_model(options: ModelOptions) -> None:
     """A bundle holds its model and its LoRA: refuse others beside it."""
-    if options.model != "default" or options.lora is not None or options.lora_strength != 1.0:
+    if options.model != "default" or options.lora is not None:
         raise InputError("--engines: the bundle holds its model and LoRA; leave out --model and --lora")
+
+
+def refuse_strength(options: ModelOptions, bundle: Bundle) -> None:
+    """A strength can be named for a bundle whose LoRA is set as it runs, and for no other."""
+    lora = bundle.source.lora
+    if options.lora_strength != 1.0 and (lora is None or lora.strength is not None):
+        raise InputError(
+            "--lora-strength: the bundle holds its LoRA fused, or none; leave it out, or build with --lora-mode refit"
+        )
 
 
 def generators(seeds: range | tuple[int, ...]) -> list[Generator]:

@@ -53,7 +53,7 @@ def test_what_outgrows_fp16_stays_in_fp32(networks: Networks, dims: Dims) -> Non
     with torch.no_grad():  # a layer whose output is large, and the next norm makes it small again
         module.get_submodule("vae.decoder.mid_block.resnets.0.conv1").weight.mul_(1e6)
     small, islands = in_half(module, network, dims, "fp16")
-    assert "vae.decoder.mid_block.resnets.0.conv1" in islands
+    assert "vae.decoder.mid_block.resnets.0" in islands
     parity = verify(EagerEngine(network, small), module, network, dims, "fp16", 3)
     assert parity[0].relative < TOLERANCES["fp16"]
 
