@@ -145,8 +145,10 @@ class Bundle:
             raise BundleError(f"{self.path}: not built for {wanted} (there is {there}); run `{command}`")
         return min(fitting, key=lambda built: PRECISIONS.index(built.variant.precision))
 
-    def stale(self, built: VariantRecord) -> str | None:
+    def stale(self, built: VariantRecord, elsewhere: bool = False) -> str | None:
         """None if a variant is valid here, else one line: what has changed and how to mend it.
+
+        With `elsewhere` one that was built for another machine is valid, too.
 
         Raises:
             EngineError: its backend is not installed.
@@ -155,7 +157,7 @@ class Bundle:
         what = f"{built.variant.name} was built"
         if built.backend_version != version:
             return f"{what} by {built.backend} {built.backend_version}, installed is {version}; {mend}"
-        fault = runs_here(built.variant.architecture)
+        fault = None if elsewhere else runs_here(built.variant.architecture)
         return None if fault is None else f"{what} for {built.variant.architecture}, {fault}; {mend}"
 
     def command(self, built: VariantRecord) -> str:
@@ -182,7 +184,7 @@ class Bundle:
         for profile in profiles:
             if profile not in built.profiles:
                 return f"{self.path}: {variant.name} is not built for {profile}"
-        reason = self.stale(built)
+        reason = self.stale(built, elsewhere=True)
         return None if reason is None else f"{self.path}: {reason}"
 
     def engine(self, network: NetworkName, backend: str, precision: Precision | None = None) -> Engine:

@@ -62,6 +62,11 @@ class InductorEngine(Engine):
         self._lock = threading.Lock()
         self._package(0)
 
+    @property
+    def package(self) -> Package:
+        """What the package of the first bounds says of itself."""
+        return self._package(0).package
+
     def _package(self, index: int) -> _Opened:
         with self._lock:
             if index not in self._opened:

@@ -60,9 +60,12 @@ def build_engines(
     progress: Progress | None = None,
     precision: str = "fp32",
     profiles: Sequence[Profile] = (),
+    lora_mode: str = "fused",
 ) -> Bundle:
     """The bundle of `ensure_engines`, whether built or reused."""
-    return ensure_engines(model, lora, lora_strength, backends, output, progress, precision, profiles).bundle
+    return ensure_engines(
+        model, lora, lora_strength, backends, output, progress, precision, profiles, lora_mode=lora_mode
+    ).bundle
 
 
 def ensure_engines(

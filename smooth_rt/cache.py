@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.bundle import Bundle
+from engines.select import PORTABLE
 from engines.staging import abandoned, foreign
 from smooth_rt.build import cache_root
 from smooth_rt.errors import BundleError, EngineError, InputError, SmoothRTError
@@ -66,7 +67,7 @@ def examine(path: Path, verify: bool = True) -> Entry:
     fault = None
     for built in bundle.variants:
         try:
-            fault = fault or bundle.stale(built)
+            fault = fault or bundle.stale(built, elsewhere=built.variant.architecture.startswith(("sm", PORTABLE)))
         except EngineError as error:
             fault = fault or str(error)
     return Entry(path, size, bundle, fault)

@@ -19,7 +19,7 @@ from engines.bundle import Bundle
 from engines.contract import NETWORKS, Dims, NetworkName, contract
 from engines.eager import EagerEngine, torch_networks
 from engines.lora import LORA_FILE, LoraWeights
-from engines.select import BACKENDS, RECIPES, Choice, check_precision, choose
+from engines.select import BACKENDS, RECIPES, Choice, check_lora_mode, check_precision, choose
 from smooth_rt.errors import EngineError, InputError
 from smooth_rt.images import ImageLike, Images, OutputType, read, to_images
 from smooth_rt.lora import fused_with
@@ -114,6 +114,7 @@ class SmoothPipeline:
         engine: str = "auto",
         batch_size: int | str = "auto",
         precision: str = "fp32",
+        lora_mode: str = "fused",
         progress: Callable[[str, int, int], None] | None = None,
         config: str | Path | None = None,
     ) -> Self:
@@ -128,6 +129,7 @@ class SmoothPipeline:
                 run; logged.
             batch_size: see the class.
             precision: of the engines: "fp32", or what else the backend is built in ("fp16", "bf16", "int8").
+            lora_mode: "fused", or "refit": the LoRA's strength can be changed by `set_lora_strength`.
             progress: called as `progress(stage, done, total)` while engines are built.
             config: for a single-file checkpoint, as in `load_model`.
 
@@ -142,11 +144,15 @@ class SmoothPipeline:
         engine, batch_size, precision = check(engine=engine, batch_size=batch_size, precision=precision)
         choice = choose(engine, [name for name in BACKENDS if precision in RECIPES[name]])
         check_precision(choice.backend, precision)
+        if lora_mode != "fused":
+            check_lora_mode(choice.backend, precision, lora_mode)
         if choice.backend != "eager":
             from smooth_rt.build import build_engines
 
             model = model if isinstance(model, Model) else load_model(model, config=config)
-            bundle = build_engines(model, lora, lora_strength, [choice.backend], None, progress, precision)
+            bundle = build_engines(
+                model, lora, lora_strength, [choice.backend], None, progress, precision, lora_mode=lora_mode
+            )
             return cls._open(bundle, choice, batch_size, precision, lora_strength)
         return cls._eager(open_model(model, lora, lora_strength, config), choice, batch_size)
 

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from smooth_rt import cli
-from smooth_rt.commands import models
+from smooth_rt.commands import bundles
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
 
@@ -228,4 +228,4 @@ def test_the_listing_is_the_commands(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setenv("SMOOTH_RT_CACHE", str(tmp_path))
     from smooth_rt.commands.options import OutputOptions
 
-    assert models.list_engines(OutputOptions(json=True)) == {"cache": str(tmp_path), "bundles": []}
+    assert bundles.list_engines(OutputOptions(json=True)) == {"cache": str(tmp_path), "bundles": []}

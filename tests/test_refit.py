@@ -83,6 +83,20 @@ def test_the_strength_is_no_part_of_the_bundle(bundle: Bundle, tiny_model: Path,
         assert not built.engine("vae_decoder").places
 
 
+def test_a_pipeline_is_asked_for_it(bundle: Bundle, tiny_model: Path, lora: Path) -> None:
+    options: Any = {"lora": lora, "lora_strength": 0.3, "lora_mode": "refit"}
+    with SmoothPipeline.from_pretrained(tiny_model, engine="onnxruntime", **options) as pipe:
+        assert pipe.bundle is not None
+        assert pipe.bundle.path == bundle.path
+        first = images(pipe)
+        pipe.set_lora_strength(2.0)
+        assert not torch.equal(first, images(pipe))
+        pipe.set_lora_strength(0.3)
+        assert torch.equal(first, images(pipe))
+    with pytest.raises(InputError, match="lora_mode=refit: eager cannot replace weights"):
+        SmoothPipeline.from_pretrained(tiny_model, engine="eager", **options)
+
+
 def test_the_model_is_as_it_was_after_a_build(tiny_model: Path, lora: Path, tmp_path: Path) -> None:
     model = load_model(tiny_model)
     before = {name: value.clone() for name, value in model.unet.state_dict().items()}

@@ -23,7 +23,8 @@ from engines.errors import EngineError, InputError
 from engines.inductor import InductorEngine
 from export import to_inductor as stage
 from export.graphs import Case, random_inputs
-from export.to_inductor import _converted, _traced, cannot_build, to_inductor
+from export.half import converted
+from export.to_inductor import _traced, cannot_build, to_inductor
 from export.verify import verify
 
 Networks = dict[NetworkName, nn.Module]
@@ -168,7 +169,7 @@ def test_what_is_traced(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"precision": "int8"}, "precision 'int8': unknown; choose from fp32, bf16, fp16"),
+        ({"precision": "int8"}, "precision 'int8': unknown; choose from fp32, fp16, bf16"),
         ({"device": "tpu"}, "device 'tpu': unknown; choose from cpu, cuda"),
         ({"symbol_bounds": {"depth": (1, 2)}}, "no symbol 'depth'; it has batch, height, width"),
         ({"symbol_bounds": {"height": (4, 6)}}, "height from 4 to 6: give two multiples of 4"),
@@ -310,15 +311,15 @@ def alive(pid: int) -> bool:
 def test_a_copy_in_half_precision_shares_nothing_and_leaves_the_module(networks: Networks) -> None:
     module = networks["unet"]
     before = copy.deepcopy(module.state_dict())
-    half = _converted(module, torch.bfloat16, channels_last=False)
+    half = converted(module, torch.bfloat16)
     assert {parameter.dtype for parameter in half.parameters()} == {torch.bfloat16}
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
-    # What is converted already is the caller's: islands of fp32 stay.
+    # Islands of fp32 stay.
     half.unet.conv_out.float()  # type: ignore[union-attr, operator]
-    again = _converted(half, torch.bfloat16, channels_last=True)
+    again = converted(half, torch.bfloat16, [half.unet.conv_out], last=True)  # type: ignore[list-item]
     assert again.unet.conv_out.weight.dtype is torch.float32  # type: ignore[union-attr]
     assert again.unet.conv_out.weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[union-attr, operator]
     # What needs no conversion is not copied.
-    same = _converted(module, torch.float32, channels_last=False)
+    same = converted(module, torch.float32)
     assert same is not module
     assert {p.data_ptr() for p in same.parameters()} == {p.data_ptr() for p in module.parameters()}

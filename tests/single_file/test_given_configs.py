@@ -153,7 +153,7 @@ def test_every_command_that_takes_a_model_takes_its_config(
 
     built: list[Model] = []
 
-    def ensure_engines(model: Model, *_: object) -> None:
+    def ensure_engines(model: Model, *_: object, **__: object) -> None:
         built.append(model)
         raise InputError("built")
 

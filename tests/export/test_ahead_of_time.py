@@ -1,0 +1,60 @@
+"""A bundle of engines for another machine: built whole, reused, kept, and used only once it was proved there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from engines.bundle import Bundle
+from engines.errors import BundleError
+from smooth_rt import cli
+from smooth_rt.build import ensure_engines
+from smooth_rt.cache import examine, prune
+
+pytest.importorskip("tensorrt_rtx", reason="builds the engines; pip install 'smooth-rt[tensorrt-rtx]'")
+
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU, on which they are proved at once")
+
+
+@pytest.fixture(scope="module")
+def bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SMOOTH_RT_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return ensure_engines(tiny_model, backends=["tensorrt-rtx"], gpu_arch="sm89", precision="fp16").bundle
+
+
+def test_it_is_whole_and_says_what_it_is_for(bundle: Bundle) -> None:
+    (built,) = Bundle.open(bundle.path).variants
+    assert built.variant.name == "tensorrt-rtx-fp16-sm89"
+    assert str(built.profiles[0]) == "batch 1:1:4, height 16, width 16"
+    assert not built.proved
+    assert all(int(str(record.notes["layers"])) > 50 for record in built.engines)
+    assert all("fp32_islands" in record.notes for record in built.engines)
+
+
+def test_it_is_reused_and_not_pruned_where_it_was_built(
+    bundle: Bundle, tiny_model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOOTH_RT_CACHE", str(bundle.path.parents[1]))
+    assert ensure_engines(tiny_model, backends=["tensorrt-rtx"], gpu_arch="sm89", precision="fp16").reused
+    assert examine(bundle.path).fault is None
+    assert prune() == []
+
+
+def test_it_is_not_used_before_it_was_proved(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(BundleError, match=r"was built for sm89, a GPU, and torch finds none here; rebuild it with"):
+        bundle.engine("unet", "tensorrt-rtx")
+    monkeypatch.setattr("engines.bundle.runs_here", lambda _: None)
+    with pytest.raises(BundleError, match=r"nothing proves it yet; run `smooth-rt engines verify --parity .*` here"):
+        bundle.engine("unet", "tensorrt-rtx")
+
+
+def test_verify_says_what_cannot_be_compared_here(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["engines", "verify", str(bundle.path), "--parity", "--json"]) == 0
+    (row,) = json.loads(capsys.readouterr().out)["parity"]
+    assert row["engine"] == "tensorrt-rtx-fp16-sm89"
+    assert "torch finds none here" in row["note"]
+    assert not Bundle.open(bundle.path).variants[0].proved
