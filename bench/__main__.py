@@ -6,6 +6,7 @@ import sys
 import time
 from contextlib import redirect_stdout
 from datetime import UTC, datetime
+from importlib import import_module
 
 from rich.console import Console
 from rich.markup import escape
@@ -34,10 +35,8 @@ def run(arguments: list[str]) -> None:
     Raises:
         SmoothRTError: an option is wrong, or the model, the LoRA or an engine does not work.
     """
-    if arguments[:1] == ["engines"]:
-        from bench.engines import main as engines
-
-        engines(arguments[1:])
+    if arguments[:1] in (["engines"], ["starts"]):
+        import_module(f"bench.{arguments[0]}").main(arguments[1:])
         return
     options = parse(arguments)
     if options is not None:

@@ -1,0 +1,132 @@
+"""`python -m bench starts`: the time to a first image, built and from a bundle that is there, and to another strength.
+
+Each figure comes from a process of its own that starts from nothing, imports included, with a cache of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.apart import apart
+from bench.options import Parser
+from smooth_rt.errors import InputError
+
+__all__ = ["JOBS", "main", "measured"]
+
+JOBS = ("first", "second", "rebuild", "switch")
+STRENGTHS = (0.6, 1.0, 0.6)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure and print.
+
+    Raises:
+        SmoothRTError: an option is wrong or an engine does not work.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    parser = Parser(prog="smooth-rt bench starts", description=__doc__, allow_abbrev=False)
+    parser.add_argument("--model", default="default", help="as everywhere")
+    parser.add_argument("--lora", default="default", help="as everywhere")
+    parser.add_argument("--engine", default="onnxruntime,openvino", help="backends that can replace weights")
+    parser.add_argument("--num-inference-steps", dest="steps", type=int, default=10)
+    parser.add_argument("--output", type=Path, help="a JSON file of the figures")
+    parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)  # one of them, in this process
+    parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
+    try:
+        options = parser.parse_args(arguments)
+    except SystemExit:  # --help
+        return
+    if options.steps < 1:
+        raise InputError(f"num_inference_steps={options.steps}: give a whole number of at least 1")
+    if options.job:
+        print(json.dumps(_job(options)))
+        return
+    rows = [measured(options, backend.strip()) for backend in options.engine.split(",") if backend.strip()]
+    _print(rows, options)
+    if options.output is not None:
+        options.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+
+
+def measured(options: argparse.Namespace, backend: str) -> dict[str, Any]:
+    """All figures of one backend, in seconds.
+
+    Raises:
+        EngineError: a process failed; its last line is passed on.
+    """
+    row: dict[str, Any] = {"engine": backend}
+    with tempfile.TemporaryDirectory(prefix="smooth-rt-bench-") as cache:
+        for job in JOBS:
+            print(f"measuring {job} of {backend}", file=sys.stderr, flush=True)
+            arguments = ["--job", job, "--cache", cache, "--engine", backend, "--model", options.model]
+            arguments += ["--lora", options.lora, "--num-inference-steps", str(options.steps)]
+            row |= apart("bench.starts", arguments, f"{job} of {backend}: failed ({{}})".format)
+    row["second_start"] = row["first_s"] / row["second_s"]
+    row["switch"] = row["rebuild_s"] / row["switch_s"]
+    return row
+
+
+def _job(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds from the start of this process's work; the interpreter's own start is left out of all of them alike."""
+    import os
+
+    os.environ["SMOOTH_RT_CACHE"] = str(options.cache)
+    started = time.perf_counter()
+    from smooth_rt.pipeline import SmoothPipeline
+
+    def image(pipe: SmoothPipeline) -> None:
+        import torch
+
+        pipe(
+            "red apple on blue background",
+            num_inference_steps=options.steps,
+            generator=torch.Generator().manual_seed(0),
+        )
+
+    job, backend = options.job, options.engine
+    strength = 0.5 if job == "rebuild" else 1.0
+    lora_mode = "refit" if job == "switch" else "fused"
+    pipe = SmoothPipeline.from_pretrained(options.model, options.lora, strength, backend, lora_mode=lora_mode)
+    if job == "switch":
+        image(pipe)
+        seconds = []
+        for value in STRENGTHS:
+            begun = time.perf_counter()
+            pipe.set_lora_strength(value)
+            seconds.append(time.perf_counter() - begun)
+        return {"switch_s": sorted(seconds)[len(seconds) // 2]}
+    if job == "rebuild":
+        return {"rebuild_s": time.perf_counter() - started}
+    image(pipe)
+    return {f"{job}_s": time.perf_counter() - started}
+
+
+def _print(rows: Sequence[dict[str, Any]], options: argparse.Namespace) -> None:
+    what = f"{options.model}, {options.steps} steps to the first image"
+    table = Table(
+        "engine", "built, s", "from the bundle, s", "x", "rebuild for a strength, s", "switch, s", "x", title=what
+    )
+    for row in rows:
+        table.add_row(
+            row["engine"],
+            f"{row['first_s']:.1f}",
+            f"{row['second_s']:.1f}",
+            f"{row['second_start']:.1f}",
+            f"{row['rebuild_s']:.1f}",
+            f"{row['switch_s']:.3f}",
+            f"{row['switch']:.0f}",
+        )
+    Console(width=110).print(table)
+
+
+if __name__ == "__main__":
+    main()
