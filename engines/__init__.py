@@ -18,6 +18,7 @@ if TYPE_CHECKING:
         Manifest,
         Parity,
         Source,
+        VariantRecord,
         digest_file,
         digest_json,
         engine_key,
@@ -27,9 +28,12 @@ if TYPE_CHECKING:
     from engines.eager import EagerEngine, torch_networks
     from engines.errors import BundleError, EngineError, InputError, ModelError, ParityError, SmoothRTError
     from engines.inductor import InductorEngine
+    from engines.lora import LoraWeights
     from engines.ort import OrtEngine
     from engines.ov import OvEngine
-    from engines.select import BACKENDS, Choice, availability, backend_version, choose, open_engine
+    from engines.select import BACKENDS, Choice, availability, backend_version, buildable, choose, open_engine
+    from engines.trt import TrtEngine
+    from engines.variant import Order, Profile, Span, Variant, every_size
 
 __all__ = [
     "BACKENDS",
@@ -47,24 +51,33 @@ __all__ = [
     "InductorEngine",
     "InputError",
     "LoraSource",
+    "LoraWeights",
     "Manifest",
     "ModelError",
     "Network",
     "NetworkName",
+    "Order",
     "OrtEngine",
     "OvEngine",
     "Parity",
     "ParityError",
+    "Profile",
     "SmoothRTError",
     "Source",
+    "Span",
     "TensorSpec",
+    "TrtEngine",
+    "Variant",
+    "VariantRecord",
     "availability",
     "backend_version",
+    "buildable",
     "choose",
     "contract",
     "digest_file",
     "digest_json",
     "engine_key",
+    "every_size",
     "open_engine",
     "staging",
     "torch_networks",
@@ -73,16 +86,19 @@ __all__ = [
 _ROOMS = {
     "base": ("Engine",),
     "bundle": (
-        "Bundle", "EngineRecord", "FileRecord", "LoraSource", "Manifest", "Parity", "Source", "digest_file",
-        "digest_json", "engine_key", "staging",
+        "Bundle", "EngineRecord", "FileRecord", "LoraSource", "Manifest", "Parity", "Source", "VariantRecord",
+        "digest_file", "digest_json", "engine_key", "staging",
     ),
     "contract": ("NETWORKS", "Axis", "Dims", "Network", "NetworkName", "TensorSpec", "contract"),
     "eager": ("EagerEngine", "torch_networks"),
     "errors": ("BundleError", "EngineError", "InputError", "ModelError", "ParityError", "SmoothRTError"),
     "inductor": ("InductorEngine",),
+    "lora": ("LoraWeights",),
     "ort": ("OrtEngine",),
     "ov": ("OvEngine",),
-    "select": ("BACKENDS", "Choice", "availability", "backend_version", "choose", "open_engine"),
+    "select": ("BACKENDS", "Choice", "availability", "backend_version", "buildable", "choose", "open_engine"),
+    "trt": ("TrtEngine",),
+    "variant": ("Order", "Profile", "Span", "Variant", "every_size"),
 }  # fmt: skip
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 

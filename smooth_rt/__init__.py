@@ -9,6 +9,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from engines.variant import Profile, Span
     from smooth_rt.build import build_engines
     from smooth_rt.errors import BundleError, EngineError, InputError, ModelError, ParityError, SmoothRTError
     from smooth_rt.lora import fuse, read_lora
@@ -24,9 +25,11 @@ __all__ = [
     "InputError",
     "ModelError",
     "ParityError",
+    "Profile",
     "Schedule",
     "SmoothPipeline",
     "SmoothRTError",
+    "Span",
     "__version__",
     "build_engines",
     "fuse",
@@ -37,6 +40,8 @@ __all__ = [
 _HOMES = {
     "SmoothPipeline": "smooth_rt.pipeline",
     "Schedule": "smooth_rt.schedule",
+    "Profile": "engines.variant",
+    "Span": "engines.variant",
     "build_engines": "smooth_rt.build",
     "load_model": "smooth_rt.model",
     "fuse": "smooth_rt.lora",
