@@ -267,20 +267,18 @@ def _alone(target: Path) -> Iterator[None]:
 
     from engines.bundle import digest_json
 
-    folder = cache_root() / "locks"
+    # Beside the bundles, not beside the target: a lock file stays.
+    path = cache_root() / "locks" / f"{digest_json(os.path.realpath(target))[:32]}.lock"
+    lock = FileLock(path)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        # Beside the bundles, not beside the target: a lock file stays.
-        lock = FileLock(folder / f"{digest_json(os.path.realpath(target))[:32]}.lock")
-    except OSError as error:
-        raise InputError(
-            f"SMOOTH_RT_CACHE={folder.parent}: cannot be written ({error.strerror}); set another"
-        ) from error
-    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
         LOG.info("waiting: another process is building %s", target)
         lock.acquire()
+    except OSError as error:
+        # Who builds into a folder of his own needs no cache. Should another do so too, the later one's bundle stands.
+        LOG.info("building without a lock: %s (%s)", path.parent, error.strerror)
     try:
         yield
     finally:

@@ -275,6 +275,17 @@ def test_of_two_that_want_the_same_one_builds_and_the_other_waits(
     assert "reusing engines" in waited
 
 
+def test_a_cache_that_cannot_be_written_hinders_no_build_elsewhere(
+    builds: list[dict[str, Any]], tiny_model: Path, lora: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shutil.rmtree(cache_root() / "locks", ignore_errors=True)
+    (cache_root() / "locks").write_text("in the place of the folder")
+    with caplog.at_level(logging.INFO, "smooth_rt"):
+        ensure_engines(tiny_model, lora, 0.6, BACKENDS, tmp_path / "mine")
+    assert [call["target"] for call in builds] == [tmp_path / "mine"]
+    assert "building without a lock" in caplog.text
+
+
 def flip_a_byte(bundle: Path) -> None:
     path = max(bundle.rglob("*.onnx*"), key=lambda file: file.stat().st_size)
     content = bytearray(path.read_bytes())
