@@ -323,6 +323,8 @@ def _store_once(folder: Path, files: Sequence[FileRecord]) -> None:
     first: dict[str, Path] = {}
     for record in files:
         path = folder / record.path
+        if path.suffix == ".data":  # onnx refuses weights of several links: they may have come from elsewhere
+            continue
         same = first.setdefault(record.sha256, path)
         if same == path or os.path.samefile(same, path):
             continue

@@ -1,19 +1,26 @@
-"""Compare the engines of a bundle with the torch modules again, on fresh inputs, and note what was never compared."""
+"""Compare the engines of a bundle with the torch modules again, and find where one parts from them."""
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Mapping
+from pathlib import Path
 
+import torch
 from torch import nn
 
 from engines.bundle import Bundle
 from engines.contract import NetworkName, contract
 from engines.manifest import Manifest, VariantRecord
 from engines.select import availability, runs_here
-from export.graphs import cases
-from export.verify import verify
+from export.bisect import RUNNERS, Divergence, first_divergence
+from export.graphs import cases, random_inputs
+from export.to_onnx import to_onnx
+from export.verify import TOLERANCES, verify
 
-__all__ = ["prove"]
+__all__ = ["bisect", "prove"]
+
+SHARE = 0.1  # of the tolerance of a whole network, for a single result in it
 
 
 def prove(
@@ -60,6 +67,38 @@ def prove(
             records.append(record.model_copy(update={"parity": parity}))
         found[name] = built.model_copy(update={"engines": records})
     _note(bundle, found)
+    return found
+
+
+def bisect(
+    bundle: Bundle,
+    networks: Mapping[NetworkName, nn.Module],
+    name: NetworkName,
+    seed: int,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> dict[str, Divergence | str | None]:
+    """By variant, the first node at which network `name` parts from fp32; see `smooth_rt.build.bisect_engines`.
+
+    Raises:
+        EngineError: the network cannot be exported, or a backend cannot run a part of it.
+    """
+    network = contract(name, bundle.dims)
+    (case, *_) = cases(network, bundle.dims)
+    inputs = random_inputs(network, bundle.dims, case, torch.Generator().manual_seed(seed))
+    found: dict[str, Divergence | str | None] = {}
+    with tempfile.TemporaryDirectory(prefix="smooth-rt-bisect-") as folder:
+        graph = Path(folder) / "model.onnx"
+        for built in bundle.variants:
+            record = built.engine(name)
+            runner = RUNNERS.get("-".join([built.backend, *([record.hint] if record.hint else [])]))
+            if runner is None or record.precision == "int8":
+                found[built.variant.name] = "not searched: it does not run the exported graph in fp32 or bf16 on a CPU"
+                continue
+            if not graph.exists():
+                to_onnx(networks[name], network, bundle.dims, graph)
+            found[built.variant.name] = first_divergence(
+                graph, inputs, runner, SHARE * TOLERANCES[record.precision], progress=progress
+            )
     return found
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import logging
 import re
+import shutil
+import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -133,7 +135,11 @@ def _read(onnx: Path, backend: str) -> Any:
         return openvino.convert_model(str(onnx))
     import onnx as onnx_library
 
-    return onnx_library.load(str(onnx))
+    # Copied: onnx refuses weights that have several links, as those of a build on the way have.
+    with tempfile.TemporaryDirectory(prefix=".quantise-", dir=onnx.parent) as folder:
+        for part in onnx.parent.glob(f"{onnx.name}*"):
+            shutil.copyfile(part, Path(folder) / part.name)
+        return onnx_library.load(str(Path(folder) / onnx.name))
 
 
 def _write(model: Any, path: Path, backend: str, onnx: Path) -> None:

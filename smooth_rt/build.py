@@ -15,12 +15,13 @@ from smooth_rt.ranges import check
 
 if TYPE_CHECKING:
     from engines.bundle import Bundle, Source, VariantRecord
-    from engines.contract import Dims
+    from engines.contract import Dims, NetworkName
     from engines.variant import LoraMode, Order, Precision, Profile, Variant
+    from export.bisect import Divergence
     from smooth_rt.lora import Lora
     from smooth_rt.model import Model
 
-__all__ = ["Built", "build_engines", "cache_root", "ensure_engines", "prove_engines"]
+__all__ = ["Built", "bisect_engines", "build_engines", "cache_root", "ensure_engines", "prove_engines"]
 
 LOG = logging.getLogger("smooth_rt")
 Progress = Callable[[str, int, int], None]
@@ -161,6 +162,25 @@ def prove_engines(
     from export.prove import prove
 
     return prove(bundle, torch_networks(model.text_encoder, model.unet, model.vae), seed, progress)
+
+
+def bisect_engines(
+    bundle: Bundle, model: Model, network: NetworkName, seed: int = 1, progress: Progress | None = None
+) -> dict[str, Divergence | str | None]:
+    """By variant, the first node at which a network parts from fp32 by more than a tenth of the tolerance; None if none
+    does, or why it cannot be searched.
+
+    Args:
+        bundle: an open bundle. The graph that is searched is the exported one: of int8 it tells nothing.
+        model: what the bundle was made from, fused as it is.
+        network: which.
+        seed: of the inputs.
+        progress: as everywhere.
+    """
+    from engines.eager import torch_networks
+    from export.prove import bisect
+
+    return bisect(bundle, torch_networks(model.text_encoder, model.unet, model.vae), network, seed, progress)
 
 
 def _variants(backends: Sequence[str], precision: str, gpu_arch: str | None, lora_mode: str) -> list[Variant]:

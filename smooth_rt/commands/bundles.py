@@ -5,17 +5,19 @@ from __future__ import annotations
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
+from engines.contract import NETWORKS
 from smooth_rt.commands.options import OutputOptions
 from smooth_rt.commands.running import build_progress
 from smooth_rt.errors import InputError
-from smooth_rt.ranges import MOST_IMAGES
+from smooth_rt.ranges import MOST_IMAGES, choice
 
 if TYPE_CHECKING:
     from engines.bundle import Bundle
+    from engines.contract import NetworkName
     from smooth_rt.build import Progress
     from smooth_rt.cache import Entry
     from smooth_rt.model import Model
@@ -84,7 +86,13 @@ def verify_engines(
     images: Annotated[
         int, typer.Option(metavar="N", help="Also sample N images on each engine and on PyTorch: PSNR in dB.")
     ] = 0,
-    seed: Annotated[int, typer.Option(help="Of the inputs of --parity.")] = 1,
+    bisect: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NETWORK", help="Also find the first node of unet, … that parts from fp32.", show_default=False
+        ),
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the inputs of --parity and --bisect.")] = 1,
 ) -> dict[str, Any]:
     """Compare every file with the manifest's digests, and the backends' versions with the installed ones."""
     from engines.bundle import Bundle
@@ -93,19 +101,23 @@ def verify_engines(
 
     if not 0 <= images <= MOST_IMAGES:
         raise InputError(f"--images={images}: give a whole number from 0 to {MOST_IMAGES}")
+    if bisect is not None:
+        bisect = choice("bisect", bisect, NETWORKS)
     result: dict[str, Any] = {"verified": [str(find(path)) for path in bundles]}
     for path in map(find, bundles):
         bundle = Bundle.open(path, verify=True)
         fault = examine(path, verify=False).fault
         if fault is not None:
             raise BundleError(f"{path}: {fault}")
-        if parity or images:
+        if parity or images or bisect:
             from smooth_rt.opening import reopen_model
 
             model = reopen_model(bundle)
             with build_progress() as progress:
                 if parity:
                     result.setdefault("parity", []).extend(_parity(bundle, model, seed, progress))
+                if bisect:
+                    result.setdefault("bisect", []).extend(_bisect(bundle, model, bisect, seed, progress))
                 if images:
                     result.setdefault("images", []).extend(_images(bundle, model, images, progress))
     return result
@@ -123,6 +135,25 @@ def _parity(bundle: Bundle, model: Model, seed: int, progress: Progress) -> list
             for error in record.parity:
                 numbers = {"output": error.output, "relative error": error.relative, "note": None}
                 rows.append({"engine": name, "network": record.network, **numbers})
+    return rows
+
+
+def _bisect(bundle: Bundle, model: Model, network: str, seed: int, progress: Progress) -> list[dict[str, Any]]:
+    from smooth_rt.build import bisect_engines
+
+    rows = []
+    for name, found in bisect_engines(bundle, model, cast("NetworkName", network), seed, progress).items():
+        row: dict[str, Any] = {
+            "engine": name,
+            "network": network,
+            "node": None,
+            "operator": None,
+            "relative error": None,
+        }
+        if found is not None and not isinstance(found, str):
+            row |= {"node": found.node, "operator": found.operator, "relative error": found.error}
+        said = found if isinstance(found, str) else "parts nowhere" if found is None else None
+        rows.append({**row, "note": said})
     return rows
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -99,6 +99,7 @@ def test_a_graph_in_half_precision(networks: dict[NetworkName, nn.Module], dims:
 def test_a_build_that_is_interrupted_leaves_nothing(built: Any, dims: Dims, tmp_path: Path, by: str) -> None:
     network = contract("unet", dims)
     seen = 0
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
 
     def stop(*_: object) -> None:
         nonlocal seen
@@ -106,10 +107,14 @@ def test_a_build_that_is_interrupted_leaves_nothing(built: Any, dims: Dims, tmp_
         if seen == 500:
             if by == "progress":
                 raise KeyboardInterrupt
-            threading.Timer(0, os.kill, (os.getpid(), signal.SIGINT)).start()
+            os.kill(os.getpid(), signal.SIGINT)  # of the main thread, which waits for the build
+            time.sleep(1)
 
-    with pytest.raises(KeyboardInterrupt):
-        to_tensorrt(graph(built, "unet"), tmp_path / "m.engine", network, [bounded(network)], progress=stop, **RTX)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            to_tensorrt(graph(built, "unet"), tmp_path / "m.engine", network, [bounded(network)], progress=stop, **RTX)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert list(tmp_path.iterdir()) == []
     assert by == "Ctrl-C" or seen == 500
 

@@ -37,7 +37,7 @@ loaded = load_model(model)
 for network in (loaded.unet, loaded.vae, loaded.text_encoder):
     network.double()
 world = launched(Path(output), device="cpu")
-print("size", world.size)
+print(f"size {world.size}\\n", end="", flush=True)  # in one piece: both write to one pipe
 train_smooth_lora(loaded, EmojiScenes(Path(emoji), 16), Path(output), 20, config=config, world=world, save_every=7)
 """
 

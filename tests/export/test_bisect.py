@@ -1,0 +1,78 @@
+"""The first node that diverges is found, wherever it is."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from torch import Tensor
+
+from engines.contract import Dims, contract
+from engines.errors import EngineError
+from export.bisect import RUNNERS, first_divergence
+from export.graphs import Case, random_inputs
+
+
+@pytest.fixture(scope="module")
+def graph(built: Any) -> Path:
+    path: Path = built.bundle.path / "onnxruntime-fp32" / "unet" / "model.onnx"
+    return path
+
+
+@pytest.fixture
+def inputs(dims: Dims) -> dict[str, Tensor]:
+    case = Case({"batch": 1, "height": 8, "width": 8}, 1.0)
+    return random_inputs(contract("unet", dims), dims, case, torch.Generator().manual_seed(4))
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino-f32"])
+def test_exact_backends_part_nowhere(graph: Path, inputs: dict[str, Tensor], backend: str) -> None:
+    before = {path.name for path in graph.parent.iterdir()}
+    assert first_divergence(graph, inputs, RUNNERS[backend], 1e-4) is None
+    assert {path.name for path in graph.parent.iterdir()} == before
+
+
+@pytest.mark.parametrize("share", [0.05, 0.5, 0.95])
+def test_a_node_that_is_wrong_is_found(graph: Path, inputs: dict[str, Tensor], share: float) -> None:
+    nodes = [node for node in onnx.load(graph, load_external_data=False).graph.node if node.op_type == "Conv"]
+    wrong = nodes[int(share * len(nodes))]
+
+    def broken(probe: Path, given: Mapping[str, Tensor], tensor: str) -> np.ndarray:
+        """ONNX Runtime on a graph in which that convolution's result is a third larger."""
+        model = onnx.load(probe, load_external_data=False)
+        node = next(one for one in model.graph.node if one.name == wrong.name)
+        index = list(model.graph.node).index(node)
+        model.graph.initializer.append(onnx.helper.make_tensor("third", onnx.TensorProto.FLOAT, [], [1.33]))
+        own = node.output[0]
+        node.output[0] = f"{own}/right"
+        scaled = onnx.helper.make_node("Mul", [node.output[0], "third"], [own], name="scaled")
+        model.graph.node.insert(index + 1, scaled)
+        changed = probe.with_name("broken.onnx")
+        changed.write_bytes(model.SerializeToString())
+        return RUNNERS["onnxruntime-plain"](changed, given, tensor)
+
+    seen: list[tuple[str, int, int]] = []
+    found = first_divergence(graph, inputs, broken, 1e-3, progress=lambda *step: seen.append(step))
+    assert found is not None
+    assert (found.node, found.operator) == (wrong.name, "Conv")
+    assert found.error == pytest.approx(0.33, abs=0.01)
+    assert len(seen) < 15
+    assert all(done <= total for _, done, total in seen)
+
+
+def test_a_lower_precision_parts_somewhere(graph: Path, inputs: dict[str, Tensor]) -> None:
+    found = first_divergence(graph, inputs, RUNNERS["openvino-bf16"], 1e-4)
+    if found is not None:  # a processor without bf16 computes in fp32
+        assert 1e-4 < found.error < 0.5
+        assert found.index < found.count
+
+
+def test_a_file_that_is_none(tmp_path: Path, inputs: dict[str, Tensor]) -> None:
+    (tmp_path / "model.onnx").write_bytes(b"garbage")
+    with pytest.raises(EngineError, match=r"model\.onnx: not an ONNX graph"):
+        first_divergence(tmp_path / "model.onnx", inputs, RUNNERS["onnxruntime"], 1e-4)
