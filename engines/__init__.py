@@ -21,7 +21,7 @@ if TYPE_CHECKING:
         VariantRecord,
         digest_file,
         digest_json,
-        engine_key,
+        key_parts,
         staging,
     )
     from engines.contract import NETWORKS, Axis, Dims, Network, NetworkName, TensorSpec, contract
@@ -76,8 +76,8 @@ __all__ = [
     "contract",
     "digest_file",
     "digest_json",
-    "engine_key",
     "every_size",
+    "key_parts",
     "open_engine",
     "staging",
     "torch_networks",
@@ -87,7 +87,7 @@ _ROOMS = {
     "base": ("Engine",),
     "bundle": (
         "Bundle", "EngineRecord", "FileRecord", "LoraSource", "Manifest", "Parity", "Source", "VariantRecord",
-        "digest_file", "digest_json", "engine_key", "staging",
+        "digest_file", "digest_json", "key_parts", "staging",
     ),
     "contract": ("NETWORKS", "Axis", "Dims", "Network", "NetworkName", "TensorSpec", "contract"),
     "eager": ("EagerEngine", "torch_networks"),

@@ -31,7 +31,7 @@ from engines.manifest import (
     build_command,
     digest_file,
     digest_json,
-    engine_key,
+    key_parts,
 )
 from engines.select import backend_version, check_backend, open_engine, runs_here
 from engines.staging import staging
@@ -53,7 +53,7 @@ __all__ = [
     "build_command",
     "digest_file",
     "digest_json",
-    "engine_key",
+    "key_parts",
     "staging",
 ]
 

@@ -27,7 +27,7 @@ __all__ = [
     "build_command",
     "digest_file",
     "digest_json",
-    "engine_key",
+    "key_parts",
 ]
 
 FORMAT = 3  # 2 had one precision and one set of sizes a bundle
@@ -146,7 +146,11 @@ class VariantRecord(Record):
 
     def expected_key(self, record: EngineRecord, source: Source, dims: Dims) -> str:
         """The key that `record` has if its fields and those of the variant are what the graph was built from."""
-        return engine_key(
+        return digest_json(self.made_of(record, source, dims))
+
+    def made_of(self, record: EngineRecord, source: Source, dims: Dims) -> dict[str, Any]:
+        """What the key of `record` is the digest of: see `key_parts`."""
+        return key_parts(
             dims=dims,
             graph=record.graph,
             weights=record.weights,
@@ -215,7 +219,7 @@ def digest_json(value: Any) -> str:
     return hashlib.sha256(text.encode("utf-8")).hexdigest()
 
 
-def engine_key(
+def key_parts(
     *,
     dims: Dims,
     graph: str,
@@ -226,8 +230,8 @@ def engine_key(
     precision: Precision,
     hint: str | None,
     backend_version: str,
-) -> str:
-    """The key of a built graph: two that share it compute the same numbers and are valid in the same places.
+) -> dict[str, Any]:
+    """What a graph's key is the `digest_json` of: two that share it compute the same numbers, valid in the same places.
 
     Args:
         dims: the sizes of the model.
@@ -240,19 +244,17 @@ def engine_key(
         precision: of the graph; `hint`: the precision hint given to the backend.
         backend_version: of the backend's library.
     """
-    return digest_json(
-        {
-            "dims": asdict(dims),
-            "graph": graph,
-            "weights": sorted(weights.values()),
-            "model": source.digests,
-            "lora": None if source.lora is None else [source.lora.digest, source.lora.strength],
-            "variant": variant.model_dump(),
-            "bounds": [{symbol: list(sizes) for symbol, sizes in one.items()} for one in bounds],
-            "precision": [precision, hint],
-            "backend_version": backend_version,
-        }
-    )
+    return {
+        "dims": asdict(dims),
+        "graph": graph,
+        "weights": sorted(weights.values()),
+        "model": source.digests,
+        "lora": None if source.lora is None else [source.lora.digest, source.lora.strength],
+        "variant": variant.model_dump(),
+        "bounds": [{symbol: list(sizes) for symbol, sizes in one.items()} for one in bounds],
+        "precision": [precision, hint],
+        "backend_version": backend_version,
+    }
 
 
 def build_command(

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 
-from engines.bundle import Bundle, Source
+from engines.bundle import Bundle, Source, digest_json
 from engines.staging import staging
 from engines.variant import Order, Profile, Span
 from smooth_rt import cli
@@ -106,6 +106,37 @@ def test_inspect_tells_each_graph_on_a_line(
         assert record.key.startswith(row["key"])
         assert row["worst_error"] == max(parity.relative for parity in record.parity) <= row["tolerance"]
         assert row["bytes"] == sum((bundle.path / name).stat().st_size for name in (record.file, *record.weights))
+
+
+def test_export_key_tells_why_two_bundles_differ(
+    first: tuple[Path, Built], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = first[1].bundle
+    other = shutil.copytree(bundle.path, tmp_path / "other")
+    source = bundle.source.model_copy(update={"lora": None})
+    built = bundle.variants[0]
+    keyed = [
+        record.model_copy(update={"key": built.expected_key(record, source, bundle.dims)}) for record in built.engines
+    ]
+    variants = [built.model_copy(update={"engines": keyed})]
+    Bundle.open(other).rewrite(bundle.manifest.model_copy(update={"source": source, "variants": variants}))
+
+    assert cli.main(["engines", "export-key", str(bundle.path), str(other), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)["engines"]
+    assert [row["key"] for row in rows] == [record.key for record in (*built.engines, *keyed)]
+    assert all(row["key"] == digest_json(row["made_of"]) for row in rows)
+    one, two = (row["made_of"] for row in (rows[1], rows[1 + len(keyed)]))
+    assert {name for name in one if one[name] != two[name]} == {"lora"}
+    assert one["lora"][1] == 0.6
+
+    assert cli.main(["engines", "export-key", str(bundle.path), str(other)]) == 0
+    told = capsys.readouterr().out
+    alike, engines = told.split("engines:")
+    assert "variant.backend" in alike
+    assert "model.unet" in alike
+    assert "lora" in engines.splitlines()[1].split()
+    assert rows[0]["key"] not in told
+    assert cli.main(["engines", "export-key", str(tmp_path / "none")]) == 2
 
 
 def test_the_engine_computes_the_fused_model(first: tuple[Path, Built], tiny_model: Path, lora: Path) -> None:

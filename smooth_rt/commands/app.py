@@ -56,12 +56,13 @@ app.command("fuse", cls=CheckedCommand)(flattened(models.fuse))
 app.command("build-engine", cls=CheckedCommand)(flattened(models.build_engine))
 _group(
     "engines",
-    "Bundles of built engines: list, inspect, verify, prune.",
+    "Bundles of built engines: list, inspect, verify, prune, export-key.",
     [
         ("list", bundles.list_engines),
         ("inspect", bundles.inspect_engines),
         ("verify", bundles.verify_engines),
         ("prune", bundles.prune_engines),
+        ("export-key", bundles.export_key),
     ],
 )
 _group(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -22,9 +24,10 @@ if TYPE_CHECKING:
     from smooth_rt.cache import Entry
     from smooth_rt.model import Model
 
-__all__ = ["inspect_engines", "list_engines", "prune_engines", "verify_engines"]
+__all__ = ["export_key", "inspect_engines", "list_engines", "prune_engines", "verify_engines"]
 
 SHORT_KEY = 12  # digits of a key that tell it from others at a glance
+_DIGEST = re.compile(r"[0-9a-f]{64}")
 
 Bundles = Annotated[
     list[Path],
@@ -200,6 +203,60 @@ def prune_engines(
     if most is not None:
         removed += make_room(most)
     return {"removed": [_row(entry) for entry in removed], "bytes": sum(entry.size for entry in removed)}
+
+
+def export_key(bundles: Bundles, options: OutputOptions) -> dict[str, Any]:
+    """The key of every engine and what it is made of: with several bundles, why they differ.
+
+    With --json an engine's key is the sha256 of its made_of, written with sorted keys and no spaces.
+    """
+    from engines.bundle import Bundle
+    from smooth_rt.cache import find
+
+    rows: list[dict[str, Any]] = []
+    for path in dict.fromkeys(map(find, bundles)):
+        manifest = Bundle.open(path, verify=False).manifest
+        for built in manifest.variants:
+            for record in built.engines:
+                named = {"bundle": str(path), "engine": built.variant.name, "network": record.network}
+                made_of = built.made_of(record, manifest.source, manifest.dims)
+                rows.append({**named, "key": record.key, "made_of": made_of})
+    if options.json:
+        return {"engines": rows}
+    # For people once what all share, and beside each engine the rest.
+    parts = [dict(_leaves(row["made_of"])) for row in rows]
+    names = list(dict.fromkeys(name for part in parts for name in part))
+    told = {name: [part.get(name) for part in parts] for name in names}
+    alike = {name: values[0] for name, values in told.items() if all(value == values[0] for value in values)}
+    different = [name for name in names if name not in alike]
+    return {
+        "alike": [{"part": name, "value": value} for name, value in alike.items()],
+        "engines": [
+            {
+                **{column: row[column] for column in ("bundle", "engine", "network")},
+                "key": row["key"][:SHORT_KEY],
+                **{name: part.get(name) for name in different},
+            }
+            for row, part in zip(rows, parts, strict=True)
+        ],
+    }
+
+
+def _leaves(parts: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
+    """The values of nested mappings by dotted name; digests as short as people compare them."""
+    for name, value in parts.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{within}{name}.")
+        else:
+            yield f"{within}{name}", _short(value)
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_short(one) for one in value]
+    if isinstance(value, Mapping):
+        return {name: _short(one) for name, one in value.items()}
+    return value[:SHORT_KEY] if isinstance(value, str) and _DIGEST.fullmatch(value) else value
 
 
 def _row(entry: Entry) -> dict[str, Any]:

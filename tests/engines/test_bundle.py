@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from engines import select
-from engines.bundle import Bundle, build_command, engine_key
+from engines.bundle import Bundle, build_command, key_parts
 from engines.contract import NETWORKS, Dims
 from engines.errors import BundleError, EngineError
 from engines.manifest import LoraSource, Source, digest_json
@@ -272,12 +272,12 @@ BASE: dict[str, Any] = {
     ],
 )
 def test_all_that_can_change_the_numbers_changes_the_key(change: dict[str, Any]) -> None:
-    assert engine_key(**{**BASE, **change}) != engine_key(**BASE)
+    assert digest_json(key_parts(**{**BASE, **change})) != digest_json(key_parts(**BASE))
 
 
 def test_names_and_places_do_not_change_the_key() -> None:
     moved = Source(model="n", revision="r", digests={"unet": "u"}, lora=BASE["source"].lora)
-    assert engine_key(**{**BASE, "source": moved, "weights": {"b.data": "w"}}) == engine_key(**BASE)
+    assert key_parts(**{**BASE, "source": moved, "weights": {"b.data": "w"}}) == key_parts(**BASE)
 
 
 def test_a_manifest_without_variants_is_no_bundle(bundle_folder: Path, edit_manifest: Edit) -> None:
