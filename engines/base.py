@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import abc
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from engines.contract import Network
+from engines.contract import GRADIENTS, WRT, Network, NetworkName
 from engines.errors import EngineError, InputError, reason
 from engines.variant import Bounds, Place, fitting
 
@@ -28,7 +28,8 @@ class Engine(abc.ABC):
             fewer rows than the tightest of them takes is filled up with copies of its last row.
 
     Attributes: `wider` says how to come by an engine for sizes that this one does not take, `places` where in the graph
-    the weights lie that `refit` replaces; who opens it may set them.
+    the weights lie that `refit` replaces, `gradients` opens the networks that `vjp` runs, by name, and `differentiable`
+    says how to come by them; who opens it may set them.
     """
 
     backend: ClassVar[str]
@@ -38,6 +39,10 @@ class Engine(abc.ABC):
         self.bounds = tuple(bounds)
         self.wider = "ask for one of these sizes"
         self.places: Mapping[str, Place] = {}
+        self.gradients: Mapping[NetworkName, Callable[[], Engine]] = {}
+        self.differentiable = "build them with `smooth-rt build-engine --gradients {}`"
+        self._gradient_engines: dict[NetworkName, Engine] = {}
+        self._replaced_weights: dict[str, Tensor] = {}
         self.closed = False
 
     def most_rows(self, **sides: int) -> int | None:
@@ -125,6 +130,71 @@ class Engine(abc.ABC):
         `profile` is the index of the bounds that the sizes lie in; None where the engine takes every size.
         """
 
+    def vjp(
+        self, wrt: Collection[str], cotangent: Tensor, cotangent_scale: Tensor | None = None, **inputs: Tensor
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The UNet's vector-Jacobian product: one forward and one backward pass.
+
+        Args:
+            wrt: the inputs that gradients are taken with respect to: "sample", "encoder_hidden_states" or both.
+            cotangent: [B, C, h, w].
+            cotangent_scale: [B], or [1] for the whole batch; None is 0. The gradients are those of the sum of
+                `noise_pred * c`, where `c = cotangent + cotangent_scale * noise_pred` is held constant. So that of
+                |a * noise_pred + b|^2 takes one call: `cotangent = 2a * b`, `cotangent_scale = 2a^2`.
+            inputs: as of `infer`.
+
+        Returns:
+            The outputs by name, and the gradients by the input's name, each in that input's shape.
+
+        Raises:
+            InputError: `wrt` names none or no such input, or a tensor contradicts the contract.
+            EngineError: the engine has no such gradients, or as `infer` raises it.
+        """
+        import torch
+
+        fault = self.lacks_gradient(wrt)
+        if fault is not None:
+            raise EngineError(fault)
+        scale = torch.zeros(1) if cotangent_scale is None else cotangent_scale
+        outputs = self._gradient(wrt).infer(**inputs, cotangent=cotangent, cotangent_scale=scale)
+        grads = {name: outputs[f"grad_{name}"] for name in WRT["unet_vjp"] if name in wrt}
+        return {spec.name: outputs[spec.name] for spec in self.network.outputs}, grads
+
+    def lacks_gradient(self, wrt: Collection[str]) -> str | None:
+        """None if `vjp` takes gradients with respect to `wrt`, else one line: why not, and what mends it.
+
+        Raises:
+            InputError: `wrt` names none or no such input.
+        """
+        able = WRT["unet_vjp"]
+        if not set(wrt) or not set(wrt) <= set(able):
+            raise InputError(f"wrt: {', '.join(sorted(set(wrt))) or 'nothing'}; name {' or '.join(able)}, or both")
+        if self.closed:
+            return f"{self.network.name}: the {self.backend} engine is closed; open it again"
+        if self.network.name != "unet":
+            return f"{self.network.name}: gradients are those of the UNet; open that"
+        if self._enough(wrt):
+            return None
+        option = next(option for option, name in GRADIENTS.items() if set(WRT[name]) == set(wrt))
+        asked = " and ".join(name for name in able if name in wrt)
+        mend = self.differentiable.format(option)
+        return f"unet: the {self.backend} engine has no gradient with respect to {asked}; {mend}"
+
+    def _enough(self, wrt: Collection[str]) -> list[NetworkName]:
+        """The gradient networks at hand that cover `wrt`, the smallest first."""
+        names = (name for name in self.gradients if set(wrt) <= set(WRT[name]))
+        return sorted(names, key=lambda name: len(WRT[name]))
+
+    def _gradient(self, wrt: Collection[str]) -> Engine:
+        """The engine of the smallest gradient network for `wrt`; it is opened once."""
+        name = self._enough(wrt)[0]
+        if name not in self._gradient_engines:
+            engine = self.gradients[name]()
+            if self._replaced_weights:
+                engine.refit(self._replaced_weights)
+            self._gradient_engines[name] = engine
+        return self._gradient_engines[name]
+
     def refit(self, weights: Mapping[str, Tensor]) -> None:
         """Put other values into the engine's weights, without a rebuild.
 
@@ -155,6 +225,10 @@ class Engine(abc.ABC):
             raise
         except Exception as error:
             raise EngineError(f"{self.network.name}: {self.backend} cannot refit ({reason(error)})") from error
+        if self.gradients:
+            self._replaced_weights |= weights
+            for engine in self._gradient_engines.values():
+                engine.refit(weights)
 
     def refit_impl(self, weights: Mapping[str, Tensor]) -> None:  # noqa: ARG002
         """Replace weights by their names in the graph, in its layout."""
@@ -172,6 +246,9 @@ class Engine(abc.ABC):
 
     def close(self) -> None:
         """Free what the backend holds. Closing twice is fine."""
+        for engine in self._gradient_engines.values():
+            engine.close()
+        self._gradient_engines.clear()
         self.closed = True
 
     def __enter__(self) -> Self:

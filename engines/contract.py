@@ -7,7 +7,7 @@ high where its latent is `height` high. Names follow diffusers.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
 from engines.errors import InputError
@@ -15,10 +15,32 @@ from engines.errors import InputError
 if TYPE_CHECKING:
     from torch import Tensor
 
-__all__ = ["NETWORKS", "Axis", "Dims", "Network", "NetworkName", "TensorSpec", "contract"]
+__all__ = [
+    "GRADIENTS",
+    "NETWORKS",
+    "WRT",
+    "Axis",
+    "Dims",
+    "Network",
+    "NetworkName",
+    "TensorSpec",
+    "contract",
+    "gradient_contract",
+]
 
-NetworkName = Literal["text_encoder", "unet", "vae_encoder", "vae_decoder"]
+NetworkName = Literal[
+    "text_encoder", "unet", "vae_encoder", "vae_decoder", "unet_vjp_text", "unet_vjp_sample", "unet_vjp"
+]
+# Those that every bundle has.
 NETWORKS: tuple[NetworkName, ...] = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
+# The UNet's gradients, each a graph of its own so that one that is not asked for costs nothing: by the inputs that they
+# are taken with respect to, and by what a build calls them. A bundle has those that it was built with.
+WRT: dict[NetworkName, tuple[str, ...]] = {
+    "unet_vjp_text": ("encoder_hidden_states",),
+    "unet_vjp_sample": ("sample",),
+    "unet_vjp": ("sample", "encoder_hidden_states"),
+}
+GRADIENTS: dict[str, NetworkName] = {"text": "unet_vjp_text", "sample": "unet_vjp_sample", "both": "unet_vjp"}
 
 
 @dataclass(frozen=True)
@@ -159,6 +181,8 @@ class Network:
 
 def contract(name: NetworkName, dims: Dims) -> Network:
     """The tensors of network `name` for a model of sizes `dims`."""
+    if name in WRT:
+        return gradient_contract(contract("unet", dims), name)
     batch, height, width = Axis("batch"), Axis("height"), Axis("width")
     latent: tuple[int | Axis, ...] = (batch, dims.latent_channels, height, width)
     pixels = (Axis("height", dims.vae_factor), Axis("width", dims.vae_factor))
@@ -190,3 +214,17 @@ def contract(name: NetworkName, dims: Dims) -> Network:
     inputs, outputs = tensors[name]
     multiples = {"height": dims.latent_multiple, "width": dims.latent_multiple} if name == "unet" else {}
     return Network(name, inputs, outputs, multiples)
+
+
+def gradient_contract(unet: Network, name: NetworkName) -> Network:
+    """The tensors of the gradient network `name`, a key of `WRT`, of the UNet whose tensors `unet` are.
+
+    Its gradients are those of the sum of `noise_pred * c`, where `c = cotangent + cotangent_scale * noise_pred` is held
+    constant.
+    """
+    (predicted,) = unet.outputs
+    inputs = {spec.name: spec for spec in unet.inputs}
+    grads = (replace(inputs[of], name=f"grad_{of}") for of in WRT[name])
+    cotangent = replace(predicted, name="cotangent")
+    scale = TensorSpec("cotangent_scale", predicted.dtype, predicted.axes[:1], shared=True)
+    return Network(name, (*unet.inputs, cotangent, scale), (predicted, *grads), unet.multiples)

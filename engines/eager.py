@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from engines.base import Engine
-from engines.contract import Network, NetworkName
+from engines.contract import WRT, Network, NetworkName, gradient_contract
 from engines.errors import EngineError
 from engines.lora import put
 
-__all__ = ["EagerEngine", "TextEncoder", "Unet", "VaeDecoder", "VaeEncoder", "torch_networks"]
+__all__ = [
+    "EagerEngine",
+    "TextEncoder",
+    "Unet",
+    "UnetVjp",
+    "VaeDecoder",
+    "VaeEncoder",
+    "gradient_networks",
+    "torch_networks",
+]
 
 
 class TextEncoder(nn.Module):
@@ -36,6 +46,41 @@ class Unet(nn.Module):
 
     def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor]:
         return (self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0],)
+
+
+class UnetVjp(nn.Module):
+    """The UNet and its vector-Jacobian product, by autograd.
+
+    `sample`, `timestep`, `encoder_hidden_states` as of `Unet`, `cotangent` [B, C, h, w], `cotangent_scale` [B] or [1]
+    -> `noise_pred` and, for each name in `wrt`, the gradient with respect to it of the sum of `noise_pred * c`, where
+    `c = cotangent + cotangent_scale * noise_pred` is held constant.
+
+    With a scale, the gradient of a quadratic loss takes one call, for its cotangent is linear in the `noise_pred` of
+    that same call: of |a * noise_pred + b|^2 it is 2a * b with a scale of 2a^2.
+    """
+
+    def __init__(self, module: nn.Module, wrt: Collection[str]) -> None:
+        super().__init__()
+        self.module = module
+        self.wrt = tuple(wrt)
+
+    def forward(
+        self,
+        sample: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        cotangent: Tensor,
+        cotangent_scale: Tensor,
+    ) -> tuple[Tensor, ...]:
+        # Weights that ask for no gradient: autograd then keeps nothing for theirs.
+        weights = {name: one.detach() for name, one in (*self.module.named_parameters(), *self.module.named_buffers())}
+        inputs = {"sample": sample.detach(), "encoder_hidden_states": encoder_hidden_states.detach()}
+        leaves = [inputs[name].requires_grad_() for name in self.wrt]
+        with torch.enable_grad():
+            (output,) = torch.func.functional_call(self.module, weights, kwargs={"timestep": timestep, **inputs})
+        found = output.detach()
+        grads = torch.autograd.grad(output, leaves, cotangent + cotangent_scale[:, None, None, None] * found)
+        return found, *grads
 
 
 class VaeEncoder(nn.Module):
@@ -75,8 +120,18 @@ def torch_networks(text_encoder: nn.Module, unet: nn.Module, vae: nn.Module) -> 
     }
 
 
+def gradient_networks(unet: nn.Module, names: Collection[NetworkName] = tuple(WRT)) -> dict[NetworkName, nn.Module]:
+    """The UNet's gradient networks of those names, in the form and on the weights of `torch_networks`.
+
+    Args:
+        unet: the network "unet" of `torch_networks`.
+        names: keys of `contract.WRT`.
+    """
+    return {name: UnetVjp(unet, WRT[name]).eval() for name in names}
+
+
 class EagerEngine(Engine):
-    """Runs a module of `torch_networks` without gradients, in the dtype and memory format that its weights have.
+    """Runs a module of `torch_networks` or of `gradient_networks` in the dtype and memory format that its weights have.
 
     Args:
         network: the contract.
@@ -88,6 +143,11 @@ class EagerEngine(Engine):
     def __init__(self, network: Network, module: nn.Module) -> None:
         super().__init__(network)
         self._module: nn.Module | None = module
+        if network.name == "unet":
+            modules = gradient_networks(module)
+            self.gradients = {
+                name: partial(EagerEngine, gradient_contract(network, name), one) for name, one in modules.items()
+            }
 
     def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:  # noqa: ARG002
         if self._module is None:
@@ -109,5 +169,5 @@ class EagerEngine(Engine):
 
     def close(self) -> None:
         """Let go of the module; its owner may still hold it."""
-        self._module = None
+        self._module, self.gradients = None, {}
         super().close()

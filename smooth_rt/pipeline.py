@@ -7,7 +7,7 @@ The pipeline owns the networks, how work is split into calls of them, and the lo
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
 
@@ -20,7 +20,7 @@ from engines.contract import NETWORKS, Dims, NetworkName, contract
 from engines.eager import EagerEngine, torch_networks
 from engines.lora import LORA_FILE, LoraWeights
 from engines.select import BACKENDS, RECIPES, Choice, check_lora_mode, check_precision, choose
-from smooth_rt.errors import EngineError, InputError
+from smooth_rt.errors import EngineError, InputError, SmoothRTError
 from smooth_rt.images import ImageLike, Images, OutputType, read, to_images
 from smooth_rt.lora import fused_with
 from smooth_rt.model import Model, PipelineConfig, load_model, read_config
@@ -96,6 +96,8 @@ class SmoothPipeline:
         self.bundle: Bundle | None = None
         self.precision = "fp32"
         self.lora: LoraWeights | None = None
+        self._lora_strength = 1.0
+        self._eager_unet: EagerEngine | None = None  # of gradients that no engine was built for
         self.digests: Mapping[str, str] = {}
         self.batch_size = batch_size
 
@@ -202,13 +204,13 @@ class SmoothPipeline:
         pipe = cls(engines, config, bundle.dims, size=size, **named)
         pipe.bundle = bundle
         pipe.precision = built.variant.precision
-        if built.variant.lora_mode == "refit":
-            pipe.lora = LoraWeights.load((bundle.path / built.engine("unet").file).with_name(LORA_FILE))
-            pipe.set_lora_strength(lora_strength)
         lora = bundle.source.lora
         pipe.digests = _digests(
             bundle.source.digests, (lora.digest, lora.strength or 1.0) if lora is not None else None
         )
+        if built.variant.lora_mode == "refit":
+            pipe.lora = LoraWeights.load((bundle.path / built.engine("unet").file).with_name(LORA_FILE))
+            pipe.set_lora_strength(lora_strength)
         return pipe
 
     @classmethod
@@ -234,7 +236,10 @@ class SmoothPipeline:
                 f"lora_strength={strength:g}: the engines hold their LoRA fused, or none; build with --lora-mode refit "
                 "to set it at run time"
             )
-        self._engines["unet"].refit(self.lora.at(strength))
+        for engine in (self._engines["unet"], self._eager_unet):
+            if engine is not None:
+                engine.refit(self.lora.at(strength))
+        self._lora_strength = strength
         self.digests = {**self.digests, "lora_strength": f"{strength:g}"}
 
     @property
@@ -322,6 +327,78 @@ class SmoothPipeline:
             outputs.append(output)
         return torch.cat(outputs)
 
+    def vjp(
+        self,
+        latents: Tensor,
+        timestep: int,
+        prompt_embeds: Tensor,
+        wrt: Collection[str],
+        cotangent: Tensor,
+        cotangent_scale: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The UNet's output and gradients of N images; see `Engine.vjp`.
+
+        An engine that was built without gradients leaves them to eager autograd on the torch weights that it was made
+        from; that is logged once, with the reason.
+
+        Args:
+            latents: [N, C, h, w], `prompt_embeds`: [N, L, D].
+            timestep: of all of them.
+            wrt: "sample" (the latents), "encoder_hidden_states" (the embeddings) or both.
+            cotangent: [N, C, h, w], `cotangent_scale`: [N], [1] or None.
+
+        Returns:
+            The output [N, C, h, w], and the gradients by name.
+
+        Raises:
+            InputError: a tensor is of another shape, or `wrt` names no such input.
+            EngineError: the engine has no gradients, and its torch weights are out of reach.
+        """
+        count = len(latents)
+        for name, tensor in (("prompt_embeds", prompt_embeds), ("cotangent", cotangent)):
+            if len(tensor) != count:
+                raise InputError(f"{name}: {len(tensor)} rows for latents of {count}; give one for each image")
+        scale = torch.zeros(1) if cotangent_scale is None else cotangent_scale
+        if scale.shape not in ((1,), (count,)):
+            raise InputError(
+                f"cotangent_scale: shape {list(scale.shape)}, not [{count}] or [1]; give one for each image"
+            )
+        engine = self._differentiable(wrt)
+        outputs, grads = [], []
+        for part in self._calls("unet", count, latents.shape[2:]):
+            sample = latents[part]
+            output, grad = engine.vjp(
+                wrt,
+                cotangent[part],
+                scale.expand(count)[part],
+                sample=sample,
+                timestep=torch.full((len(sample),), timestep, dtype=torch.int64),
+                encoder_hidden_states=prompt_embeds[part],
+            )
+            outputs.append(output["noise_pred"])
+            grads.append(grad)
+        return torch.cat(outputs), {name: torch.cat([grad[name] for grad in grads]) for name in grads[0]}
+
+    def _differentiable(self, wrt: Collection[str]) -> Engine:
+        """The engine that takes gradients: the UNet's own, or else eager on the weights that it was made from."""
+        engine = self._engines["unet"]
+        fault = engine.lacks_gradient(wrt)
+        if fault is None:
+            return engine
+        if self._eager_unet is None:
+            if self.bundle is None:
+                raise EngineError(fault)
+            try:
+                model = reopen_model(self.bundle)
+            except SmoothRTError as error:
+                raise EngineError(f"{fault} (nor can eager autograd take it: {error})") from error
+            LOG.warning("gradients: taken by eager autograd, not by the engine (%s)", fault)
+            networks = torch_networks(model.text_encoder, model.unet, model.vae)
+            self._eager_unet = EagerEngine(contract("unet", self.dims), networks["unet"])
+            if self.lora is not None:
+                self._eager_unet.refit(self.lora.at(self._lora_strength))
+        return self._eager_unet
+
     def denoise(
         self,
         latents: Tensor,
@@ -391,6 +468,8 @@ class SmoothPipeline:
         """Free the engines. Closing twice is fine."""
         for engine in self._engines.values():
             engine.close()
+        if self._eager_unet is not None:
+            self._eager_unet.close()
 
     def __enter__(self) -> Self:
         return self

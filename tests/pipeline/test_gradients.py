@@ -1,0 +1,113 @@
+"""The UNet's vector-Jacobian product, through the pipeline: against autograd in float64, and what it refuses."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from engines.contract import contract
+from engines.eager import EagerEngine, Unet, VaeDecoder
+from smooth_rt.errors import EngineError, InputError
+from smooth_rt.pipeline import SmoothPipeline
+
+BOTH = ("sample", "encoder_hidden_states")
+
+
+@pytest.fixture(scope="module")
+def drawn(pipe: SmoothPipeline) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(5)
+    shapes: dict[str, tuple[int, ...]] = {
+        "latents": (3, 4, 8, 16),
+        "prompt_embeds": (3, pipe.dims.tokens, pipe.dims.text_width),
+        "cotangent": (3, 4, 8, 16),
+        "cotangent_scale": (3,),
+    }
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+def engine_of(pipe: SmoothPipeline) -> EagerEngine:
+    engine = pipe._engines["unet"]
+    assert isinstance(engine, EagerEngine)
+    return engine
+
+
+def test_gradients_are_those_of_the_loss_in_float64(pipe: SmoothPipeline, drawn: dict[str, Tensor]) -> None:
+    module: Any = copy.deepcopy(engine_of(pipe)._module).double()
+    x, text, c, s = (one.double() for one in drawn.values())
+    x.requires_grad_()
+    text.requires_grad_()
+    (output,) = module(x, torch.tensor([500]), text)
+    # Half of s |output|^2 + <output, c>: its cotangent is c + s * output.
+    loss = (output * c).sum() + 0.5 * (s[:, None, None, None] * output**2).sum()
+    wanted = torch.autograd.grad(loss, [x, text])
+    found, grads = pipe.vjp(drawn["latents"], 500, drawn["prompt_embeds"], BOTH, drawn["cotangent"], s.float())
+    assert list(grads) == list(BOTH)
+    for got, reference in zip((found, *grads.values()), (output, *wanted), strict=True):
+        assert float((got - reference).detach().norm() / reference.detach().norm()) < 1e-5
+
+
+def test_one_gradient_is_that_of_both(pipe: SmoothPipeline, drawn: dict[str, Tensor]) -> None:
+    _, both = pipe.vjp(drawn["latents"], 7, drawn["prompt_embeds"], BOTH, drawn["cotangent"])
+    for name in BOTH:
+        _, one = pipe.vjp(drawn["latents"], 7, drawn["prompt_embeds"], [name], drawn["cotangent"], torch.zeros(1))
+        torch.testing.assert_close(one, {name: both[name]})
+
+
+def test_many_at_once_equal_each_alone(
+    pipe: SmoothPipeline, drawn: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def vjp(part: slice) -> tuple[Tensor, dict[str, Tensor]]:
+        x, text, c, s = (one[part] for one in drawn.values())
+        return pipe.vjp(x, 500, text, BOTH, c, s)
+
+    together, grads = vjp(slice(0, 3))
+    for index in range(3):
+        alone, grad = vjp(slice(index, index + 1))
+        torch.testing.assert_close(alone[0], together[index])
+        torch.testing.assert_close({k: v[0] for k, v in grad.items()}, {k: v[index] for k, v in grads.items()})
+    monkeypatch.setattr(pipe, "_batch_size", 2)
+    torch.testing.assert_close(vjp(slice(0, 3)), (together, grads))
+
+
+def test_inputs_and_weights_are_left_as_they_are(pipe: SmoothPipeline, drawn: dict[str, Tensor]) -> None:
+    before = {name: one.clone() for name, one in drawn.items()}
+    module: Any = engine_of(pipe)._module
+    asking = [parameter.requires_grad for parameter in module.parameters()]
+    pipe.vjp(drawn["latents"], 500, drawn["prompt_embeds"], BOTH, drawn["cotangent"])
+    torch.testing.assert_close(drawn, before, rtol=0, atol=0)
+    assert [parameter.requires_grad for parameter in module.parameters()] == asking
+    assert all(parameter.grad is None for parameter in module.parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"cotangent": torch.zeros(3, 4, 8, 8)}, r"cotangent has shape \[3, 4, 8, 8\].*another input has width=16"),
+        ({"cotangent": torch.zeros(2, 4, 8, 16)}, "cotangent: 2 rows for latents of 3; give one for each image"),
+        ({"cotangent": torch.zeros(3, 4, 8, 16).half()}, "cotangent is float16, not float32; convert it first"),
+        ({"cotangent_scale": torch.zeros(2)}, r"cotangent_scale: shape \[2\], not \[3\] or \[1\]"),
+        ({"prompt_embeds": torch.zeros(1, 12, 32)}, "prompt_embeds: 1 rows for latents of 3"),
+        ({"wrt": []}, "wrt: nothing; name sample or encoder_hidden_states, or both"),
+        ({"wrt": ["timestep"]}, "wrt: timestep; name sample or encoder_hidden_states"),
+    ],
+)
+def test_what_does_not_fit_is_named(
+    pipe: SmoothPipeline, drawn: dict[str, Tensor], change: dict[str, Any], said: str
+) -> None:
+    with pytest.raises(InputError, match=said) as caught:
+        pipe.vjp(**{"timestep": 500, "wrt": BOTH, **drawn, **change})
+    assert "\n" not in str(caught.value)
+
+
+def test_only_the_unet_has_gradients_and_only_while_open(pipe: SmoothPipeline, drawn: dict[str, Tensor]) -> None:
+    decoder = EagerEngine(contract("vae_decoder", pipe.dims), VaeDecoder(torch.nn.Identity()))
+    with pytest.raises(EngineError, match="vae_decoder: gradients are those of the UNet; open that"):
+        decoder.vjp(["sample"], drawn["cotangent"])
+    unet = EagerEngine(contract("unet", pipe.dims), Unet(torch.nn.Identity()))
+    unet.close()
+    with pytest.raises(EngineError, match="unet: the eager engine is closed; open it again"):
+        unet.vjp(["sample"], drawn["cotangent"])
