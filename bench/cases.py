@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 
 from bench.floor import count_flop, floor_seconds
 from bench.memory import Morph, peaks_of_morph
-from bench.peers import diffusers_images, diffusers_pipeline, worst_psnr
+from bench.peers import diffusers_images, diffusers_pipeline, genai_images, genai_pipeline, worst_psnr
 from bench.results import GenerateResult, MatrixRate, MorphResult, NetworkResult, Settings
 from bench.subject import Subject
 from bench.timing import interleave, summarise
@@ -29,6 +28,7 @@ MEASURED: tuple[NetworkName, ...] = ("text_encoder", "unet", "vae_decoder")
 PEER = "diffusers"
 
 Say = Callable[[str], None]
+PeerImages = Callable[[str, torch.Tensor, int, float], np.ndarray]
 
 
 def passes(settings: Settings) -> int:
@@ -116,6 +116,7 @@ def measure_pipelines(
         peaks[backend] = peaks_of_morph(_morph(subject, settings, backend))
     morphs: list[MorphResult] = []
     generated: list[GenerateResult] = []
+    peers = _peers(subject)
     with ExitStack() as stack:
         pipes = {choice.backend: stack.enter_context(subject.pipeline(choice)) for choice in subject.choices}
         for size in settings.batch_sizes:
@@ -124,7 +125,7 @@ def measure_pipelines(
             say(f"morph: times at {size}")
             morphs += _morph_results(pipes, settings, size, flop_of_morph(flop, settings), ceiling, peaks)
             say(f"generate: times at {size}")
-            generated += _generate_results(pipes, diffusers_pipeline(subject.model), settings, size)
+            generated += _generate_results(pipes, peers, settings, size)
     return morphs, generated
 
 
@@ -187,8 +188,18 @@ def _morph_results(
     return results
 
 
+def _peers(subject: Subject) -> dict[str, PeerImages]:
+    """By name, what makes images of (prompt, latents, steps, guidance_scale) beside the engines."""
+    peers: dict[str, PeerImages] = {PEER: partial(diffusers_images, diffusers_pipeline(subject.model))}
+    if subject.bundle is not None and "openvino" in subject.backends:
+        genai = genai_pipeline(subject.bundle.path / subject.bundle.find("openvino").variant.name)
+        if genai is not None:
+            peers["openvino-genai"] = partial(genai_images, genai, subject.model.dims.vae_factor)
+    return peers
+
+
 def _generate_results(
-    pipes: dict[str, SmoothPipeline], peer: Any, settings: Settings, images: int
+    pipes: dict[str, SmoothPipeline], peers: dict[str, PeerImages], settings: Settings, images: int
 ) -> list[GenerateResult]:
     seeds = range(settings.seed, settings.seed + images)
     latents = next(iter(pipes.values())).draw_noise(
@@ -207,10 +218,10 @@ def _generate_results(
         )
         last[pipe.engine] = np.asarray(made.images)
 
-    def run_peer() -> None:
-        last[PEER] = diffusers_images(peer, settings.prompt, latents, settings.steps, settings.guidance_scale)
+    def run_peer(name: str) -> None:
+        last[name] = peers[name](settings.prompt, latents, settings.steps, settings.guidance_scale)
 
-    runs: dict[str, Callable[[], object]] = {PEER: run_peer}
+    runs: dict[str, Callable[[], object]] = {name: partial(run_peer, name) for name in peers}
     runs.update({pipe.engine: partial(run, pipe) for pipe in pipes.values()})
     times = {name: summarise(s) for name, s in interleave(runs, settings.repeats, settings.warmup).items()}
     return [

@@ -1,7 +1,9 @@
-"""The peer of the same run: diffusers' own StableDiffusionPipeline, eager, on the same weights."""
+"""The peers of the same run, on the same weights: diffusers' own StableDiffusionPipeline, eager, and OpenVINO GenAI."""
 
 from __future__ import annotations
 
+import importlib.util
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -9,10 +11,10 @@ import torch
 from torch import Tensor
 
 from smooth_rt.checkpoint import quiet
-from smooth_rt.errors import EngineError
+from smooth_rt.errors import EngineError, reason
 from smooth_rt.model import Model
 
-__all__ = ["diffusers_images", "diffusers_pipeline", "worst_psnr"]
+__all__ = ["diffusers_images", "diffusers_pipeline", "genai_images", "genai_pipeline", "worst_psnr"]
 
 
 def diffusers_pipeline(model: Model) -> Any:
@@ -60,6 +62,56 @@ def diffusers_images(pipe: Any, prompt: str, latents: Tensor, steps: int, guidan
             f"diffusers: failed at {len(latents)} images ({said[0] if said else error!r}); try a smaller --batch-sizes"
         ) from error
     return np.asarray(images)
+
+
+def genai_pipeline(folder: Path) -> Any | None:
+    """OpenVINO GenAI's pipeline on a variant's folder, in fp32; None where it is not installed, or was not when the
+    folder was built: its tokenizer is a graph of its own then missing.
+
+    Raises:
+        EngineError: GenAI cannot open the folder.
+    """
+    if importlib.util.find_spec("openvino_genai") is None or not (folder / "tokenizer/openvino_tokenizer.xml").exists():
+        return None
+    import openvino_genai
+
+    try:
+        return openvino_genai.Text2ImagePipeline(folder, "CPU", INFERENCE_PRECISION_HINT="f32")
+    except RuntimeError as error:
+        raise EngineError(f"openvino-genai: {folder}: cannot open it ({reason(error, -1)}); rebuild") from error
+
+
+def genai_images(
+    pipe: Any, vae_factor: int, prompt: str, latents: Tensor, steps: int, guidance_scale: float
+) -> np.ndarray:
+    """As `diffusers_images`, by OpenVINO GenAI; its images have 8 bits a channel.
+
+    Raises:
+        EngineError: GenAI failed.
+    """
+    import openvino
+    import openvino_genai
+
+    class Given(openvino_genai.Generator):  # type: ignore[misc]
+        """Draws the given latents."""
+
+        def randn_tensor(self, _: Any) -> openvino.Tensor:
+            return openvino.Tensor(latents.numpy())
+
+    generator = Given()  # which GenAI does not keep alive
+    try:
+        images = pipe.generate(
+            prompt,
+            height=latents.shape[2] * vae_factor,
+            width=latents.shape[3] * vae_factor,
+            num_images_per_prompt=len(latents),
+            num_inference_steps=steps,
+            guidance_scale=guidance_scale,
+            generator=generator,
+        )
+    except RuntimeError as error:
+        raise EngineError(f"openvino-genai: failed at {len(latents)} images ({reason(error, -1)})") from error
+    return np.array(images.data, dtype=np.float32) / 255
 
 
 def worst_psnr(images: np.ndarray, reference: np.ndarray) -> float | None:

@@ -79,7 +79,8 @@ class GenerateResult(_Record):
     """Text to images on one engine beside diffusers' own pipeline in the same run, from the same latents.
 
     `psnr_db` is the worst image's, peak 1; None where the two pipelines agree in every bit. `speedup` is diffusers'
-    median time over this engine's. The peer's own row has engine "diffusers".
+    median time over this engine's. The peer's own row has engine "diffusers"; OpenVINO GenAI, where it is
+    installed, is a second one, "openvino-genai".
     """
 
     engine: str

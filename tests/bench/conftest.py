@@ -23,9 +23,9 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 
 @pytest.fixture(scope="session")
 def quick_run(cache: Path, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder that `python -m bench --quick` filled, with eager and ONNX Runtime."""
+    """The folder that `python -m bench --quick` filled, with eager and OpenVINO."""
     output = tmp_path_factory.mktemp("bench") / "results"
-    few = ["--quick", "--repeats", "2", "--batch-sizes", "2,1", "--engine", "eager,onnxruntime"]
+    few = ["--quick", "--repeats", "2", "--batch-sizes", "2,1", "--engine", "eager,openvino"]
     assert main([*few, "--model", str(tiny_model), "--output", str(output)]) == 0
     return output
 

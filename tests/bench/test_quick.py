@@ -9,14 +9,15 @@ import pytest
 from bench.cases import MEASURED
 from bench.results import MorphResult, NetworkResult, Report
 
-ENGINES = {"eager", "onnxruntime"}
+ENGINES = {"eager", "openvino"}
+PEERS = {"diffusers", "openvino-genai"}
 
 
 def test_every_network_engine_and_batch_size_is_there(report: Report) -> None:
     found = {(result.network, result.engine, result.images) for result in report.networks}
     assert found == {(name, engine, size) for name in MEASURED for engine in ENGINES for size in (1, 2)}
     assert {(result.engine, result.batch_size) for result in report.morph} == {(e, n) for e in ENGINES for n in (1, 2)}
-    peers = ENGINES | {"diffusers"}
+    peers = ENGINES | PEERS
     assert {(result.engine, result.images) for result in report.generate} == {(e, n) for e in peers for n in (1, 2)}
 
 
