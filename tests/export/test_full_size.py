@@ -1,7 +1,8 @@
 """Stable Diffusion 1.5 at its full size, with random weights: exported, converted, verified and run.
 
 `python -m pytest -m slow tests/export/test_full_size.py -k sd15 -s` prints seconds and the peak memory. It wants
-about 20 GiB of memory and 10 GiB of disk. `-k shrunken` runs the same code on the same architecture made small.
+about 20 GiB of memory and 10 GiB of disk. `-k shrunken` runs the same code on the same architecture made small;
+`-k runs` is for the CPU's backends, `-k rtx` for TensorRT for RTX, which is built without a GPU.
 """
 
 from __future__ import annotations
@@ -23,12 +24,15 @@ from engines.bundle import Bundle
 from engines.contract import NETWORKS, Dims, NetworkName, contract
 from engines.eager import torch_networks
 from engines.manifest import Source
+from engines.select import PORTABLE, architecture
+from engines.variant import Order, Profile, Span, Variant, every_size
 from export.build import build_bundle
 from export.graphs import Case, random_inputs
 from export.verify import verify
 
 MEMORY_LIMIT = 24 * 2**30
 BACKENDS = ("onnxruntime", "openvino")
+SOURCE = Source(model="random", digests={"unet": "random", "vae": "random", "text_encoder": "random"})
 
 # The public configuration of stable-diffusion-v1-5, as far as it is not diffusers' own default.
 SD15: dict[str, Any] = {
@@ -117,6 +121,11 @@ def dims_of(config: dict[str, Any]) -> Dims:
     )
 
 
+def order(backend: str, architecture: str, profile: Profile) -> Order:
+    variant = Variant(backend=backend, precision="fp32", lora_mode="fused", architecture=architecture)
+    return Order(variant=variant, profiles=(profile,))
+
+
 def peak_memory() -> int:
     """Bytes that this process has held at most."""
     unit = 1 if sys.platform == "darwin" else 1024
@@ -150,15 +159,16 @@ def test_exports_verifies_and_runs(config: dict[str, Any], tmp_path: Path, say: 
     def write_config(folder: Path) -> None:
         (folder / "model.json").write_text(json.dumps({"scaling_factor": config["vae"]["scaling_factor"]}))
 
-    source = Source(model="random", digests={"unet": "random", "vae": "random", "text_encoder": "random"})
     target = tmp_path / "bundle"
+    orders = [order(backend, architecture(), every_size(dims)) for backend in BACKENDS]
     try:
-        build_bundle(networks, dims, source, BACKENDS, target, write_config, progress=lambda what, *_: say(what))
+        build_bundle(networks, dims, SOURCE, orders, target, write_config, progress=lambda what, *_: say(what))
         bundle = Bundle.open(target)
         say(f"opened, {sum(file.size for file in bundle.manifest.files) / 2**30:.2f} GiB on disk")
-        for record in bundle.manifest.engines:
-            for parity in record.parity:
-                say(f"{record.network} {record.backend} {parity.output}: {parity.relative:.1e} at {parity.worst}")
+        for built in bundle.variants:
+            for record in built.engines:
+                for parity in record.parity:
+                    say(f"{record.network} {built.backend} {parity.output}: {parity.relative:.1e} at {parity.worst}")
 
         sizes = (
             Case({"batch": 2, "height": side, "width": side}, 1 / config["vae"]["scaling_factor"]),
@@ -174,6 +184,48 @@ def test_exports_verifies_and_runs(config: dict[str, Any], tmp_path: Path, say: 
                 outputs = engine.infer(**inputs)
                 say(f"{name} run at batch 2 in {time.perf_counter() - began:.2f} s")
                 assert all(output.isfinite().all() for output in outputs.values())
+    finally:
+        shutil.rmtree(target, ignore_errors=True)
+    assert peak_memory() < MEMORY_LIMIT
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("config", [pytest.param(SD15, id="sd15"), pytest.param(SHRUNKEN, id="shrunken")])
+def test_rtx_builds_it_without_a_gpu(config: dict[str, Any], tmp_path: Path, say: Callable[[str], None]) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="builds the engines; pip install 'smooth-rt[tensorrt-rtx]'")
+    dims = dims_of(config)
+    side = dims.sample_size * dims.vae_factor
+    sides = Span(min=side, opt=side, max=side + side // 2)
+    profile = Profile(batch=Span(min=1, opt=1, max=4), height=sides, width=sides)
+    say(f"before; {profile}")
+    target = tmp_path / "bundle"
+    said = ""
+
+    def progress(what: str, *_: int) -> None:
+        nonlocal said
+        step = what.split(" ")[0] + " " + " ".join(word for word in what.split(" ")[1:] if "/" not in word)
+        if step != said:
+            said = step
+            say(step)
+
+    try:
+        orders = [order("tensorrt-rtx", PORTABLE, profile)]
+        build_bundle(new_networks(config), dims, SOURCE, orders, target, lambda _: None, progress=progress)
+        (built,) = Bundle.open(target).variants
+        say(f"{built.variant.name}: {built.seconds:.0f} s, peak {built.peak_memory_bytes / 2**30:.2f} GiB")
+        sizes = {file.path: file.size for file in Bundle.open(target).manifest.files}
+        for record in built.engines:
+            layers, size = record.notes["layers"], sizes[record.file]
+            say(f"{record.network}: {layers} layers, {size / 1e9:.2f} GB, {record.bounds[0]}")
+            assert record.notes["capabilities"] == [PORTABLE]
+            assert int(str(layers)) > 50
+        unet = built.engine("unet")
+        latent = dims.sample_size
+        assert unet.bounds[0]["batch"] == (1, 2, 8)  # both halves of guidance
+        assert unet.bounds[0]["height"] == (latent, latent, latent + latent // 2)
+        assert not built.proved  # it did not run here
+        if config is SD15:
+            assert sizes[unet.file] > 3.4e9  # the weights in fp32
     finally:
         shutil.rmtree(target, ignore_errors=True)
     assert peak_memory() < MEMORY_LIMIT
