@@ -231,7 +231,8 @@ class _Build:
         recipe = RECIPES[variant.backend][variant.precision][network.name]
         graph = self.stages.build(network, module, variant, recipe.precision, bounds, folder)
         gc.collect()  # the exporter's reference cycles hold a copy of the weights
-        self.steps.begin(f"{network.name}: verify {variant.name}")
+        here = availability(variant.backend) is None and runs_here(variant.architecture) is None
+        self.steps.begin(f"{network.name}: {'verify' if here else 'not run here:'} {variant.name}")
         places: dict[str, Place] = {}
         lora = self.lora if variant.lora_mode == "refit" and network.name == "unet" else None
         if lora is not None:
@@ -239,7 +240,7 @@ class _Build:
             lora.save(folder / LORA_FILE)
         parity = []
         # What cannot run here is published without, and proved where it runs before it is used.
-        if availability(variant.backend) is None and runs_here(variant.architecture) is None:
+        if here:
             tried = cases(network, self.dims, bounds)
             with open_engine(variant.backend, network, graph.path, recipe.hint, bounds) as engine:
                 engine.places = places

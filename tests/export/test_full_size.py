@@ -203,7 +203,7 @@ def test_rtx_builds_it_without_a_gpu(config: dict[str, Any], tmp_path: Path, say
 
     def progress(what: str, *_: int) -> None:
         nonlocal said
-        step = what.split(" ")[0] + " " + " ".join(word for word in what.split(" ")[1:] if "/" not in word)
+        step = " ".join(word for word in what.split() if "/" not in word)
         if step != said:
             said = step
             say(step)
