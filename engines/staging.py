@@ -14,7 +14,7 @@ from engines.contract import NETWORKS
 from engines.errors import BundleError
 from engines.select import BACKENDS
 
-__all__ = ["abandoned", "foreign", "staging"]
+__all__ = ["abandoned", "foreign", "said_size", "staging"]
 
 # All that lies in a bundle: at its top, and in the folder of a variant.
 _VARIANT = re.compile(rf"({'|'.join(BACKENDS)})-[a-z0-9_-]+")
@@ -56,7 +56,8 @@ def staging(target: Path, needed: int | None = None) -> Iterator[Path]:
         free = shutil.disk_usage(target.parent).free
         if needed is not None and free < needed:
             raise BundleError(
-                f"{target}: needs {_size(needed)} of disk and {_size(free)} are free; free some or name another folder"
+                f"{target}: needs {said_size(needed)} of disk and {said_size(free)} are free; "
+                "free some or name another folder"
             )
         partial.mkdir()
         begun = True
@@ -186,17 +187,18 @@ def _publish(partial: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
-def _size(count: int) -> str:
+def said_size(count: int) -> str:
+    """Bytes as a message gives them."""
     return f"{count / 2**30:.1f} GiB" if count >= 2**29 else f"{count / 2**20:.1f} MiB"
 
 
 def _refusal(target: Path, error: OSError, needed: int | None) -> BundleError:
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         try:
-            free = f"{_size(shutil.disk_usage(target.parent).free)} free"
+            free = f"{said_size(shutil.disk_usage(target.parent).free)} free"
         except OSError:
             free = "free space unknown"
-        wanted = "more space" if needed is None else f"{_size(needed)} in all"
+        wanted = "more space" if needed is None else f"{said_size(needed)} in all"
         return BundleError(f"{target}: the disk is full ({free}); this needs {wanted}: free some and try again")
     if error.errno is None:  # numpy's, where a write stops short
         return BundleError(f"{target}: cannot be written ({error}); the disk may be full: free some and try again")

@@ -34,6 +34,7 @@ from engines.staging import staging
 from engines.variant import Bounds, Order, Place
 from export.graphs import cases
 from export.layout import KINDS, write_layout
+from export.needs import check_memory, disk_needed
 from export.places import find_places
 from export.stages import Graph, Stages, cannot_build
 from export.to_int8 import Calibration
@@ -46,7 +47,6 @@ __all__ = ["Configs", "Progress", "build_bundle"]
 Progress = Callable[[str, int, int], None]
 
 VERIFY_SEED = 20231207  # of the inputs of verification, unlike the example inputs' seed
-_GRAPH_SHARE = 1.1  # graph files and rounding, over the weights' bytes
 _EXPORTED = "onnxruntime-fp32"  # the variant that is the exported graphs as they are
 DETAIL_S = 0.1
 _WORK = "config/.work"  # of graphs on the way to others; gone before the bundle is published
@@ -65,6 +65,7 @@ def build_bundle(
     calibration: Calibration | None = None,
     lora: LoraWeights | None = None,
     timing_caches: Path | None = None,
+    memory: int | None = None,
     progress: Progress | None = None,
 ) -> Bundle:
     """Build every network of every variant, verify every output of each, and publish the bundle at `target`.
@@ -82,20 +83,23 @@ def build_bundle(
         calibration: real runs of the model, for int8.
         lora: for variants whose LoRA is set at run time; `networks` are then those of the base model.
         timing_caches: a folder for what TensorRT remembers from build to build.
+        memory: bytes that may be taken beside the model, see `needs.available_memory`; None: it is built in any case.
         progress: called before each step, and within long ones.
 
     Raises:
         InputError: no order, a precision that a backend is not built in, int8 without calibration, or networks that are
             not the contract's, or not fp32.
-        EngineError: a backend is unknown or cannot run here, or a network cannot be exported or converted.
+        EngineError: a backend is unknown or cannot run here, a network cannot be exported or converted, or the memory
+            is too small for it.
         ParityError: a graph differs from its torch module; nothing is published.
         ModelError: a torch module gives numbers that are not finite.
         BundleError: `target` cannot be written, is somebody's folder, or the disk is full.
     """
     _check(networks, dims, orders, calibration, lora)
+    check_memory(networks, orders, memory)
     kept = [] if keep is None else [b for b in keep.variants if b.variant not in [o.variant for o in orders]]
     steps = _Steps(progress, orders)
-    with staging(target, needed=_needed(networks, orders)) as folder:
+    with staging(target, needed=disk_needed(networks, orders)) as folder:
         ready = None if keep is None else keep.path / _EXPORTED
         stages = Stages(folder / _WORK, dims, calibration, steps.begin, ready, steps.detail, timing_caches)
         build = _Build(dims, source, folder, stages, steps, lora)
@@ -198,16 +202,6 @@ def _check(
                 raise InputError(
                     f"{name}: {key} is {parameter.dtype} on {parameter.device}; load it in float32 on the CPU"
                 )
-
-
-def _needed(networks: dict[NetworkName, nn.Module], orders: Sequence[Order]) -> int:
-    """Bytes on disk at the fullest moment: the weights once a variant, and once as ONNX on the way."""
-    tensors = {id(t): t for module in networks.values() for t in (*module.parameters(), *module.buffers())}
-    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
-    share = {"fp32": 1.0, "fp16": 0.5, "bf16": 1.0, "int8": 0.5}
-    onnx = {order.variant.precision for order in orders if order.variant.backend == "onnxruntime"}
-    way = 0.0 if "fp32" in onnx else 1.0
-    return int(_GRAPH_SHARE * weights * (way + sum(share[order.variant.precision] for order in orders)))
 
 
 @dataclass

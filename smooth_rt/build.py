@@ -116,6 +116,7 @@ def ensure_engines(
 
     variants = _variants(backends, precision, gpu_arch, lora_mode)
     most = limit() if output is None else None
+    memory = _memory()
     (lora_strength,) = check(lora_strength=lora_strength)
     from engines.bundle import LoraSource, Source
     from smooth_rt.lora import Lora, fused_with, read_lora
@@ -148,7 +149,7 @@ def ensure_engines(
         fault = " ".join(dict.fromkeys(lacking.values()))
         LOG.info("building engines for %s: %s", ", ".join(order.variant.name for order in lacking), fault)
         keep = there if not isinstance(there, str) and there.misfit(source) is None else None
-        bundle = _build(loaded, adapter, source, list(lacking), target, keep, progress, calibration_prompts)
+        bundle = _build(loaded, adapter, source, list(lacking), target, keep, progress, calibration_prompts, memory)
         if most is not None:
             make_room(most, keep=target)
         return Built(bundle, False, fault)
@@ -239,9 +240,11 @@ def _build(
     keep: Bundle | None,
     progress: Progress | None,
     calibration_prompts: Sequence[str],
+    memory: int | None,
 ) -> Bundle:
     from engines.eager import torch_networks
     from export.build import Configs, build_bundle
+    from export.needs import available_memory
     from smooth_rt.lora import fuse, lora_weights
 
     weights = None
@@ -268,8 +271,17 @@ def _build(
         calibration=calibration,
         lora=weights,
         timing_caches=cache_root() / "timing",
+        memory=available_memory() if memory is None else memory or None,
         progress=progress,
     )
+
+
+def _memory() -> int | None:
+    """SMOOTH_RT_MEMORY: bytes that a build may take beside the model, 0 for any; None where it is not set."""
+    from smooth_rt.cache import parse_size
+
+    said = os.environ.get("SMOOTH_RT_MEMORY")
+    return parse_size(said, "SMOOTH_RT_MEMORY") if said else None
 
 
 def _cache_key(source: Source) -> str:

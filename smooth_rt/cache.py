@@ -12,7 +12,7 @@ from pathlib import Path
 
 from engines.bundle import Bundle
 from engines.select import PORTABLE
-from engines.staging import abandoned, foreign
+from engines.staging import abandoned, foreign, said_size
 from smooth_rt.build import cache_root
 from smooth_rt.errors import BundleError, EngineError, InputError, SmoothRTError
 
@@ -150,9 +150,5 @@ def make_room(most: int, keep: Path | None = None, root: Path | None = None) -> 
             continue
         total -= entry.size
         removed.append(entry)
-        LOG.info("cache over %s: removed %s, not used for longest", _said(most), entry.path.name)
+        LOG.info("cache over %s: removed %s, not used for longest", said_size(most), entry.path.name)
     return removed
-
-
-def _said(size: int) -> str:
-    return f"{size / 2**30:.1f} GiB" if size >= 2**29 else f"{size / 2**20:.1f} MiB"

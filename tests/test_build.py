@@ -64,6 +64,21 @@ def builds(first: tuple[Path, Built], tmp_path: Path, monkeypatch: pytest.Monkey
     return calls
 
 
+@pytest.mark.parametrize(("said", "given"), [("1M", 2**20), ("0", None), ("12G", 12 * 2**30)])
+def test_the_memory_that_a_build_may_take(
+    builds: list[dict[str, Any]], tiny_model: Path, monkeypatch: pytest.MonkeyPatch, said: str, given: int | None
+) -> None:
+    monkeypatch.setenv("SMOOTH_RT_MEMORY", said)
+    ensure_engines(tiny_model, backends=BACKENDS)
+    assert builds[0]["memory"] == given
+
+
+def test_memory_that_is_no_amount(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
+    monkeypatch.setenv("SMOOTH_RT_MEMORY", "much")
+    with pytest.raises(InputError, match=r"SMOOTH_RT_MEMORY=much: no size; give for example 20G or 500M"):
+        ensure_engines(tiny_model, backends=BACKENDS)
+
+
 def test_cache_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("SMOOTH_RT_CACHE", str(tmp_path))
     assert cache_root() == tmp_path
