@@ -26,7 +26,7 @@ from smooth_rt.lora import fused_with
 from smooth_rt.model import Model, PipelineConfig, load_model, read_config
 from smooth_rt.opening import open_model, reopen_model
 from smooth_rt.ranges import check, shown
-from smooth_rt.schedule import Schedule, Step, ddim_step
+from smooth_rt.schedule import PredictionType, Schedule, Step, ddim_step
 from smooth_rt.tasks import checks
 from smooth_rt.tasks.edit import edit
 from smooth_rt.tasks.generate import generate
@@ -36,12 +36,14 @@ from smooth_rt.tasks.inversion import invert
 if TYPE_CHECKING:
     from engines.variant import Precision
 
-__all__ = ["CELLS_PER_CALL", "Predict", "SmoothPipeline", "StepCallback"]
+__all__ = ["CELLS_PER_CALL", "Move", "Predict", "SmoothPipeline", "StepCallback"]
 
 LOG = logging.getLogger("smooth_rt")
 
 # (latents [N, C, h, w], index of the step, timestep) -> the model's output [N, C, h, w]
 Predict: TypeAlias = Callable[[Tensor, int, int], Tensor]
+# (latents, index of the step, the step) -> the latents after it
+Move: TypeAlias = Callable[[Tensor, int, Step], Tensor]
 # (pipe, index of the step, timestep, {"latents": ...}) -> None, or a dict with the latents to go on from
 StepCallback: TypeAlias = Callable[["SmoothPipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
@@ -71,7 +73,8 @@ class SmoothPipeline:
 
     Attributes: `engine` is the backend that really runs ("eager", "onnxruntime", "openvino"), `reason` why that one,
     `precision` that of its engines, `bundle` what they are from (None for eager), `digests` what tells the weights that
-    run from others, the LoRA and its strength among them; `dims`, `source`, `size` and `batch_size` are as given.
+    run from others, the LoRA and its strength among them, `evaluations` those of the UNet so far, by kind, a row of a
+    call each; `dims`, `source`, `size` and `batch_size` are as given.
     """
 
     def __init__(
@@ -99,6 +102,7 @@ class SmoothPipeline:
         self._lora_strength = 1.0
         self._eager_unet: EagerEngine | None = None  # of gradients that no engine was built for
         self.digests: Mapping[str, str] = {}
+        self.evaluations = {"forward": 0, "gradient": 0}
         self.batch_size = batch_size
 
     # Each task takes the pipeline first, so it is a method as it stands.
@@ -321,6 +325,7 @@ class SmoothPipeline:
                 sample, text = torch.cat([sample, sample]), torch.cat([negative[part], text])
             when = torch.full((len(sample),), timestep, dtype=torch.int64)
             output = self._run("unet", sample=sample, timestep=when, encoder_hidden_states=text)
+            self.evaluations["forward"] += len(sample)
             if negative is not None:
                 uncond, cond = output.chunk(2)
                 output = uncond + guidance_scale * (cond - uncond)
@@ -375,6 +380,7 @@ class SmoothPipeline:
                 timestep=torch.full((len(sample),), timestep, dtype=torch.int64),
                 encoder_hidden_states=prompt_embeds[part],
             )
+            self.evaluations["gradient"] += len(sample)
             outputs.append(output["noise_pred"])
             grads.append(grad)
         return torch.cat(outputs), {name: torch.cat([grad[name] for grad in grads]) for name in grads[0]}
@@ -407,7 +413,7 @@ class SmoothPipeline:
         callback_on_step_end: StepCallback | None = None,
         trajectory: list[Tensor] | None = None,
     ) -> Tensor:
-        """The loop through time: DDIM along `steps`, whichever way they lead.
+        """DDIM along `steps`, whichever way they lead.
 
         Args:
             latents: [N, C, h, w] at the noise level of the first step; those of the last step are returned.
@@ -417,13 +423,40 @@ class SmoothPipeline:
             trajectory: takes the latents after each step.
 
         Raises:
+            InputError, EngineError: as `walk`.
+        """
+        kind = cast("PredictionType", self.scheduler_config.get("prediction_type", "epsilon"))
+
+        def move(latents: Tensor, i: int, step: Step) -> Tensor:
+            return ddim_step(latents, predict(latents, i, step.timestep), step.alpha_from, step.alpha_to, kind)
+
+        return self.walk(latents, steps, move, callback_on_step_end, trajectory)
+
+    def walk(
+        self,
+        latents: Tensor,
+        steps: Sequence[Step],
+        move: Move,
+        callback_on_step_end: StepCallback | None = None,
+        trajectory: list[Tensor] | None = None,
+    ) -> Tensor:
+        """The loop through time.
+
+        Args:
+            latents: what the first step starts from; what the last one leaves is returned. A method that walks with two
+                latents an image stacks them, [2N, C, h, w].
+            steps: one after the other.
+            move: takes one step; see `Move`.
+            callback_on_step_end: see `StepCallback`.
+            trajectory: takes the latents after each step.
+
+        Raises:
             InputError: the callback is no function, or returned what is no dict of latents [N, C, h, w].
             EngineError: the latents stopped being finite; the step is named.
         """
         check(callback_on_step_end=callback_on_step_end)
-        kind = self.scheduler_config.get("prediction_type", "epsilon")
         for i, step in enumerate(steps):
-            latents = ddim_step(latents, predict(latents, i, step.timestep), step.alpha_from, step.alpha_to, kind)
+            latents = move(latents, i, step)
             if not bool(torch.isfinite(latents).all()):
                 raise EngineError(
                     f"step {i + 1} of {len(steps)} (timestep {step.timestep}): the latents are not finite on "

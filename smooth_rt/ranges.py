@@ -25,6 +25,7 @@ __all__ = [
     "MOST_IMAGES",
     "OUTPUT_TYPES",
     "RANGES",
+    "RESCHEDULES",
     "as_whole",
     "check",
     "check_dense",
@@ -39,7 +40,11 @@ MAX_SIDE = 10_000  # pixels
 MOST_IMAGES = 10_000  # more in one call is a slip of the keyboard: the noise alone would fill the memory
 LARGEST_STRENGTH = 100.0  # beyond it nothing of the model is left
 SHOWN = 60  # characters of a value, in a message
-INVERSION_METHODS = ("ddim", "ddim-without-text", "negative-prompt")
+INVERSION_METHODS = (
+    "ddim", "ddim-without-text", "negative-prompt", "null-text", "direct", "fixed-point", "spdinv", "easyinv", "edict",
+    "belm",
+)  # fmt: skip
+RESCHEDULES = ("pixels", "lpips")
 EDIT_METHODS = ("eq15", "sdedit")
 OUTPUT_TYPES = ("pil", "np", "pt", "latent")
 
@@ -257,6 +262,7 @@ RANGES: dict[str, Callable[[str, Any], Any]] = {
     "output": _output,
     "precision": _precision,
     "output_type": partial(choice, known=OUTPUT_TYPES),
+    "reschedule": partial(_or_none, kind=partial(choice, known=RESCHEDULES)),
     "seed": _seed,
     "seeds": _seeds,
     "width": _side,

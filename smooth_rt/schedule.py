@@ -15,12 +15,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, cast, get_args
 
+import torch
 from torch import Tensor
 
 from smooth_rt.errors import InputError, ModelError
 from smooth_rt.ranges import as_whole, shown
 
-__all__ = ["PredictionType", "Schedule", "Step", "add_noise", "ddim_step"]
+__all__ = ["PredictionType", "Schedule", "Step", "add_noise", "ddim_coefficients", "ddim_step", "noise_of"]
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
@@ -157,6 +158,29 @@ def ddim_step(
         x0 = model_output
         eps = (sample - signal * x0) / noise
     return math.sqrt(alpha_to) * x0 + math.sqrt(1 - alpha_to) * eps
+
+
+def ddim_coefficients(alpha_from: float, alpha_to: float, prediction_type: PredictionType) -> tuple[float, float]:
+    """The DDIM step as what it is, linear: A and B of `ddim_step(x, m, …) = A * x + B * m`.
+
+    Known so, a step can be undone with the very output m that it was made with: `x = (x_to - B * m) / A`.
+
+    Raises:
+        InputError: as `ddim_step`.
+    """
+    unit = torch.ones((), dtype=torch.float64)
+    of_sample = ddim_step(unit, 0 * unit, alpha_from, alpha_to, prediction_type)
+    of_output = ddim_step(0 * unit, unit, alpha_from, alpha_to, prediction_type)
+    return float(of_sample), float(of_output)
+
+
+def noise_of(sample: Tensor, model_output: Tensor, alpha: float, prediction_type: PredictionType) -> Tensor:
+    """eps of `sample` at level `alpha`, read from the model's output as in `ddim_step`.
+
+    Raises:
+        InputError: as `ddim_step`.
+    """
+    return ddim_step(sample, model_output, alpha, 0.0, prediction_type)
 
 
 def add_noise(sample: Tensor, noise: Tensor, alpha: float) -> Tensor:

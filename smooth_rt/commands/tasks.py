@@ -24,7 +24,13 @@ __all__ = ["edit", "generate", "interpolate", "invert"]
 MOST_SHOWN = 10**6  # steps of a progress bar; a number that no float holds is refused by the schedule
 
 Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="May be given several times.", show_default=False)]
-Method = Annotated[str, typer.Option(help="ddim, ddim-without-text or negative-prompt.")]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="How images are inverted: ddim, ddim-without-text, negative-prompt, null-text, direct, fixed-point, "
+        "spdinv, easyinv, edict or belm."
+    ),
+]
 
 
 def generate(
@@ -78,6 +84,16 @@ def interpolate(
     ] = None,
     frames: Annotated[int, typer.Option(help="Frames with both ends.")] = 24,
     method: Method = "ddim",
+    adain: Annotated[
+        bool, typer.Option("--adain", help="Adapt the statistics of each frame's latents to the ends'.")
+    ] = False,
+    reschedule: Annotated[
+        str | None,
+        typer.Option(
+            help="pixels or lpips: sample twice, the second time so that neighbours lie equally far apart in that.",
+            show_default=False,
+        ),
+    ] = None,
     fps: Annotated[int, typer.Option(help="Frames a second of the films.", min=1, max=120)] = 12,
 ) -> dict[str, Any]:
     """Frames between two images, two seeds or two prompts, as PNG, MP4 and animated WebP."""
@@ -97,7 +113,7 @@ def interpolate(
     result, told = run(
         options,
         "interpolate",
-        options.num_inference_steps * (2 if images else 1),
+        options.num_inference_steps * ((_walks(method) if images else 1) + (reschedule is not None)),
         lambda pipe, shared: pipe.interpolate(
             prompt,
             images or None,
@@ -105,6 +121,8 @@ def interpolate(
             method=method,
             generator=noise,
             guidance_scale=options.guidance_scale,
+            adain=adain,
+            reschedule=reschedule,
             **shared,
         ),
         names,
@@ -129,13 +147,13 @@ def invert(
     prompt: Prompts = None,
     method: Method = "ddim",
 ) -> dict[str, Any]:
-    """Turn images into noise and back: reconstructions as PNG, the noise as safetensors."""
+    """Turn images into noise and back: reconstructions as PNG, the noise and what else leads back as safetensors."""
     _check_images(images, method, prompt)
     names = [*_names({"original": len(images), "reconstruction": len(images)}), "noise.safetensors"]
     result, told = run(
         options,
         "invert",
-        2 * options.num_inference_steps,
+        _walks(method) * options.num_inference_steps,
         lambda pipe, shared: pipe.invert(
             images, prompt, method=method, guidance_scale=options.guidance_scale, **shared
         ),
@@ -150,7 +168,11 @@ def invert(
     made = _pictures(result.images)
     originals = _originals(images, made[0])
     quality = [psnr(np.asarray(a), np.asarray(b)) for a, b in zip(originals, made, strict=True)]
-    noise = save({"latents": result.latents.contiguous()})
+    held = {
+        "latents": result.latents, "companion": result.companion, "corrections": result.corrections,
+        "negative_prompt_embeds": result.negative_prompt_embeds if result.negative_prompt_embeds.ndim == 4 else None,
+    }  # fmt: skip
+    noise = save({name: tensor.contiguous() for name, tensor in held.items() if tensor is not None})
     files = _write(options.output, names, [originals, made], [noise])
     return {**told, "psnr": quality, "files": files}
 
@@ -164,6 +186,7 @@ def edit(
     ] = None,
     edit_method: Annotated[str, typer.Option(help="eq15 or sdedit.")] = "eq15",
     edit_strength: Annotated[float, typer.Option(help="0..1: share of the steps under the new prompt.")] = 0.8,
+    method: Method = "negative-prompt",
 ) -> dict[str, Any]:
     """Edit images by prompt, as PNG."""
     if not prompt:
@@ -179,13 +202,14 @@ def edit(
     result, told = run(
         options,
         "edit",
-        int(min(steps, MOST_SHOWN) * edit_strength) if edit_method == "sdedit" else 2 * steps,
+        int(min(steps, MOST_SHOWN) * edit_strength) if edit_method == "sdedit" else _walks(method) * steps,
         lambda pipe, shared: pipe.edit(
             images,
             targets,
             source_prompt,
             edit_method=edit_method,
             edit_strength=edit_strength,
+            method=method,
             guidance_scale=options.guidance,
             generator=noise,
             **shared,
@@ -196,6 +220,14 @@ def edit(
     made = _pictures(result.images)
     originals = _originals(images, made[0])
     return {**told, "files": _write(options.output, names, [originals, made])}
+
+
+def _walks(method: str) -> int:
+    """How often a method goes through all steps, there and back."""
+    from smooth_rt.ranges import choice
+    from smooth_rt.tasks.inversion import METHODS
+
+    return METHODS[choice("method", method, tuple(METHODS))].walks
 
 
 def _check_ends(prompts: Sequence[str] | None) -> None:

@@ -15,7 +15,7 @@ from smooth_rt.evaluation.rows import Progress, in_batches
 from smooth_rt.metrics.istd import Istd, istd_of, neighbour_distances
 from smooth_rt.pipeline import SmoothPipeline
 from smooth_rt.ranges import check, check_images, seeds_from
-from smooth_rt.tasks.interpolate import slerp
+from smooth_rt.tasks.mixing import slerp
 
 __all__ = ["IstdTask", "Look", "Smoothness", "check_istd", "measure_istd", "summarise_istd"]
 

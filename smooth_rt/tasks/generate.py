@@ -125,9 +125,15 @@ def embed_pair(
 def guided(
     pipe: SmoothPipeline, prompt_embeds: Tensor, negative_prompt_embeds: Tensor, guidance_scale: float
 ) -> Predict:
-    """A prediction for `denoise` that keeps to one prompt an image, at one guidance scale."""
+    """A prediction for `denoise` that keeps to one prompt an image, at one guidance scale.
 
-    def predict(latents: Tensor, _: int, timestep: int) -> Tensor:
-        return pipe.predict(latents, timestep, prompt_embeds, negative_prompt_embeds, guidance_scale)
+    Args:
+        prompt_embeds: [N, L, D].
+        negative_prompt_embeds: [N, L, D], or one for each step, [steps, N, L, D].
+    """
+
+    def predict(latents: Tensor, index: int, timestep: int) -> Tensor:
+        negative = negative_prompt_embeds[index] if negative_prompt_embeds.ndim == 4 else negative_prompt_embeds
+        return pipe.predict(latents, timestep, prompt_embeds, negative, guidance_scale)
 
     return predict

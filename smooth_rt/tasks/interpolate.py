@@ -6,26 +6,28 @@ sampled as one batch.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Generator, Tensor
 
 from smooth_rt.errors import InputError
 from smooth_rt.images import ImageLike, Images, OutputType, as_list
 from smooth_rt.ranges import check
 from smooth_rt.tasks import checks
-from smooth_rt.tasks.generate import embed_pair, guided
-from smooth_rt.tasks.inversion import invert
+from smooth_rt.tasks.generate import embed_pair
+from smooth_rt.tasks.inversion import METHODS, Noise, between, invert
+from smooth_rt.tasks.inversion.base import ddim_back, guided_back
 
 if TYPE_CHECKING:
     from smooth_rt.pipeline import SmoothPipeline, StepCallback
 
-__all__ = ["Interpolation", "interpolate", "lerp", "slerp"]
-
-NEARLY_PARALLEL = 0.9995
+__all__ = ["Interpolation", "adapted", "evened", "interpolate"]
 
 
 @dataclass(frozen=True)
@@ -39,36 +41,6 @@ class Interpolation:
     images: Images
     latents: Tensor
     alphas: tuple[float, ...]
-
-
-def slerp(start: Tensor, end: Tensor, alpha: float) -> Tensor:
-    """Spherical interpolation of two tensors taken as flat vectors, computed in float64.
-
-        sin((1 - alpha) * theta) / sin(theta) * start + sin(alpha * theta) / sin(theta) * end
-
-    theta is the angle between them. Where |cos(theta)| > 0.9995, or one of them is zero, the line is taken instead.
-
-    Args:
-        start: any shape.
-        end: the shape of `start`.
-        alpha: 0 gives `start`, 1 gives `end`.
-
-    Returns:
-        The shape and dtype of `start`.
-    """
-    a, b = start.double().flatten(), end.double().flatten()
-    cosine = float(torch.dot(a, b) / (a.norm() * b.norm()))
-    if not abs(cosine) <= NEARLY_PARALLEL:  # so written that NaN, from a zero vector, takes the line too
-        mixed = lerp(a, b, alpha)
-    else:
-        theta = torch.arccos(torch.tensor(cosine, dtype=torch.float64))
-        mixed = (torch.sin((1 - alpha) * theta) * a + torch.sin(alpha * theta) * b) / torch.sin(theta)
-    return mixed.reshape(start.shape).to(start.dtype)
-
-
-def lerp(start: Tensor, end: Tensor, alpha: float) -> Tensor:
-    """`(1 - alpha) * start + alpha * end`."""
-    return (1 - alpha) * start + alpha * end
 
 
 def interpolate(
@@ -85,6 +57,9 @@ def interpolate(
     num_inference_steps: int = 50,
     guidance_scale: float | None = None,
     negative_prompt: str | None = None,
+    adain: bool = False,
+    reschedule: str | None = None,
+    keep: bool = True,
     output_type: OutputType = "pil",
     callback_on_step_end: StepCallback | None = None,
 ) -> Interpolation:
@@ -97,7 +72,7 @@ def interpolate(
         prompts: one for both ends, or one each. May be missing with `method="ddim-without-text"` alone.
         images: the two ends, as in `invert`; or None, and the ends come from noise.
         frames: the number of frames with both ends, from 2 to MOST_IMAGES.
-        method: how images are inverted: "ddim", "ddim-without-text" or "negative-prompt".
+        method: how images are inverted, as in `invert`; with "null-text" both share one list of embeddings.
         generator: two, one an end; or one: with one prompt both noises are drawn from it in turn, with two prompts
             both ends share one noise. None draws from torch's own in the same way.
         latents: the two noises [2, C, H/f, W/f] (or one [1, ...] for both ends), float32, in place of `generator`.
@@ -106,6 +81,10 @@ def interpolate(
         num_inference_steps: DDIM steps, 1..num_train_timesteps.
         guidance_scale: None: 7.5, or with images the default of the inversion method.
         negative_prompt: what guidance moves away from, for noise; images bring their own.
+        adain: adapt the final latents of each frame to the ends' (`adapted`).
+        reschedule: "pixels" or "lpips": sample the frames twice, the second time at places where neighbours should lie
+            equally far apart in pixel L2, or in LPIPS where its weights are at hand (`evened`).
+        keep: as in `invert`.
         output_type: "pil", "np", "pt" or "latent".
         callback_on_step_end: as in `generate`, for every step taken, those of an inversion first.
 
@@ -114,7 +93,9 @@ def interpolate(
         EngineError: a network failed, or the latents stopped being finite (the step is named).
     """
     (frames, *_) = check(frames=frames, output_type=output_type, callback_on_step_end=callback_on_step_end)
+    (reschedule,) = check(reschedule=reschedule)
     schedule = pipe.schedule(num_inference_steps)
+    ends: Noise
     if images is not None:
         if generator is not None or latents is not None or negative_prompt is not None:
             raise InputError("images: generator, latents and negative_prompt are for ends of noise; leave them out")
@@ -123,10 +104,10 @@ def interpolate(
             raise InputError(f"images: {len(both)}; give the two ends")
         inverted = invert(
             pipe, both, prompts, method=method, height=height, width=width, num_inference_steps=num_inference_steps,
-            guidance_scale=guidance_scale, reconstruct=False, callback_on_step_end=callback_on_step_end,
+            guidance_scale=guidance_scale, reconstruct=False, shared=method == "null-text", keep=keep,
+            callback_on_step_end=callback_on_step_end,
         )  # fmt: skip
-        noise, scale = inverted.latents, inverted.guidance_scale
-        cond, uncond = inverted.prompt_embeds, inverted.negative_prompt_embeds
+        ends, scale, sample = inverted, inverted.guidance_scale, METHODS[inverted.method].sample
     else:
         if prompts is None:
             raise InputError("prompts: missing; give one for both ends, or two")
@@ -134,13 +115,63 @@ def interpolate(
         texts = checks.one_each(prompts, 2, "prompts", "ends")
         noise = _noise_ends(pipe, len(checks.as_prompts(prompts)) == 2, generator, latents, height, width)
         cond, uncond = embed_pair(pipe, texts, negative_prompt, None, None, scale)
+        ends, sample = Noise(latents=noise, prompt_embeds=cond, negative_prompt_embeds=uncond), ddim_back
+
+    def path(alphas: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """The noise and the final latents of the frames at these places."""
+        some = between(ends, alphas)
+        final = sample(pipe, some, schedule, guided_back(pipe, some, scale), callback_on_step_end)
+        return some.latents, adapted(final, alphas) if adain else final
+
     alphas = tuple(i / (frames - 1) for i in range(frames))
-    # The ends are taken as they are: a round trip through float64 may move their last bit.
-    between = [slerp(noise[0], noise[1], alpha) for alpha in alphas[1:-1]]
-    path = torch.stack([noise[0], *between, noise[1]])
-    cond, uncond = (torch.stack([lerp(pair[0], pair[1], alpha) for alpha in alphas]) for pair in (cond, uncond))
-    final = pipe.denoise(path, schedule.steps, guided(pipe, cond, uncond, scale), callback_on_step_end)
-    return Interpolation(pipe.decode(final, output_type), path, alphas)
+    latents, final = path(alphas)
+    if reschedule is not None:
+        shown = cast("NDArray[np.float32]", pipe.decode(final, "np"))
+        alphas = evened(alphas, _distances(shown, reschedule))
+        latents, final = path(alphas)
+    return Interpolation(pipe.decode(final, output_type), latents, alphas)
+
+
+def adapted(latents: Tensor, alphas: Sequence[float]) -> Tensor:
+    """AdaIN (Huang & Belongie 2017, arXiv 1703.06868) along a path, as DiffMorpher has it (Zhang et al. 2024, arXiv
+    2312.07409, section 3.4): each frame's channels take on the mean and the deviation that lie between the ends'.
+
+    Args:
+        latents: x_0 [frames, C, h, w]; the first and the last stay as they are.
+        alphas: the place of each frame.
+    """
+    deviation, mean = torch.std_mean(latents, dim=(2, 3), keepdim=True)
+    place = torch.tensor(alphas, dtype=latents.dtype)[:, None, None, None]
+    wanted = [(1 - place) * one[:1] + place * one[-1:] for one in (deviation, mean)]
+    moved = (latents - mean) / deviation.clamp_min(1e-12) * wanted[0] + wanted[1]
+    return torch.cat([latents[:1], moved[1:-1], latents[-1:]])
+
+
+def evened(alphas: Sequence[float], distances: Sequence[float]) -> tuple[float, ...]:
+    """Places at which neighbouring frames should lie equally far apart, read from frames at `alphas` that lie
+    `distances` apart: the way along the path is taken as linear between them (arXiv 2312.07409, section 3.5).
+
+    The ends stay. Where all frames are alike, so do the places.
+    """
+    way = np.concatenate([[0.0], np.cumsum(distances)])
+    if not way[-1] > 0:
+        return tuple(alphas)
+    inner = np.interp(np.linspace(0, way[-1], len(alphas))[1:-1], way, alphas)
+    return (alphas[0], *map(float, inner), alphas[-1])
+
+
+def _distances(images: NDArray[np.float32], kind: str) -> list[float]:
+    """Between neighbours of [frames, H, W, 3] in 0..1."""
+    pairs = itertools.pairwise(images)
+    if kind == "pixels":
+        return [float(np.linalg.norm(b - a)) for a, b in pairs]
+    from smooth_rt.metrics.pretrained import MissingError
+    from smooth_rt.metrics.reconstruction import lpips
+
+    try:
+        return [lpips(a, b) for a, b in pairs]
+    except MissingError as error:
+        raise InputError(f"reschedule='lpips': {error}; or use pixels") from error
 
 
 def _noise_ends(

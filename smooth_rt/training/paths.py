@@ -27,7 +27,7 @@ import torch
 from torch import Generator, Tensor
 
 from smooth_rt.schedule import PredictionType, Schedule, Step, ddim_step
-from smooth_rt.tasks.interpolate import slerp
+from smooth_rt.tasks.mixing import slerp
 
 __all__ = ["Guided", "Lengths", "draw_path", "draw_schedule", "guided", "measure", "sample", "unevenness", "window"]
 

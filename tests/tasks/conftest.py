@@ -3,20 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 import torch
-from torch import Generator, Tensor
+from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from engines.base import Engine
-from engines.contract import NETWORKS, Dims, Network, contract
+from engines.contract import NETWORKS, WRT, Dims, Network, contract
+from engines.eager import UnetVjp
 from smooth_rt.model import PipelineConfig
 from smooth_rt.pipeline import SmoothPipeline
 
 Noise = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+class Formula(nn.Module):
+    """A formula as the torch form of a UNet."""
+
+    def __init__(self, noise: Noise) -> None:
+        super().__init__()
+        self.noise = noise
+
+    def forward(self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor) -> tuple[Tensor]:
+        return (self.noise(sample, timestep, encoder_hidden_states),)
 
 
 class FakeEngine(Engine):
@@ -26,6 +39,8 @@ class FakeEngine(Engine):
 
     def __init__(self, network: Network, dims: Dims, noise: Noise) -> None:
         super().__init__(network)
+        if network.name == "unet":
+            self.gradients = {name: partial(FakeEngine, contract(name, dims), dims, noise) for name in WRT}
         self.dims = dims
         self.noise = noise
         self.batches: list[int] = []
@@ -38,6 +53,9 @@ class FakeEngine(Engine):
         factor = self.dims.vae_factor
         if self.network.name == "text_encoder":
             return {"last_hidden_state": self.words[first]}
+        if self.network.name in WRT:
+            vjp = UnetVjp(Formula(self.noise), WRT[self.network.name])
+            return dict(zip((spec.name for spec in self.network.outputs), vjp(**inputs), strict=True))
         if self.network.name == "unet":
             return {"noise_pred": self.noise(first, inputs["timestep"], inputs["encoder_hidden_states"])}
         if self.network.name == "vae_encoder":
@@ -48,7 +66,7 @@ class FakeEngine(Engine):
 
 def by_text(x: Tensor, t: Tensor, text: Tensor) -> Tensor:
     """Depends on the text and the time and not on the latent: its inversion is exact."""
-    return (text.mean(dim=(1, 2)) + t / 1000)[:, None, None, None].expand_as(x)
+    return (text.mean(dim=(1, 2)) + t / 1000)[:, None, None, None] + 0 * x
 
 
 def smooth(x: Tensor, t: Tensor, text: Tensor) -> Tensor:

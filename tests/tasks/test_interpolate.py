@@ -11,8 +11,8 @@ from torch import Generator, Tensor
 
 from smooth_rt.errors import InputError
 from smooth_rt.pipeline import SmoothPipeline
-from smooth_rt.tasks.interpolate import lerp, slerp
 from smooth_rt.tasks.inversion import METHODS
+from smooth_rt.tasks.mixing import lerp, slerp
 
 
 def seeds(*numbers: int) -> list[Generator]:
@@ -76,7 +76,7 @@ def test_two_images_end_in_their_reconstructions(pipe: SmoothPipeline, images: T
     arguments: dict[str, Any] = {"method": method, "num_inference_steps": 5, "output_type": "pt"}
     prompts = ["red apple", "blue dog"]
     found = pipe.interpolate(prompts, images[:2], frames=4, **arguments)
-    inverted = pipe.invert(images[:2], prompts, **arguments)
+    inverted = pipe.invert(images[:2], prompts, shared=method == "null-text", **arguments)
     torch.testing.assert_close(found.images[[0, -1]], inverted.images, rtol=0, atol=1e-5)
     assert torch.equal(found.latents[[0, -1]], inverted.latents)
 

@@ -17,7 +17,8 @@ from smooth_rt.tasks.inversion import METHODS
 ALONE_FAKE, ALONE_EAGER = 1e-5, 1e-3
 
 
-@pytest.mark.parametrize("method", METHODS)
+# easyinv leaves the path on purpose; null-text comes near to it as it may.
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("easyinv", "null-text")])
 def test_what_does_not_depend_on_the_latent_is_inverted_exactly(
     exact: SmoothPipeline, images: Tensor, method: str
 ) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from smooth_rt.schedule import Schedule
-from smooth_rt.tasks.interpolate import slerp
+from smooth_rt.tasks.mixing import slerp
 from smooth_rt.training.paths import Lengths, draw_path, draw_schedule, guided, measure, sample, unevenness, window
 
 CONFIG = {"beta_schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012, "clip_sample": False}

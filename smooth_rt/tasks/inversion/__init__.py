@@ -2,75 +2,79 @@
 
 ddim                DDIM inversion under the prompt; sampled back at guidance 1 unless told otherwise
 ddim-without-text   the same under the empty prompt
-negative-prompt     DDIM inversion whose source embedding then stands in for the unconditional one, so that
-                    sampling at any guidance scale rebuilds the image
+negative-prompt     DDIM inversion whose source embedding then stands in for the unconditional one
+null-text           DDIM inversion, then an unconditional embedding a step fitted so that guided sampling follows it
+direct              DDIM inversion whose latents are stored, and steered back to on the way
+fixed-point         each step solved for the latent that sampling would meet, by iteration
+spdinv              the same by gradient descent
+easyinv             DDIM inversion that leans on the latent before
+edict, belm         exact: samplers that are undone algebraically
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
 from smooth_rt.errors import InputError
-from smooth_rt.images import ImageLike, Images, OutputType, as_list
+from smooth_rt.images import ImageLike, Images, OutputType, as_list, read
 from smooth_rt.ranges import check, choice
 from smooth_rt.tasks import checks
-from smooth_rt.tasks.generate import guided
-from smooth_rt.tasks.inversion import ddim, negative_prompt
+from smooth_rt.tasks.inversion import (
+    belm,
+    ddim,
+    direct,
+    easyinv,
+    edict,
+    fixed_point,
+    negative_prompt,
+    null_text,
+    spdinv,
+)
+from smooth_rt.tasks.inversion.base import Evaluations, Job, Method, Noise, between, guided_back
+from smooth_rt.tasks.inversion.kept import image_names
 
 if TYPE_CHECKING:
     from smooth_rt.pipeline import SmoothPipeline, StepCallback
 
-__all__ = ["METHODS", "Inversion", "Method", "invert", "source_texts"]
-
-
-class Method(NamedTuple):
-    """How one method chooses text. `guidance_scale` is its default when sampling back.
-
-    Args:
-        with_text: whether it inverts under the prompt, or under the empty one.
-        negative_embeds: (pipe, prompt_embeds) -> the embedding that guidance moves away from, [N, L, D].
-        guidance_scale: the default of `invert` and of what is sampled from its result.
-    """
-
-    with_text: bool
-    negative_embeds: ddim.NegativeEmbeds
-    guidance_scale: float
-
+__all__ = ["METHODS", "Evaluations", "Inversion", "Method", "Noise", "between", "invert", "source_texts"]
 
 METHODS: dict[str, Method] = {
-    "ddim": Method(True, ddim.negative_embeds, 1.0),
-    "ddim-without-text": Method(False, ddim.negative_embeds, 1.0),
-    "negative-prompt": Method(True, negative_prompt.negative_embeds, 7.5),
+    "ddim": ddim.METHOD,
+    "ddim-without-text": ddim.WITHOUT_TEXT,
+    "negative-prompt": negative_prompt.METHOD,
+    "null-text": null_text.METHOD,
+    "direct": direct.METHOD,
+    "fixed-point": fixed_point.METHOD,
+    "spdinv": spdinv.METHOD,
+    "easyinv": easyinv.METHOD,
+    "edict": edict.METHOD,
+    "belm": belm.METHOD,
 }
 
 
-@dataclass(frozen=True)
-class Inversion:
-    """N images turned to noise, and all that is needed to sample from it.
+@dataclass(frozen=True, kw_only=True)
+class Inversion(Noise):
+    """N images turned to noise, and all that is needed to sample from it: see `Noise`.
+
+    `trajectory` is None unless asked for.
 
     Args:
         images: the reconstructions, in the `output_type` asked for; an empty list where `reconstruct=False`.
-        latents: x_T [N, C, H/f, W/f].
         image_latents: x_0, the VAE's encoding of the images [N, C, H/f, W/f].
-        prompt_embeds: the text that the images were inverted under [N, L, D].
-        negative_prompt_embeds: what guidance moves away from [N, L, D].
+        final_latents: x_0 of the reconstructions; None where `reconstruct=False`.
         guidance_scale: the scale of the reconstruction.
-        trajectory: the latents after each inversion step [steps, N, C, H/f, W/f], from image to noise; None unless
-            asked for.
+        method: the name of the method that was used.
     """
 
     images: Images
-    latents: Tensor
     image_latents: Tensor
-    prompt_embeds: Tensor
-    negative_prompt_embeds: Tensor
+    final_latents: Tensor | None
     guidance_scale: float
-    trajectory: Tensor | None = None
+    method: str
 
 
 def source_texts(method: str, prompts: str | Sequence[str] | None, count: int) -> list[str]:
@@ -98,6 +102,8 @@ def invert(
     guidance_scale: float | None = None,
     reconstruct: bool = True,
     return_trajectory: bool = False,
+    shared: bool = False,
+    keep: bool = True,
     output_type: OutputType = "pil",
     callback_on_step_end: StepCallback | None = None,
 ) -> Inversion:
@@ -105,37 +111,60 @@ def invert(
 
     Args:
         images: one or N images: path, PIL, numpy [H, W, 3] or torch [3, H, W] in 0..1, or a batch of 4 axes.
-            They are scaled and centre-cropped to `height` x `width`.
+            They may differ in size: each is scaled and centre-cropped to `height` x `width`.
         prompts: what the images show; one for all or one each. "ddim-without-text" needs none and uses none.
-        method: "ddim", "ddim-without-text" or "negative-prompt".
+        method: a name of `METHODS`.
         height: pixels, a multiple of `dims.image_multiple`; None: the model's size.
         width: as `height`.
-        num_inference_steps: DDIM steps there, and as many back.
-        guidance_scale: of the way back (the way there is always at 1); None: 1 for DDIM, 7.5 for negative-prompt.
+        num_inference_steps: steps there, and as many back.
+        guidance_scale: of the way back; "fixed-point", "edict" and "belm" invert at it too, the others at 1. None: the
+            method's own.
         reconstruct: False skips the way back.
         return_trajectory: keep the latents of every inversion step.
+        shared: "null-text" fits one list of embeddings to all images together, as a morph between them wants it.
+        keep: what takes long ("null-text") is kept in the cache, and taken from there: a stopped one goes on.
         output_type: "pil", "np", "pt" or "latent".
-        callback_on_step_end: as in `generate`, for the steps there and then for those back.
+        callback_on_step_end: as in `generate`, for the steps there and then for those back. "edict" and "belm" walk
+            with two latents an image, stacked [2N, C, h, w].
 
     Raises:
         InputError: an argument is out of its range, an image cannot be read, or the numbers differ.
-        EngineError: a network failed, or the latents stopped being finite (the step is named).
+        EngineError: a network failed, or latents or a loss stopped being finite (the step is named), or the method
+            needs gradients that cannot be had.
     """
-    chosen = METHODS[choice("method", method, tuple(METHODS))]
+    method = choice("method", method, tuple(METHODS))
+    chosen = METHODS[method]
     check(output_type=output_type, callback_on_step_end=callback_on_step_end)
     (scale,) = check(guidance_scale=chosen.guidance_scale if guidance_scale is None else guidance_scale)
     schedule = pipe.schedule(num_inference_steps)
     height, width = pipe.image_size(height, width)
     found = as_list(images)
     texts = source_texts(method, prompts, len(found))
-    image_latents = pipe.encode_image(found, height, width)
-    prompt_embeds = pipe.encode_prompt(texts)
-    negative = chosen.negative_embeds(pipe, prompt_embeds)
-    levels = ddim.invert_latents(pipe, image_latents, prompt_embeds, schedule, return_trajectory, callback_on_step_end)
+    if shared and method != "null-text":
+        raise InputError(f"shared: method {method!r} fits nothing that images share; use null-text")
+    pixels = read(found, height, width)
+    names = image_names(pixels, texts) if keep and pipe.digests else ()
+    image_latents = pipe.encode_image(pixels, height, width)
+    job = Job(
+        pipe, image_latents, pipe.encode_prompt(texts), schedule, scale, callback_on_step_end, shared, names
+    )  # fmt: skip
+    noise = chosen.invert(job)
     images_back: Images = []
+    final = None
     if reconstruct:
-        predict = guided(pipe, prompt_embeds, negative, scale)
-        final = pipe.denoise(levels[-1], schedule.steps, predict, callback_on_step_end)
+        predict = guided_back(pipe, noise, scale)
+        final = chosen.sample(pipe, noise, schedule, predict, callback_on_step_end)
         images_back = pipe.decode(final, output_type)
-    trajectory = torch.stack(levels) if return_trajectory else None
-    return Inversion(images_back, levels[-1], image_latents, prompt_embeds, negative, scale, trajectory)
+    return Inversion(
+        latents=noise.latents,
+        prompt_embeds=noise.prompt_embeds,
+        negative_prompt_embeds=noise.negative_prompt_embeds,
+        companion=noise.companion,
+        corrections=noise.corrections,
+        trajectory=noise.trajectory if return_trajectory else None,
+        images=images_back,
+        image_latents=image_latents,
+        final_latents=final,
+        guidance_scale=scale,
+        method=method,
+    )

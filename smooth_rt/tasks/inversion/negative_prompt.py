@@ -5,20 +5,22 @@ of DDIM inversion. The paper shows that the optimum lies near the embedding of t
 takes its place and nothing is optimised: with it, uncond + w * (cond - uncond) is cond for the source prompt, and
 every guidance scale rebuilds the image as well as DDIM does at 1. With another prompt, guidance moves away from the
 source.
+
+Evaluations in T steps: T there, T back.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import replace
 
-from torch import Tensor
+from smooth_rt.tasks.inversion import ddim
+from smooth_rt.tasks.inversion.base import Evaluations, Job, Method, Noise
 
-if TYPE_CHECKING:
-    from smooth_rt.pipeline import SmoothPipeline
-
-__all__ = ["negative_embeds"]
+__all__ = ["METHOD"]
 
 
-def negative_embeds(_: SmoothPipeline, prompt_embeds: Tensor) -> Tensor:
-    """The source embedding in the place of the unconditional one."""
-    return prompt_embeds
+def _invert(job: Job) -> Noise:
+    return replace(ddim.METHOD.invert(job), negative_prompt_embeds=job.prompt_embeds)
+
+
+METHOD = Method(_invert, lambda steps, _: Evaluations(steps, steps), guidance_scale=7.5)

@@ -1,0 +1,173 @@
+"""Null-text inversion: Mokady et al. 2023, arXiv 2211.09794, Algorithm 1, on the authors' schedule.
+
+DDIM inversion at guidance 1 gives x*_0 ... x*_T. From x_T = x*_T, sampling with guidance w is made to follow it: at
+each step the unconditional embedding e is fitted to
+
+    | x*_{i-1} - DDIM(x_i, u(e) + w * (c - u(e))) |^2 / (C h w)
+
+by Adam, at a learning rate of 0.01 * (1 - i / 100) in step i = 0, 1, ..., beginning from the last step's e, for at
+most 10 rounds, until the loss is below 1e-5 + i * 2e-5. The schedule is that of 50 steps; of T steps, i stands for 50
+i / T. Guidance 7.5. The step is linear in u, and c does not depend on e, so a round is one call of
+`SmoothPipeline.vjp`.
+
+Images are fitted together, each with an Adam of its own, and one that is done leaves the batch. Images that share one
+list of embeddings (the paper's morph between two) are fitted by the sum of their losses. At guidance 1 nothing
+depends on e and nothing is fitted.
+
+Evaluations in T steps: T there, then 2T and at most 10T gradients; 2T back. Without guidance T there and T back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from smooth_rt.errors import EngineError
+from smooth_rt.schedule import Step, ddim_coefficients, ddim_step
+from smooth_rt.tasks.inversion import ddim
+from smooth_rt.tasks.inversion.adam import Adam
+from smooth_rt.tasks.inversion.base import Evaluations, Job, Method, Noise
+from smooth_rt.tasks.inversion.kept import Kept, Store, keep_of
+
+__all__ = ["METHOD", "ROUNDS"]
+
+ROUNDS = 10
+SCHEDULED = 50  # steps that the rates and thresholds are of
+TEXT = ("encoder_hidden_states",)
+
+
+def _invert(job: Job) -> Noise:
+    if job.guidance_scale == 1:
+        return ddim.METHOD.invert(job)
+    count = len(job.latents)
+    groups = [tuple(range(count))] if job.shared else [(i,) for i in range(count)]
+    stores = [keep_of(job, "null-text", group) for group in groups]
+    found: list[Kept | None] = [store.read() for store in stores]
+    lacking = [i for group, kept in zip(groups, found, strict=True) if kept is None for i in group]
+    if lacking:
+        levels = [job.latents[lacking], *ddim.levels(job.only(lacking))]
+        path = torch.stack(levels)
+        empty = job.pipe.encode_prompt("")[0]
+        for number, group in enumerate(groups):
+            if found[number] is None:
+                rows = [lacking.index(i) for i in group]
+                found[number] = Kept(path[:, rows], path[-1, rows], empty, [])
+    fits = [_Fit(group, store, kept) for group, store, kept in zip(groups, stores, found, strict=True) if kept]
+    for cohort in _cohorts(fits):
+        _fit(job, cohort)
+    path = torch.cat([fit.kept.path for fit in fits], dim=1)
+    embeds = torch.stack([torch.stack(fit.kept.embeds) for fit in fits], dim=1)
+    return Noise(
+        latents=path[-1],
+        prompt_embeds=job.prompt_embeds,
+        negative_prompt_embeds=embeds[:, [k for k, fit in enumerate(fits) for _ in fit.images]],
+        trajectory=path[1:],
+    )
+
+
+@dataclass
+class _Fit:
+    """What shares one list of embeddings: its images, what is known of it so far, and where that is kept."""
+
+    images: tuple[int, ...]
+    store: Store
+    kept: Kept
+
+
+def _cohorts(fits: list[_Fit]) -> Iterator[list[_Fit]]:
+    """Those that have come equally far, together; none that is done."""
+    steps = {len(fit.kept.embeds) for fit in fits}
+    for done in sorted(steps):
+        yield [fit for fit in fits if len(fit.kept.embeds) == done]
+
+
+def _fit(job: Job, fits: list[_Fit]) -> None:
+    """Fit the steps that are left to all of `fits`, which have come equally far."""
+    pipe, schedule = job.pipe, job.schedule
+    done = len(fits[0].kept.embeds)
+    images = [i for fit in fits for i in fit.images]
+    owner = torch.tensor([k for k, fit in enumerate(fits) for _ in fit.images])
+    path = torch.cat([fit.kept.path for fit in fits], dim=1)
+    cond_embeds = job.prompt_embeds[images]
+    embeds = torch.stack([fit.kept.embed for fit in fits])
+    scale = job.guidance_scale
+
+    def move(latents: Tensor, k: int, step: Step) -> Tensor:
+        nonlocal embeds
+        index = done + k
+        cond = pipe.predict(latents, step.timestep, cond_embeds)
+        of_sample, of_output = ddim_coefficients(step.alpha_from, step.alpha_to, schedule.prediction_type)
+        # The step less its target, in terms of the unconditional output: slope * u + rest.
+        slope = of_output * (1 - scale)
+        rest = of_sample * latents + of_output * scale * cond - path[len(schedule.steps) - index - 1]
+        embeds = _rounds(job, latents, index, step.timestep, embeds, owner, slope, rest, images)
+        uncond = pipe.predict(latents, step.timestep, embeds[owner])
+        output = uncond + scale * (cond - uncond)
+        stepped = ddim_step(latents, output, step.alpha_from, step.alpha_to, schedule.prediction_type)
+        for number, fit in enumerate(fits):
+            fit.kept = fit.kept.after(stepped[owner == number], embeds[number])
+            fit.store.write(fit.kept, last=index + 1 == len(schedule.steps))
+        return stepped
+
+    latents = torch.cat([fit.kept.latents for fit in fits])
+    try:
+        pipe.walk(latents, schedule.steps[done:], move, job.callback_on_step_end)
+    except BaseException:  # interrupted, or no longer finite: what is done is kept
+        for fit in fits:
+            fit.store.write(fit.kept, last=True)
+        raise
+
+
+def _rounds(
+    job: Job,
+    latents: Tensor,
+    index: int,
+    timestep: int,
+    embeds: Tensor,
+    owner: Tensor,
+    slope: float,
+    rest: Tensor,
+    images: list[int],
+) -> Tensor:
+    """The embeddings [G, L, D] after the rounds of one step; those of a fit that is done are left alone."""
+    at = index * SCHEDULED / len(job.schedule.steps)
+    threshold = 1e-5 + at * 2e-5
+    adam = Adam(embeds, 1e-2 * (1 - at / 100))
+    size = latents[0].numel()
+    active = torch.ones(len(embeds), dtype=torch.bool)
+    for _ in range(ROUNDS):
+        rows = active[owner].nonzero()[:, 0]
+        uncond, grads = job.pipe.vjp(
+            latents[rows],
+            timestep,
+            adam.values[owner[rows]],
+            TEXT,
+            2 * slope / size * rest[rows],
+            torch.full((len(rows),), 2 * slope**2 / size),
+        )
+        each = (slope * uncond + rest[rows]).square().flatten(1).mean(1)
+        grad = grads["encoder_hidden_states"]
+        if not bool(torch.isfinite(each).all() and torch.isfinite(grad).all()):
+            wrong = next(k for k in range(len(rows)) if not (each[k].isfinite() and grad[k].isfinite().all()))
+            kept = f"the {index} steps before it are kept" if job.names else "nothing is kept"
+            raise EngineError(
+                f"null-text: step {index + 1} of {len(job.schedule.steps)} (timestep {timestep}): the loss of image "
+                f"{images[int(rows[wrong])] + 1} is not finite on {job.pipe.engine} ({kept}); lower guidance_scale, or "
+                "check the model's weights"
+            )
+        loss = torch.zeros(len(embeds)).index_add(0, owner[rows], each)
+        adam.step(torch.zeros_like(embeds).index_add(0, owner[rows], grad), active)
+        active = active & (loss >= threshold)
+        if not active.any():
+            break
+    return adam.values
+
+
+def _evaluations(steps: int, guided: bool) -> Evaluations:
+    return Evaluations(3 * steps, 2 * steps, ROUNDS * steps) if guided else Evaluations(steps, steps)
+
+
+METHOD = Method(_invert, _evaluations, guidance_scale=7.5, walks=3, wrt=TEXT)
