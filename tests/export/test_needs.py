@@ -13,6 +13,7 @@ from torch import nn
 from engines.bundle import Bundle
 from engines.contract import NETWORKS, NetworkName
 from engines.errors import EngineError
+from engines.manifest import Source
 from engines.variant import Order
 from export.needs import available_memory, check_memory, disk_needed, memory_needed
 
@@ -48,17 +49,20 @@ def test_the_refusal_names_both_amounts_and_what_helps(sd15: Any, order: Callabl
     orders = [order("onnxruntime"), order("openvino")]
     for enough in (12 * GIB, None):
         check_memory(sd15, orders, enough)
+    hungry = [order("onnxruntime", "int8"), order("openvino", "int8")]
+    with pytest.raises(EngineError, match=r"build openvino-int8 alone, or onnxruntime in fp32, fp16, or free some"):
+        check_memory(sd15, hungry, 12 * GIB)
     with pytest.raises(EngineError) as caught:
         check_memory(sd15, orders, 4 * GIB)
     said = str(caught.value)
-    assert said.startswith("unet: building onnxruntime-fp32 takes about 9.")
+    assert said.startswith("unet: building onnxruntime-fp32 takes about 10.1 GiB")
     assert "of memory beside the model and 4.0 GiB are there" in said
     assert said.endswith("(SMOOTH_RT_MEMORY=0 builds all the same)")
     assert "\n" not in said
 
 
 def test_nothing_is_begun_where_the_memory_is_too_small(
-    networks: dict[NetworkName, nn.Module], built: Any, dims: Any, order: Callable[..., Order], tmp_path: Path
+    networks: dict[NetworkName, nn.Module], dims: Any, order: Callable[..., Order], tmp_path: Path
 ) -> None:
     from export.build import build_bundle
 
@@ -66,10 +70,10 @@ def test_nothing_is_begun_where_the_memory_is_too_small(
         raise AssertionError("begun")
 
     def build(memory: int | None) -> Bundle:
-        source = built.bundle.source
+        source = Source(model="tiny", digests={"unet": "u"})
         return build_bundle(networks, dims, source, [order("openvino")], tmp_path / "bundle", write, memory=memory)
 
-    with pytest.raises(EngineError, match=r"openvino-fp32 takes about .* MiB of memory .* 1\.0 MiB are there"):
+    with pytest.raises(EngineError, match=r"openvino-fp32 takes about .* GiB of memory .* 1\.0 MiB are there"):
         build(2**20)
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(AssertionError, match="begun"):
