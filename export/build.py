@@ -37,18 +37,15 @@ from export.layout import KINDS, write_layout
 from export.needs import check_memory, disk_needed
 from export.places import find_places
 from export.stages import Graph, Stages, cannot_build
+from export.steps import Progress, Steps
 from export.to_int8 import Calibration
 from export.verify import verify
 from export.versions import peak_memory, versions
 
 __all__ = ["Configs", "Progress", "build_bundle"]
 
-# Called with what is being done, how many steps are done and how many there are.
-Progress = Callable[[str, int, int], None]
-
 VERIFY_SEED = 20231207  # of the inputs of verification, unlike the example inputs' seed
 _EXPORTED = "onnxruntime-fp32"  # the variant that is the exported graphs as they are
-DETAIL_S = 0.1
 _WORK = "config/.work"  # of graphs on the way to others; gone before the bundle is published
 
 
@@ -98,12 +95,13 @@ def build_bundle(
     _check(networks, dims, orders, calibration, lora)
     check_memory(networks, orders, memory)
     kept = [] if keep is None else [b for b in keep.variants if b.variant not in [o.variant for o in orders]]
-    steps = _Steps(progress, orders)
+    planned = {name: [*Stages.plan(orders, name), *["verify"] * len(orders)] for name in NETWORKS}
+    steps = Steps(progress, networks, planned)
     with staging(target, needed=disk_needed(networks, orders)) as folder:
         ready = None if keep is None else keep.path / _EXPORTED
         stages = Stages(folder / _WORK, dims, calibration, steps.begin, ready, steps.detail, timing_caches)
         build = _Build(dims, source, folder, stages, steps, lora)
-        steps.begin("configuration")
+        steps.begin("configuration", "configuration")
         (folder / "config").mkdir()
         write_config(folder / "config")
         for built in kept:
@@ -123,14 +121,14 @@ def build_bundle(
                 if kind is not None:
                     tokenizer = folder / "config" / "tokenizer"
                     write_layout(folder / order.variant.name, kind, configs.networks, tokenizer, configs.scheduler)
-        steps.begin("manifest")
+        steps.begin("manifest", "manifest")
         shutil.rmtree(folder / _WORK, ignore_errors=True)
         made = [build.variant(o, r, s) for o, r, s in zip(orders, records, seconds, strict=True)]
         files = [build.file(path) for path in sorted(folder.rglob("*")) if path.is_file()]
         _store_once(folder, files)
         manifest = Manifest(dims=dims, source=source, variants=[*kept, *made], files=files)
         (folder / MANIFEST).write_text(manifest.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    steps.begin("done")
+    steps.end()
     return Bundle.open(target, verify=False)
 
 
@@ -140,28 +138,6 @@ class Configs:
 
     networks: Mapping[NetworkName, Mapping[str, Any]]
     scheduler: Mapping[str, Any]
-
-
-class _Steps:
-    """Counts the build's steps for the progress callback."""
-
-    def __init__(self, progress: Progress | None, orders: Sequence[Order]) -> None:
-        self._progress = progress
-        self._done = -1
-        self._said = 0.0
-        # The configuration, the manifest; each variant's verification; the graphs on the way and each variant's own.
-        self._total = 2 + len(NETWORKS) * len(orders) + sum(Stages.steps(orders, name) for name in NETWORKS)
-
-    def begin(self, what: str) -> None:
-        self._done += 1
-        if self._progress is not None:
-            self._progress(what, self._done, self._total)
-
-    def detail(self, what: str) -> None:
-        """Say what goes on within a step, but not more often than anybody can read."""
-        if self._progress is not None and time.monotonic() - self._said > DETAIL_S:
-            self._said = time.monotonic()
-            self._progress(what, self._done, self._total)
 
 
 def _check(
@@ -212,7 +188,7 @@ class _Build:
     source: Source
     folder: Path
     stages: Stages
-    steps: _Steps
+    steps: Steps
     lora: LoraWeights | None
     files: dict[Path, FileRecord] = field(default_factory=dict)
 
@@ -226,7 +202,8 @@ class _Build:
         graph = self.stages.build(network, module, variant, recipe.precision, bounds, folder)
         gc.collect()  # the exporter's reference cycles hold a copy of the weights
         here = availability(variant.backend) is None and runs_here(variant.architecture) is None
-        self.steps.begin(f"{network.name}: {'verify' if here else 'not run here:'} {variant.name}")
+        what = f"{network.name}: {'verify' if here else 'not run here:'} {variant.name}"
+        self.steps.begin(what, "verify", network.name)
         places: dict[str, Place] = {}
         lora = self.lora if variant.lora_mode == "refit" and network.name == "unet" else None
         if lora is not None:

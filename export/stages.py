@@ -38,8 +38,8 @@ class Stages:
         folder: for graphs on the way.
         dims: the model's sizes.
         calibration: real runs of the model; int8 alone asks for them.
-        begin: called with what is being done.
-        detail: called with what goes on within what was begun.
+        begin: called with what is being done, the kind of step that it is, and the network.
+        detail: called with what goes on within what was begun, and how much of that is done.
         timing_caches: a folder that keeps TensorRT's from build to build, one for each version and architecture.
         ready: a folder of graphs in fp32 that were exported and verified before, a folder a network, if it is there.
     """
@@ -49,9 +49,9 @@ class Stages:
         folder: Path,
         dims: Dims,
         calibration: Calibration | None,
-        begin: Callable[[str], None],
+        begin: Callable[[str, str, NetworkName], None],
         ready: Path | None = None,
-        detail: Callable[[str], None] = lambda _: None,
+        detail: Callable[[str, float], None] = lambda *_: None,
         timing_caches: Path | None = None,
     ) -> None:
         self._folder = folder
@@ -64,11 +64,12 @@ class Stages:
         self._timing_caches = timing_caches
 
     @staticmethod
-    def steps(orders: Sequence[Order], network: NetworkName) -> int:
-        """How often a network's build calls `begin`."""
+    def plan(orders: Sequence[Order], network: NetworkName) -> list[str]:
+        """The kinds of the steps that a network's build begins."""
         wanted = [(o.variant, RECIPES[o.variant.backend][o.variant.precision][network].precision) for o in orders]
-        exported = {_exported(*one) for one in wanted} - {None}
-        return len(exported) + sum(len(_conversions(*one)) for one in wanted)
+        exported = {exact for one in wanted if (exact := _exported(*one)) is not None}
+        conversions = [found[1] for one in wanted if (found := _conversion(*one)) is not None]
+        return [*(_export_kind(precision) for precision in exported), *conversions]
 
     def build(
         self,
@@ -87,8 +88,11 @@ class Stages:
         """
         exported = _exported(variant, precision)
         onnx = None if exported is None else self._onnx(network, module, exported)
-        for conversion in _conversions(variant, precision):
-            self._begin(f"{network.name}: {conversion} {variant.name}")
+        conversion = _conversion(variant, precision)
+        if conversion is not None:
+            what, kind = conversion
+            size = "" if onnx is None else f" ({_layers(onnx):,} layers)"
+            self._begin(f"{network.name}: {what} {variant.name}{size}", kind, network.name)
         if variant.backend == "onnxruntime" and onnx is not None:
             return self._as_onnx(network, precision, onnx, folder / "model.onnx")
         if variant.backend == "openvino" and onnx is not None:
@@ -110,7 +114,8 @@ class Stages:
     def _onnx(self, network: Network, module: nn.Module, precision: Precision) -> Path:
         path = self._folder / precision / "model.onnx"
         if not path.exists():
-            self._begin(f"{network.name}: export" + ("" if precision == "fp32" else f" in {precision}"))
+            what = f"{network.name}: export" + ("" if precision == "fp32" else f" in {precision}")
+            self._begin(what, _export_kind(precision), network.name)
             if precision == "fp32" and self._ready is not None and self._ready.is_dir():
                 path.parent.mkdir(parents=True)
                 for part in (self._ready / network.name).glob("model.onnx*"):
@@ -156,7 +161,8 @@ class Stages:
             backend=variant.backend,
             architecture=variant.architecture,
             timing_cache=None if self._timing_caches is None else self._timing_caches / _cache_name(variant),
-            progress=lambda phase, done, total: self._detail(f"{network.name}: {phase} {done}/{total}"),
+            # A phase says nothing of the whole build.
+            progress=lambda phase, done, total: self._detail(f"{network.name}: {phase} {done}/{total}", 0.0),
         )
         notes = facts.notes() | ({} if variant.precision == "fp32" else {"fp32_islands": self._islands})
         return Graph(path, notes)
@@ -176,6 +182,10 @@ class Stages:
         for index, one in enumerate(bounds):
             ends = {symbol: (least, most) for symbol, (least, _, most) in one.items()}
             package = package_of(path, index)
+            if index:
+                self._detail(
+                    f"{network.name}: compile {variant.name}, size {index + 1} of {len(bounds)}", index / len(bounds)
+                )
             to_inductor(module, network, self._dims, package, precision=precision, device=device, symbol_bounds=ends)
         return Graph(path, {"packages": len(bounds)})
 
@@ -216,12 +226,25 @@ def _exported(variant: Variant, precision: Precision) -> Precision | None:
     return "fp32" if variant.backend == "openvino" or precision == "int8" else precision
 
 
-def _conversions(variant: Variant, precision: Precision) -> list[str]:
+def _export_kind(precision: Precision) -> str:
+    return "export" if precision == "fp32" else "export in half"
+
+
+def _conversion(variant: Variant, precision: Precision) -> tuple[str, str] | None:
+    """What is done to a graph after its export, for people, and the kind of step that it is."""
     if precision == "int8":
-        return ["quantise"]
+        return "quantise", "int8"
     if variant.backend == "inductor":
-        return ["compile"]
-    return [] if variant.backend == "onnxruntime" else ["convert to"]
+        return "compile", "inductor"
+    if variant.backend == "onnxruntime":
+        return None
+    return "convert to", "tensorrt" if variant.backend in ON_GPU else variant.backend
+
+
+def _layers(onnx: Path) -> int:
+    import onnx as onnx_library
+
+    return len(onnx_library.load(str(onnx), load_external_data=False).graph.node)
 
 
 def _take(file: Path, place: Path) -> None:

@@ -13,7 +13,7 @@ import typer
 
 from engines.contract import NETWORKS
 from smooth_rt.commands.options import OutputOptions
-from smooth_rt.commands.running import build_progress
+from smooth_rt.commands.progress import build_progress
 from smooth_rt.errors import InputError
 from smooth_rt.ranges import MOST_IMAGES, choice
 
@@ -116,7 +116,7 @@ def verify_engines(
             from smooth_rt.opening import reopen_model
 
             model = reopen_model(bundle)
-            with build_progress() as progress:
+            with build_progress("verifying: ") as progress:
                 if parity:
                     result.setdefault("parity", []).extend(_parity(bundle, model, seed, progress))
                 if bisect:

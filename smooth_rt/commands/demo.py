@@ -8,7 +8,8 @@ from typing import Annotated, Any
 import typer
 
 from smooth_rt.commands.options import ModelOptions, listed
-from smooth_rt.commands.running import Stopwatch, build_progress
+from smooth_rt.commands.progress import build_progress
+from smooth_rt.commands.running import Stopwatch
 
 __all__ = ["demo"]
 

@@ -13,7 +13,8 @@ import typer
 
 from smooth_rt.commands.measuring import check_file, finish, measured
 from smooth_rt.commands.options import RunOptions, listed
-from smooth_rt.commands.running import item_progress, open_pipeline
+from smooth_rt.commands.progress import item_progress
+from smooth_rt.commands.running import open_pipeline
 from smooth_rt.errors import InputError
 
 if TYPE_CHECKING:

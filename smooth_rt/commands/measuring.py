@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from smooth_rt.commands.options import RunOptions
-from smooth_rt.commands.running import Stopwatch, described, item_progress, open_pipeline
+from smooth_rt.commands.progress import item_progress
+from smooth_rt.commands.running import Stopwatch, described, open_pipeline
 
 if TYPE_CHECKING:
     from smooth_rt.evaluation.rows import Task

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from smooth_rt.commands.options import ModelOptions, listed
-from smooth_rt.commands.running import Stopwatch, build_progress, opened_model
+from smooth_rt.commands.progress import build_progress
+from smooth_rt.commands.running import Stopwatch, opened_model
 from smooth_rt.errors import InputError
 
 if TYPE_CHECKING:

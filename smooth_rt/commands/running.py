@@ -1,40 +1,34 @@
-"""What the commands that run a model have in common: opening it, seeds, progress on stderr."""
+"""What the commands that run a model have in common: opening it, seeds, what is told of the run."""
 
 from __future__ import annotations
 
-import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from smooth_rt.commands.options import ModelOptions, RunOptions
+from smooth_rt.commands.progress import build_progress, step_progress
 from smooth_rt.errors import InputError
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
     from torch import Generator
 
     from engines.bundle import Bundle
     from engines.contract import Dims
     from smooth_rt.model import Model, PipelineConfig
-    from smooth_rt.pipeline import SmoothPipeline, StepCallback
+    from smooth_rt.pipeline import SmoothPipeline
 
 __all__ = [
     "Stopwatch",
-    "build_progress",
     "described",
     "generators",
-    "item_progress",
     "open_pipeline",
     "opened_model",
     "run",
 ]
 
 Result = TypeVar("Result")
-
-SAY_EVERY = 30.0  # seconds
 
 
 class Stopwatch:
@@ -46,57 +40,6 @@ class Stopwatch:
     @property
     def seconds(self) -> float:
         return round(time.perf_counter() - self._began, 3)
-
-
-def _bar() -> Progress:
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    console = Console(stderr=True)
-    # A bar is for people: it goes when it is done, and does not appear in a log.
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
-
-
-@contextmanager
-def step_progress(description: str, steps: int) -> Iterator[StepCallback]:
-    """A progress bar on stderr for `steps` denoising steps in all, as a `callback_on_step_end`."""
-    with _bar() as progress:
-        task = progress.add_task(description, total=steps)
-
-        def advance(*_: Any) -> None:
-            progress.advance(task)
-
-        yield advance
-
-
-@contextmanager
-def item_progress(description: str) -> Iterator[Callable[[int, int], None]]:
-    """A progress bar on stderr for items done and in all; a line now and then where stderr is no terminal."""
-    with _bar() as progress:
-        task = progress.add_task(description, total=None)
-        said = time.monotonic()
-
-        def show(done: int, total: int) -> None:
-            nonlocal said
-            progress.update(task, completed=done, total=total)
-            if not progress.console.is_terminal and time.monotonic() - said >= SAY_EVERY:
-                said = time.monotonic()
-                print(f"{description}: {done} of {total}", file=sys.stderr, flush=True)
-
-        yield show
-
-
-@contextmanager
-def build_progress(prefix: str = "building engines: ") -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr for the stages of a build: `progress(stage, done, total)`."""
-    with _bar() as progress:
-        task = progress.add_task("checking engines", total=None)
-
-        def show(stage: str, done: int, total: int) -> None:
-            progress.update(task, description=f"{prefix}{stage}", completed=done, total=total)
-
-        yield show
 
 
 def run(
