@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
@@ -19,6 +20,8 @@ from engines.variant import Bounds
 
 __all__ = ["OvEngine", "core"]
 
+LOG = logging.getLogger("smooth_rt")
+
 
 @cache
 def core() -> openvino.Core:
@@ -32,6 +35,11 @@ def core() -> openvino.Core:
     return openvino.Core()
 
 
+@cache
+def _say_no_bf16() -> None:
+    LOG.warning("openvino: this processor has no bf16; what is built for it is computed in fp32 here")
+
+
 class OvEngine(Engine):
     """One IR file compiled for the CPU. `infer` serves one thread at a time.
 
@@ -43,7 +51,8 @@ class OvEngine(Engine):
         path: the .xml file; its .bin lies beside it.
         bounds: as in `Engine`.
         hint: INFERENCE_PRECISION_HINT, "f32" or "bf16". It is always set: left alone, OpenVINO computes in bf16 by
-            itself where the processor has AVX512_BF16, with relative errors around 2e-2.
+            itself where the processor has AVX512_BF16, with relative errors around 2e-2. Where the processor has no
+            bf16 it computes in fp32, which is logged.
 
     Raises:
         EngineError: the file cannot be read or compiled, or its names are not the contract's.
@@ -69,6 +78,8 @@ class OvEngine(Engine):
         except Exception as error:
             # OpenVINO puts the place in its own sources first and the cause last.
             raise EngineError(f"{self._path}: openvino cannot open it ({reason(error, -1)}); rebuild") from error
+        if self.hint == "bf16" and compiled.get_property("INFERENCE_PRECISION_HINT") != openvino.Type.bf16:
+            _say_no_bf16()
         self.check_names(
             [_contract_name(port, [spec.name for spec in self.network.inputs]) for port in compiled.inputs],
             [_contract_name(port, [spec.name for spec in self.network.outputs]) for port in compiled.outputs],

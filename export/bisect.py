@@ -21,6 +21,7 @@ from torch import Tensor
 
 from engines.errors import EngineError, InputError, reason
 from export.quiet import quiet
+from export.rewrites.exact_timesteps import exact_timesteps
 
 __all__ = ["RUNNERS", "Divergence", "Run", "first_divergence"]
 
@@ -170,6 +171,7 @@ def _openvino(hint: str) -> Run:
         try:
             with quiet():
                 model = openvino.convert_model(str(graph))
+            exact_timesteps(model)
             compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
             results = compiled.create_infer_request().infer({name: value.numpy() for name, value in inputs.items()})
             return np.asarray(results[tensor])

@@ -11,6 +11,7 @@ import openvino
 
 from engines.errors import EngineError, reason
 from export.quiet import quiet
+from export.rewrites.exact_timesteps import exact_timesteps
 
 __all__ = ["save", "to_openvino"]
 
@@ -39,12 +40,13 @@ def to_openvino(onnx: Path, path: Path, compress: bool = False) -> None:
 
 
 def save(model: openvino.Model, path: Path, size: int, compress: bool = False) -> None:
-    """Write an IR of about `size` bytes at `path` (.xml).
+    """Write an IR of about `size` bytes at `path` (.xml), its timesteps exact in every precision.
 
     Raises:
         OSError: it cannot be written; ENOSPC if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
+    exact_timesteps(model)
     try:
         openvino.save_model(model, str(path), compress_to_fp16=compress)
     except RuntimeError as error:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from engines import ov
 from engines.base import Engine
 from engines.contract import Dims, Network, contract
 from engines.eager import EagerEngine
@@ -160,9 +161,11 @@ def test_a_provider_that_is_not_there(network: Network, write_graph: Any, tmp_pa
 
 @pytest.mark.parametrize("hint", ["f32", "bf16"])
 def test_openvino_is_always_told_its_precision(
-    monkeypatch: pytest.MonkeyPatch, network: Network, write_graph: Any, tmp_path: Path, hint: str
-) -> None:
+    monkeypatch: pytest.MonkeyPatch, network: Network, write_graph: Any, tmp_path: Path,
+    caplog: pytest.LogCaptureFixture, hint: str,
+) -> None:  # fmt: skip
     asked = []
+    ov._say_no_bf16.cache_clear()
     compile_model = openvino.Core.compile_model
 
     def spy(core: Any, model: str, device: str, config: dict[str, str]) -> Any:
@@ -172,6 +175,8 @@ def test_openvino_is_always_told_its_precision(
     monkeypatch.setattr(openvino.Core, "compile_model", spy)
     OvEngine(network, write_graph(tmp_path / "graph.onnx"), (), hint)
     assert asked == [{"INFERENCE_PRECISION_HINT": hint}]
+    has = "BF16" in ov.core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    assert ("this processor has no bf16" in caplog.text) == (hint == "bf16" and not has)
 
 
 def test_a_signal_is_heard_after_engines_have_come_and_gone(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 from torch import nn
@@ -42,3 +43,16 @@ def test_a_graph_that_openvino_cannot_convert(tmp_path: Path) -> None:
         to_openvino(tmp_path / "unet.onnx", tmp_path / "unet" / "openvino_model.xml")
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "unet").exists()
+
+
+def test_the_timestep_is_exact_in_every_precision_of_openvino(built: Any) -> None:
+    root = built.bundle.path / "openvino-fp32"
+    marked: dict[str, set[str]] = {}
+    for name in ("unet", "text_encoder"):
+        layers = ElementTree.parse(root / name / "openvino_model.xml").getroot().iter("layer")
+        exact = [one for one in layers if one.find("rt_info/attribute[@name='DisablePrecisionConversion']") is not None]
+        marked[name] = {str(one.get("type")) for one in exact}
+    # From the integer to what the first linear layer is given, and nothing else.
+    assert marked["unet"] >= {"Convert", "Multiply", "Sin", "Cos", "Concat"}
+    assert not marked["unet"] & {"MatMul", "Convolution", "MVN", "Add", "Swish"}
+    assert marked["text_encoder"] == set()
