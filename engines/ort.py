@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -72,7 +73,10 @@ class OrtEngine(Engine):
         try:
             return onnxruntime.InferenceSession(str(self._path), options, providers=self._providers)
         except Exception as error:
-            raise EngineError(f"{self._path}: onnxruntime cannot open it ({reason(error)}); rebuild") from error
+            # It says the path again, which may be long, before the cause.
+            said = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error))
+            cause = RuntimeError(said.removeprefix(f"Load model from {self._path} failed:"))
+            raise EngineError(f"{self._path}: onnxruntime cannot open it ({reason(cause)}); rebuild") from error
 
     def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:
         names = [spec.name for spec in self.network.outputs]

@@ -6,7 +6,10 @@ none named, for every one that TensorRT for RTX supports. An engine of TensorRT 
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import logging
+import os
 import re
 import threading
 import time
@@ -22,6 +25,8 @@ from engines.trt_log import quiet_log
 from engines.variant import Bounds
 
 __all__ = ["MODULES", "BuildFacts", "capabilities", "to_tensorrt"]
+
+LOG = logging.getLogger("smooth_rt")
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 POLL_S = 0.1
@@ -187,7 +192,10 @@ def _load_cache(config: Any, path: Path | None) -> Any:
     """The timing cache of the config. One that cannot be read is begun anew: it only saves time."""
     if path is None:
         return None
-    content = path.read_bytes() if path.is_file() else b""
+    try:
+        content = path.read_bytes()
+    except OSError:
+        content = b""
     cache = config.create_timing_cache(content) or config.create_timing_cache(b"")
     if cache is not None:
         config.set_timing_cache(cache, ignore_mismatch=False)
@@ -195,15 +203,22 @@ def _load_cache(config: Any, path: Path | None) -> Any:
 
 
 def _save_cache(cache: Any, path: Path | None) -> None:
+    """Keep the cache for the next build; of builds that keep theirs at the same time, the last one's stays."""
     if cache is None or path is None:
         return
     content = bytes(memoryview(cache.serialize()))
-    if path.is_file() and path.read_bytes() == content:
-        return
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_bytes(content)
-    partial.replace(path)
+    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    try:
+        if path.is_file() and path.read_bytes() == content:
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_bytes(content)
+        partial.replace(path)
+    except OSError as error:  # the engine is built all the same
+        LOG.info("%s: the timing cache is not kept (%s)", path, error.strerror)
+    finally:
+        with contextlib.suppress(OSError):
+            partial.unlink()
 
 
 def _apart(build: Callable[[], Any], monitor: Any) -> Any:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import onnx
 import openvino
 import pytest
 import torch
@@ -152,6 +153,19 @@ def test_a_graph_that_cannot_be_read(kind: Any, network: Network, content: bytes
     with pytest.raises(EngineError, match=r"graph\.onnx: .* cannot open it") as caught:
         kind(network, graph)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", [OrtEngine, OvEngine])
+def test_an_operator_that_nobody_knows(kind: Any, network: Network, write_graph: Any, tmp_path: Path) -> None:
+    path = write_graph(tmp_path / "graph.onnx")
+    model = onnx.load(path)
+    model.graph.node[0].op_type, model.graph.node[0].domain = "Frobnicate", "nobody"
+    model.opset_import.append(onnx.helper.make_opsetid("nobody", 1))
+    onnx.save(model, path)
+    with pytest.raises(EngineError, match=r"graph\.onnx: \w+ cannot open it") as caught:
+        kind(network, path)
+    assert "\n" not in str(caught.value)
+    assert "Frobnicate" in str(caught.value)
 
 
 def test_a_provider_that_is_not_there(network: Network, write_graph: Any, tmp_path: Path) -> None:

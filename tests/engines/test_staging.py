@@ -5,12 +5,17 @@ from __future__ import annotations
 import errno
 import os
 import shutil
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 
+import engines
+from engines.bundle import Bundle
 from engines.errors import BundleError, SmoothRTError
 from engines.staging import foreign, staging
 
@@ -174,6 +179,28 @@ def test_what_the_dead_left_is_swept(old: Path) -> None:
         (folder / "manifest.json").write_text("new")
     assert siblings(old) == sorted([*others, "bundle"])
     assert content(old) == {"manifest.json": "new"}
+
+
+def test_a_build_that_was_killed_is_no_bundle_and_goes_with_the_next(target: Path) -> None:
+    build = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from engines.staging import staging\n"
+        f"with staging(Path({str(target)!r})) as folder:\n"
+        "    (folder / 'graph').write_bytes(bytes(1000))\n"
+        "    (folder / 'manifest.json').write_text('half')\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", build], cwd=Path(engines.__file__).parents[1], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert not target.exists()
+    with pytest.raises(BundleError, match="no such bundle folder"):
+        Bundle.open(target)
+    (left,) = siblings(target)
+    assert left.startswith(".bundle.partial-")
+    with staging(target) as folder:
+        (folder / "manifest.json").write_text("new")
+    assert siblings(target) == ["bundle"]
 
 
 def test_a_swap_cut_off_half_way_is_undone(target: Path) -> None:

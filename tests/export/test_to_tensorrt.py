@@ -6,6 +6,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import onnx
@@ -17,10 +18,12 @@ from torch import nn
 from engines.contract import NETWORKS, Dims, Network, NetworkName, contract
 from engines.errors import EngineError, InputError
 from engines.trt import TrtEngine
-from engines.variant import Bounds
+from engines.variant import Bounds, Variant
 
 pytest.importorskip("tensorrt_rtx", reason="builds the engines; pip install 'smooth-rt[tensorrt-rtx]'")
 
+from export import stages
+from export import to_tensorrt as to_tensorrt_module
 from export.half import in_half
 from export.to_onnx import to_onnx
 from export.to_tensorrt import capabilities, to_tensorrt
@@ -151,6 +154,47 @@ def test_what_is_refused_before_anything_is_built(built: Any, dims: Dims, tmp_pa
         to_tensorrt(
             graph(built, "unet"), tmp_path / "m", network, [bounded(network)], backend="tensorrt", architecture="sm89"
         )
+
+
+class Caching:
+    """Stands for a builder's configuration: TensorRT for RTX has no timing cache to show it with, TensorRT no build."""
+
+    def __init__(self) -> None:
+        self.content: bytes | None = None
+
+    def create_timing_cache(self, content: bytes) -> Any:
+        return None if content.startswith(b"damaged") else SimpleNamespace(serialize=lambda: content + b"+")
+
+    def set_timing_cache(self, cache: Any, ignore_mismatch: bool) -> None:
+        assert not ignore_mismatch  # of another version or GPU it is refused
+        self.content = cache.serialize()
+
+
+def test_a_timing_cache_grows_and_never_fails_a_build(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "timing" / "tensorrt-11-sm89.cache"
+    for grown in (b"+", b"++"):
+        config = Caching()
+        to_tensorrt_module._save_cache(to_tensorrt_module._load_cache(config, path), path)
+        assert config.content == path.read_bytes() == grown
+    path.write_bytes(b"damaged")
+    to_tensorrt_module._save_cache(to_tensorrt_module._load_cache(Caching(), path), path)
+    assert path.read_bytes() == b"+"
+    assert list(path.parent.iterdir()) == [path]
+    below = path / "a file is no folder"
+    with caplog.at_level("INFO", "smooth_rt"):
+        to_tensorrt_module._save_cache(to_tensorrt_module._load_cache(Caching(), below), below)
+    assert "the timing cache is not kept" in caplog.text
+
+
+def test_a_timing_cache_is_of_one_version_and_architecture(monkeypatch: pytest.MonkeyPatch) -> None:
+    names = set()
+    for version in ("11.0", "11.1"):
+        monkeypatch.setattr(stages, "backend_version", lambda _, version=version: version)
+        for architecture in ("sm80", "sm89"):
+            for backend in ("tensorrt", "tensorrt-rtx"):
+                variant = Variant(backend=backend, precision="fp16", lora_mode="fused", architecture=architecture)
+                names.add(stages._cache_name(variant))
+    assert len(names) == 8
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU; tests/gpu runs the engine")

@@ -85,6 +85,18 @@ def test_outputs_are_the_callers_own_and_shapes_take_turns(backend: str, model: 
         assert torch.equal(kept, first[0])
 
 
+def test_an_engine_that_was_cut_or_is_none(backend: str, model: Any, tmp_path: Path) -> None:
+    engine, _ = built(backend, model, "text_encoder", tmp_path)
+    network, path = engine.network, tmp_path / "model.engine"
+    engine.close()
+    whole = path.read_bytes()
+    for content in (b"", b"garbage" * 100, whole[: len(whole) // 2], whole[:-1]):
+        path.write_bytes(content)
+        with pytest.raises(EngineError, match=r"model\.engine: .* cannot open it on") as caught:
+            TrtEngine(network, path, [bounded(network)], backend)
+        assert "\n" not in str(caught.value)
+
+
 def test_weights_a_then_b_then_a_again(backend: str, model: Any, tmp_path: Path) -> None:
     network = contract("unet", model.dims)
     module = torch_networks(model.text_encoder, model.unet, model.vae)["unet"]
