@@ -28,7 +28,8 @@ from bench.floor import count_flop, matrix_rates
 from engines.base import Engine
 from engines.contract import Dims, Network, contract
 from engines.eager import EagerEngine, Unet
-from engines.select import RECIPES, open_engine
+from engines.recipes import RECIPES
+from engines.select import open_engine
 from engines.variant import Bounds
 from export.graphs import Case, random_inputs
 from export.to_int8 import quantise_at

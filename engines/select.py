@@ -11,7 +11,6 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.contract import NETWORKS, NetworkName
 from engines.errors import EngineError, InputError, reason
 from engines.variant import Bounds, Precision
 
@@ -23,16 +22,13 @@ __all__ = [
     "BACKENDS",
     "ON_GPU",
     "PORTABLE",
-    "RECIPES",
     "Choice",
-    "Recipe",
     "architecture",
     "availability",
     "backend_version",
     "buildable",
     "check_backend",
     "check_lora_mode",
-    "check_precision",
     "choose",
     "gpu",
     "open_engine",
@@ -43,14 +39,6 @@ __all__ = [
 LOG = logging.getLogger("smooth_rt")
 
 
-@dataclass(frozen=True)
-class Recipe:
-    """How one network is built: the precision of its graph, and the hint that the backend is given with it."""
-
-    precision: Precision
-    hint: str | None = None
-
-
 BACKENDS: tuple[str, ...] = ("eager", "onnxruntime", "openvino", "inductor", "tensorrt", "tensorrt-rtx")
 # Those that run on a CUDA GPU alone, and are built for one or several architectures.
 ON_GPU: tuple[str, ...] = ("tensorrt", "tensorrt-rtx")
@@ -58,38 +46,6 @@ PORTABLE = "rtx"  # the architecture of an engine for every GPU that TensorRT fo
 # Fastest first on a CPU: measured, OpenVINO f32 is level with or ahead of ONNX Runtime, both well ahead of eager.
 # On a CUDA GPU, TensorRT comes first: published at about twice ONNX Runtime's speed (docs/decisions).
 AUTO_ORDER: tuple[str, ...] = ("openvino", "onnxruntime", "eager")
-_ALL_FP32: dict[NetworkName, Recipe] = {name: Recipe("fp32") for name in NETWORKS}
-_IN_HALF: dict[Precision, dict[NetworkName, Recipe]] = {
-    "fp32": _ALL_FP32,
-    "fp16": {name: Recipe("fp16") for name in NETWORKS},
-    "bf16": {name: Recipe("bf16") for name in NETWORKS} | {"text_encoder": Recipe("fp32")},
-}
-# By backend and by the precision asked for: what each network is built in. The text encoder runs once a prompt and the
-# VAE's encoder once an image: they stay exact where that costs next to nothing.
-RECIPES: dict[str, dict[Precision, dict[NetworkName, Recipe]]] = {
-    "eager": {"fp32": _ALL_FP32},
-    "onnxruntime": {
-        "fp32": _ALL_FP32,
-        "fp16": {name: Recipe("fp16") for name in NETWORKS},
-        "int8": {**_ALL_FP32, "unet": Recipe("int8")},
-    },
-    # OpenVINO would compute in bf16 by itself where the processor can, so it is always told. fp16 weights are stored in
-    # half the space and computed with in fp32.
-    "openvino": {
-        "fp32": {name: Recipe("fp32", "f32") for name in NETWORKS},
-        "fp16": {name: Recipe("fp16", "f32") for name in NETWORKS},
-        "bf16": {name: Recipe("bf16", "bf16") for name in NETWORKS} | {"text_encoder": Recipe("fp32", "f32")},
-        "int8": {
-            "text_encoder": Recipe("fp32", "f32"),
-            "unet": Recipe("int8", "bf16"),
-            "vae_encoder": Recipe("fp32", "f32"),
-            "vae_decoder": Recipe("bf16", "bf16"),
-        },
-    },
-    "inductor": _IN_HALF,
-    "tensorrt": _IN_HALF,
-    "tensorrt-rtx": _IN_HALF,
-}
 
 # The precisions in which a backend's weights can be replaced: quantised and packed ones are no longer what they were.
 REFITTING: dict[str, tuple[Precision, ...]] = {
@@ -162,15 +118,6 @@ def architecture() -> str:
     """What engines for this machine's processor run on, such as "cpu-x86_64"."""
     machine = platform.machine().lower()
     return "cpu-" + {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
-
-
-def check_precision(backend: str, precision: str) -> None:
-    """Raise InputError unless `backend` can be built in `precision`."""
-    offered = RECIPES[backend]
-    if precision not in offered:
-        others = [name for name, precisions in RECIPES.items() if precision in precisions]
-        has = f"; that is what {', '.join(others)} can" if others else ""
-        raise InputError(f"precision {precision!r}: {backend} is built in {', '.join(offered)}{has}")
 
 
 def check_lora_mode(backend: str, precision: str, lora_mode: str) -> None:

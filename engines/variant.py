@@ -167,7 +167,7 @@ class Variant(Record):
 
     Args:
         backend: one of `select.BACKENDS`, eager left out.
-        precision: of the graphs; see `select.HINTS` for what the backend is told beside.
+        precision: of the graphs; see `recipes.RECIPES` for what each network gets, and what the backend is told.
         lora_mode: "fused" (into the weights, or no LoRA at all), "refit" (new weights put into the same engine) or
             "runtime" (the strength is an input of the UNet).
         architecture: what the engines run on: `select.architecture`, or a GPU's such as "sm89".

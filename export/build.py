@@ -20,16 +20,8 @@ from engines.contract import NETWORKS, Dims, Network, NetworkName, contract
 from engines.errors import EngineError, InputError
 from engines.lora import LORA_FILE, LoraWeights, put
 from engines.manifest import EngineRecord, FileRecord, Manifest, Parity, Source, VariantRecord, digest_file
-from engines.select import (
-    RECIPES,
-    Recipe,
-    availability,
-    backend_version,
-    buildable,
-    check_precision,
-    open_engine,
-    runs_here,
-)
+from engines.recipes import RECIPES, Recipe, check_precision
+from engines.select import availability, backend_version, buildable, open_engine, runs_here
 from engines.staging import staging
 from engines.variant import Bounds, Order, Place
 from export.graphs import cases

@@ -13,7 +13,7 @@ from torch import nn
 
 from engines.contract import NetworkName
 from engines.errors import EngineError
-from engines.select import RECIPES
+from engines.recipes import RECIPES
 from engines.staging import said_size
 from engines.variant import Order, Precision, Variant
 

@@ -13,7 +13,8 @@ from torch import nn
 from engines.contract import Dims, Network, NetworkName
 from engines.errors import EngineError, InputError
 from engines.inductor import package_of
-from engines.select import ON_GPU, RECIPES, backend_version, gpu
+from engines.recipes import RECIPES
+from engines.select import ON_GPU, backend_version, gpu
 from engines.variant import Bounds, Order, Precision, Variant
 from export.to_int8 import Calibration
 from export.to_onnx import to_onnx

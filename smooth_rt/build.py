@@ -186,7 +186,8 @@ def bisect_engines(
 
 def _variants(backends: Sequence[str], precision: str, gpu_arch: str | None, lora_mode: str) -> list[Variant]:
     """What is asked for, one variant a backend, each checked before anything is loaded."""
-    from engines.select import RECIPES, buildable, check_lora_mode, check_precision, target
+    from engines.recipes import RECIPES, check_precision
+    from engines.select import buildable, check_lora_mode, target
     from engines.variant import Variant
 
     if not backends:

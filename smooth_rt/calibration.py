@@ -16,7 +16,8 @@ from torch import Tensor
 
 from engines.contract import NETWORKS, Network, NetworkName, contract
 from engines.eager import EagerEngine, torch_networks
-from engines.select import RECIPES, open_engine
+from engines.recipes import RECIPES
+from engines.select import open_engine
 from smooth_rt.evaluation.inputs import read_prompts
 
 if TYPE_CHECKING:

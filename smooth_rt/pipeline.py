@@ -19,7 +19,8 @@ from engines.bundle import Bundle
 from engines.contract import NETWORKS, Dims, NetworkName, contract
 from engines.eager import EagerEngine, torch_networks
 from engines.lora import LORA_FILE, LoraWeights
-from engines.select import BACKENDS, RECIPES, Choice, check_lora_mode, check_precision, choose
+from engines.recipes import RECIPES, check_precision
+from engines.select import BACKENDS, Choice, check_lora_mode, choose
 from smooth_rt.errors import EngineError, InputError, SmoothRTError
 from smooth_rt.images import ImageLike, Images, OutputType, read, to_images
 from smooth_rt.lora import fused_with

@@ -1,0 +1,62 @@
+"""What each backend is built in: by the precision that is asked for, the precision of every network's graph."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from engines.contract import NETWORKS, NetworkName
+from engines.errors import InputError
+from engines.variant import Precision
+
+__all__ = ["RECIPES", "Recipe", "check_precision"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How one network is built: the precision of its graph, and the hint that the backend is given with it."""
+
+    precision: Precision
+    hint: str | None = None
+
+
+_ALL_FP32: dict[NetworkName, Recipe] = {name: Recipe("fp32") for name in NETWORKS}
+_IN_HALF: dict[Precision, dict[NetworkName, Recipe]] = {
+    "fp32": _ALL_FP32,
+    "fp16": {name: Recipe("fp16") for name in NETWORKS},
+    "bf16": {name: Recipe("bf16") for name in NETWORKS} | {"text_encoder": Recipe("fp32")},
+}
+# By backend and by the precision asked for: what each network is built in. The text encoder runs once a prompt and the
+# VAE's encoder once an image: they stay exact where that costs next to nothing.
+RECIPES: dict[str, dict[Precision, dict[NetworkName, Recipe]]] = {
+    "eager": {"fp32": _ALL_FP32},
+    "onnxruntime": {
+        "fp32": _ALL_FP32,
+        "fp16": {name: Recipe("fp16") for name in NETWORKS},
+        "int8": {**_ALL_FP32, "unet": Recipe("int8")},
+    },
+    # OpenVINO would compute in bf16 by itself where the processor can, so it is always told. fp16 weights are stored in
+    # half the space and computed with in fp32.
+    "openvino": {
+        "fp32": {name: Recipe("fp32", "f32") for name in NETWORKS},
+        "fp16": {name: Recipe("fp16", "f32") for name in NETWORKS},
+        "bf16": {name: Recipe("bf16", "bf16") for name in NETWORKS} | {"text_encoder": Recipe("fp32", "f32")},
+        "int8": {
+            "text_encoder": Recipe("fp32", "f32"),
+            "unet": Recipe("int8", "bf16"),
+            "vae_encoder": Recipe("fp32", "f32"),
+            "vae_decoder": Recipe("bf16", "bf16"),
+        },
+    },
+    "inductor": _IN_HALF,
+    "tensorrt": _IN_HALF,
+    "tensorrt-rtx": _IN_HALF,
+}
+
+
+def check_precision(backend: str, precision: str) -> None:
+    """Raise InputError unless `backend` can be built in `precision`."""
+    offered = RECIPES[backend]
+    if precision not in offered:
+        others = [name for name, precisions in RECIPES.items() if precision in precisions]
+        has = f"; that is what {', '.join(others)} can" if others else ""
+        raise InputError(f"precision {precision!r}: {backend} is built in {', '.join(offered)}{has}")
