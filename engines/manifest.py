@@ -94,7 +94,8 @@ class EngineRecord(Record):
 
     `key` sums up, with the variant and the source, all that can change its numbers or its validity. `precision` and
     `hint` are what `recipes.RECIPES` has for the network in a variant. `places` are the weights that can be replaced,
-    by the torch parameter's name. `notes` are counts and choices of the build, such as the layers that were left in fp32.
+    by the torch parameter's name. `notes` are counts and choices of the build, such as the layers that were left in
+    fp32.
     """
 
     network: NetworkName

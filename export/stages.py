@@ -134,7 +134,7 @@ class Stages:
         if precision == "int8":
             from export.to_int8 import quantise_onnx
 
-            return Graph(path, quantise_onnx(onnx, path, network, self._real()))
+            return Graph(path, quantise_onnx(onnx, path, network, self._real(), self._within))
         for part in onnx.parent.iterdir():
             _take(part, path.parent / part.name)
         return Graph(path, {} if precision == "fp32" else {"fp32_islands": self._islands})
@@ -145,7 +145,7 @@ class Stages:
         if precision == "int8":
             from export.to_int8 import quantise_openvino
 
-            return Graph(path, quantise_openvino(onnx, path, network, self._real()))
+            return Graph(path, quantise_openvino(onnx, path, network, self._real(), self._within))
         to_openvino(onnx, path, compress=precision == "fp16")
         return Graph(path)
 
@@ -189,6 +189,9 @@ class Stages:
                 )
             to_inductor(module, network, self._dims, package, precision=precision, device=device, symbol_bounds=ends)
         return Graph(path, {"packages": len(bounds)})
+
+    def _within(self, what: str) -> None:
+        self._detail(what, 0.0)  # of which nobody knows how much it is
 
     def _real(self) -> Calibration:
         if self._real_runs is None:

@@ -13,7 +13,7 @@ import logging
 import re
 import shutil
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -53,8 +53,10 @@ class Calibration(Protocol):
         """The median PSNR in dB of images sampled with `graph` in the network's place, to those without it."""
 
 
-def quantise_openvino(onnx: Path, path: Path, network: Network, calibration: Calibration) -> dict[str, Any]:
-    """Convert `onnx` and write `path` (.xml, its weights beside it) in int8.
+def quantise_openvino(
+    onnx: Path, path: Path, network: Network, calibration: Calibration, say: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
+    """Convert `onnx` and write `path` (.xml, its weights beside it) in int8; `say` is told what goes on.
 
     Returns:
         what was chosen, for the manifest.
@@ -64,12 +66,14 @@ def quantise_openvino(onnx: Path, path: Path, network: Network, calibration: Cal
         ParityError: no rung of the ladder gives images that are close enough.
         OSError: the files cannot be written.
     """
-    return _climb(onnx, path, network, "openvino", calibration)
+    return _climb(onnx, path, network, "openvino", calibration, say)
 
 
-def quantise_onnx(onnx: Path, path: Path, network: Network, calibration: Calibration) -> dict[str, Any]:
+def quantise_onnx(
+    onnx: Path, path: Path, network: Network, calibration: Calibration, say: Callable[[str], None] = lambda _: None
+) -> dict[str, Any]:
     """Write `path` (.onnx) in int8, as QuantizeLinear and DequantizeLinear; as `quantise_openvino`."""
-    return _climb(onnx, path, network, "onnxruntime", calibration)
+    return _climb(onnx, path, network, "onnxruntime", calibration, say)
 
 
 def quantise_at(
@@ -156,12 +160,17 @@ def _write(model: Any, path: Path, backend: str, onnx: Path) -> None:
     onnx_library.save_model(model, str(path), save_as_external_data=True, location=weights.name, size_threshold=1024)
 
 
-def _climb(onnx: Path, path: Path, network: Network, backend: str, calibration: Calibration) -> dict[str, Any]:
+def _climb(
+    onnx: Path, path: Path, network: Network, backend: str, calibration: Calibration, say: Callable[[str], None]
+) -> dict[str, Any]:
     """Quantise rung after rung until images are close enough."""
+    say(f"{network.name}: sampling images in fp32 to calibrate on")
     rows = calibration.samples(network.name)
     tried: list[str] = []
     for rung, (what, _) in enumerate(LADDER):
+        say(f"{network.name}: quantise for {backend}, {what}")
         notes = quantise_at(rung, onnx, path, network, backend, rows)
+        say(f"{network.name}: sampling images in int8, {what}")
         found = calibration.psnr(network, path, backend)
         tried.append(f"{what}: {found:.1f} dB")
         LOG.info("%s in int8 for %s, %s", network.name, backend, tried[-1])

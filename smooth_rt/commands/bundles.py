@@ -224,7 +224,7 @@ def export_key(bundles: Bundles, options: OutputOptions) -> dict[str, Any]:
     if options.json:
         return {"engines": rows}
     # For people once what all share, and beside each engine the rest.
-    parts = [dict(_leaves(row["made_of"])) for row in rows]
+    parts = [dict(_leaves({**row["made_of"], "bounds": _sizes(row["made_of"]["bounds"])})) for row in rows]
     names = list(dict.fromkeys(name for part in parts for name in part))
     told = {name: [part.get(name) for part in parts] for name in names}
     alike = {name: values[0] for name, values in told.items() if all(value == values[0] for value in values)}
@@ -242,6 +242,13 @@ def export_key(bundles: Bundles, options: OutputOptions) -> dict[str, Any]:
     }
 
 
+def _sizes(bounds: list[Mapping[str, list[int | None]]]) -> str:
+    said = [
+        ", ".join(f"{name} {':'.join(str(n or '*') for n in ends)}" for name, ends in one.items()) for one in bounds
+    ]
+    return "; ".join(said)
+
+
 def _leaves(parts: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, Any]]:
     """The values of nested mappings by dotted name; digests as short as people compare them."""
     for name, value in parts.items():
@@ -254,8 +261,6 @@ def _leaves(parts: Mapping[str, Any], within: str = "") -> Iterator[tuple[str, A
 def _short(value: Any) -> Any:
     if isinstance(value, list):
         return [_short(one) for one in value]
-    if isinstance(value, Mapping):
-        return {name: _short(one) for name, one in value.items()}
     return value[:SHORT_KEY] if isinstance(value, str) and _DIGEST.fullmatch(value) else value
 
 
