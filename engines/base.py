@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from engines.contract import GRADIENTS, WRT, Network, NetworkName
+from engines.contract import WRT, Network, NetworkName
 from engines.errors import EngineError, InputError, reason
 from engines.variant import Bounds, Place, fitting
 
@@ -28,8 +28,8 @@ class Engine(abc.ABC):
             fewer rows than the tightest of them takes is filled up with copies of its last row.
 
     Attributes: `wider` says how to come by an engine for sizes that this one does not take, `places` where in the graph
-    the weights lie that `refit` replaces, `gradients` opens the networks that `vjp` runs, by name, and `differentiable`
-    says how to come by them; who opens it may set them.
+    the weights lie that `refit` replaces, `gradients` opens the networks that `vjp` runs, by name; who opens it may set
+    them. Eager alone has gradients so far.
     """
 
     backend: ClassVar[str]
@@ -40,7 +40,6 @@ class Engine(abc.ABC):
         self.wider = "ask for one of these sizes"
         self.places: Mapping[str, Place] = {}
         self.gradients: Mapping[NetworkName, Callable[[], Engine]] = {}
-        self.differentiable = "build them with `smooth-rt build-engine --gradients {}`"
         self._gradient_engines: dict[NetworkName, Engine] = {}
         self._replaced_weights: dict[str, Tensor] = {}
         self.closed = False
@@ -175,10 +174,8 @@ class Engine(abc.ABC):
             return f"{self.network.name}: gradients are those of the UNet; open that"
         if self._enough(wrt):
             return None
-        option = next(option for option, name in GRADIENTS.items() if set(WRT[name]) == set(wrt))
         asked = " and ".join(name for name in able if name in wrt)
-        mend = self.differentiable.format(option)
-        return f"unet: the {self.backend} engine has no gradient with respect to {asked}; {mend}"
+        return f"unet: the {self.backend} engine has no gradient with respect to {asked}; use the engine eager"
 
     def _enough(self, wrt: Collection[str]) -> list[NetworkName]:
         """The gradient networks at hand that cover `wrt`, the smallest first."""

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
-    "GRADIENTS",
     "NETWORKS",
     "WRT",
     "Axis",
@@ -33,14 +32,13 @@ NetworkName = Literal[
 ]
 # Those that every bundle has.
 NETWORKS: tuple[NetworkName, ...] = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
-# The UNet's gradients, each a graph of its own so that one that is not asked for costs nothing: by the inputs that they
-# are taken with respect to, and by what a build calls them. A bundle has those that it was built with.
+# The UNet's gradients, each a network of its own so that one that is not asked for costs nothing: by the inputs that
+# they are taken with respect to. They are run by eager autograd; no bundle has them.
 WRT: dict[NetworkName, tuple[str, ...]] = {
     "unet_vjp_text": ("encoder_hidden_states",),
     "unet_vjp_sample": ("sample",),
     "unet_vjp": ("sample", "encoder_hidden_states"),
 }
-GRADIENTS: dict[str, NetworkName] = {"text": "unet_vjp_text", "sample": "unet_vjp_sample", "both": "unet_vjp"}
 
 
 @dataclass(frozen=True)

@@ -344,8 +344,8 @@ class SmoothPipeline:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The UNet's output and gradients of N images; see `Engine.vjp`.
 
-        An engine that was built without gradients leaves them to eager autograd on the torch weights that it was made
-        from; that is logged once, with the reason.
+        An engine without gradients leaves them to eager autograd on the torch weights that it was made from; that is
+        logged once, with the reason.
 
         Args:
             latents: [N, C, h, w], `prompt_embeds`: [N, L, D].

@@ -111,3 +111,15 @@ def test_only_the_unet_has_gradients_and_only_while_open(pipe: SmoothPipeline, d
     unet.close()
     with pytest.raises(EngineError, match="unet: the eager engine is closed; open it again"):
         unet.vjp(["sample"], drawn["cotangent"])
+
+
+def test_an_engine_without_gradients_says_which_has_them(pipe: SmoothPipeline, drawn: dict[str, Tensor]) -> None:
+    class Without(EagerEngine):
+        backend = "without"
+
+    unet = Without(contract("unet", pipe.dims), Unet(torch.nn.Identity()))
+    unet.gradients = {}
+    with pytest.raises(
+        EngineError, match="unet: the without engine has no gradient with .* sample; use the engine eager"
+    ):
+        unet.vjp(["sample"], drawn["cotangent"])
