@@ -120,6 +120,6 @@ def test_an_engine_without_gradients_says_which_has_them(pipe: SmoothPipeline, d
     unet = Without(contract("unet", pipe.dims), Unet(torch.nn.Identity()))
     unet.gradients = {}
     with pytest.raises(
-        EngineError, match="unet: the without engine has no gradient with .* sample; use the engine eager"
+        EngineError, match=r"unet: the without engine has no gradient with .* sample; use the engine eager"
     ):
         unet.vjp(["sample"], drawn["cotangent"])
