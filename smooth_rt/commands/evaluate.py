@@ -5,6 +5,7 @@ What is measured is kept row by row under `--output`/rows, so that a command tha
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +28,7 @@ Prompts = Annotated[
     Path | None, typer.Option(help="One prompt a line. Left out: those of the default model.", show_default=False)
 ]
 Limit = Annotated[int | None, typer.Option(help="Only so many of the prompts.", min=1, show_default=False)]
+TOOK = ("latent_mse", "evaluations", "gradient_evaluations", "seconds")  # of an image's inversion, beside its distances
 Processes = Annotated[int, typer.Option(help="Share the work; the results are the same.", min=1, max=256)]
 
 
@@ -105,13 +107,15 @@ def inversion(
     ] = None,
     methods: Annotated[
         str,
-        typer.Option("--method", help="Of ddim, ddim-without-text and negative-prompt, comma-separated; or all."),
+        typer.Option("--method", help="Comma-separated, of those that `invert --help` names; or all."),
     ] = "ddim",
+    limit: Annotated[int | None, typer.Option(help="Only so many of the images.", min=1, show_default=False)] = None,
     batch: Annotated[int, typer.Option(help="Images inverted together.")] = 16,
     processes: Processes = 1,
 ) -> dict[str, Any]:
     """How near images come to themselves after inversion and sampling back, without and with the LoRA."""
     from smooth_rt.evaluation import InversionTask, captioned, examples
+    from smooth_rt.evaluation.tables import inversion_plot
     from smooth_rt.ranges import choice
     from smooth_rt.tasks.inversion import METHODS
 
@@ -119,7 +123,7 @@ def inversion(
     asked = list(METHODS) if "all" in named else [choice("method", name, tuple(METHODS)) for name in named]
     if not asked:
         raise InputError(f"method={methods!r}: names none; name at least one, or all")
-    images = examples() if data is None else captioned(data)
+    images = (examples() if data is None else captioned(data))[:limit]
     check_file(options, "inversion", [example.path for example in images])
     rows: list[dict[str, Any]] = []
     notes: dict[str, None] = {}
@@ -128,21 +132,35 @@ def inversion(
             tuple(images), name, options.num_inference_steps, options.guidance_scale, options.height, options.width,
             batch,
         )  # fmt: skip
+        scale = METHODS[name].guidance_scale if options.guidance_scale is None else options.guidance_scale
         for variant, found, told, _ in measured(options, "inversion", task, processes):
             if not rows:
-                rows.append({"variant": "VAE bound", "method": "", **told, **_means(found, "bound")})
-            rows.append({"variant": variant, "method": name, **told, **_means(found, "rebuilt")})
+                nothing = dict.fromkeys(TOOK, "")
+                first = {"variant": "VAE bound", "method": "", "guidance_scale": ""}
+                rows.append({**first, **told, **_means(found, "bound"), **nothing})
+            took = {key: statistics.fmean(row[key] for row in found) for key in TOOK}
+            asked_for = {"variant": variant, "method": name, "guidance_scale": scale}
+            rows.append({**asked_for, **told, **_means(found, "rebuilt"), **took})
             notes |= dict.fromkeys(
                 f"LPIPS is not measured: {row['rebuilt']['lpips_missing']}"
                 for row in found
                 if row["rebuilt"]["lpips_missing"]
             )
+    if any(row.get("gradient_evaluations") for row in rows):
+        notes["In the plot a gradient counts as three evaluations: a forward pass and one back."] = None
+    if "direct" in asked:
+        notes["direct steers back to stored latents: its figure is the VAE's bound, and says nothing of its noise."] = (
+            None
+        )
     setup = {"images": len(images), "method": asked[0] if len(asked) == 1 else asked}
     setup = {"command": "evaluate inversion", **setup, "steps": options.num_inference_steps}
     columns = {
-        "variant": "model", "method": "method", "mse": "MSE", "lpips": "LPIPS", "ssim": "SSIM", "psnr": "PSNR",
+        "variant": "model", "method": "method", "guidance_scale": "guidance", "mse": "MSE", "lpips": "LPIPS",
+        "ssim": "SSIM", "psnr": "PSNR", "latent_mse": "latent MSE", "evaluations": "evaluations",
+        "gradient_evaluations": "gradients", "seconds": "s an image",
     }  # fmt: skip
-    return finish(options, "inversion", setup, rows, columns, list(notes))
+    plot = inversion_plot(rows).encode()
+    return finish(options, "inversion", setup, rows, columns, list(notes), {"inversion.svg": plot})
 
 
 def editing(
@@ -264,8 +282,6 @@ def quality(
 
 
 def _means(found: Sequence[dict[str, Any]], part: str) -> dict[str, float | None]:
-    import statistics
-
     held = [row[part] for row in found]
     means: dict[str, float | None] = {
         name: statistics.fmean(one[name] for one in held) for name in ("psnr", "ssim", "mse")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, cast
@@ -35,6 +36,7 @@ class InversionTask:
     height: int | None = None
     width: int | None = None
     images_per_batch: int = 16
+    version: int = 2  # of the rows: what they hold
 
     def __post_init__(self) -> None:
         if not self.images:
@@ -45,9 +47,11 @@ class InversionTask:
         return in_batches(len(self.images), self.images_per_batch)
 
     def measure(self, pipe: SmoothPipeline, items: Sequence[int]) -> list[dict[str, Any]]:
-        """Each image's distances to its reconstruction ("rebuilt") and to the VAE's own ("bound")."""
+        """Each image's distances to its reconstruction ("rebuilt") and to the VAE's own ("bound"), the mean squared
+        error of its latent, and what it took: the batch's rows of the UNet, of its gradients, and seconds, by image."""
         batch = [self.images[item] for item in items]
         pictures = [example.path for example in batch]
+        before, began = dict(pipe.evaluations), time.perf_counter()
         made = pipe.invert(
             pictures,
             [example.caption for example in batch],
@@ -56,14 +60,28 @@ class InversionTask:
             width=self.width,
             num_inference_steps=self.num_inference_steps,
             guidance_scale=self.guidance_scale,
+            keep=False,
             output_type="np",
         )
+        count = len(items)
+        took = {
+            "evaluations": (pipe.evaluations["forward"] - before["forward"]) / count,
+            "gradient_evaluations": (pipe.evaluations["gradient"] - before["gradient"]) / count,
+            "seconds": (time.perf_counter() - began) / count,
+        }
+        assert made.final_latents is not None
+        errors = (made.final_latents - made.image_latents).square().flatten(1).mean(1).tolist()
         back = cast("NDArray[np.float32]", made.images)
         alone = cast("NDArray[np.float32]", pipe.decode(made.image_latents, "np"))
         originals: Any = read(pictures, *back.shape[1:3]).permute(0, 2, 3, 1).numpy()
         return [
-            {"rebuilt": asdict(reconstruction(a, b)), "bound": asdict(reconstruction(a, c))}
-            for a, b, c in zip(originals, back, alone, strict=True)
+            {
+                "rebuilt": asdict(reconstruction(a, b)),
+                "bound": asdict(reconstruction(a, c)),
+                "latent_mse": error,
+                **took,
+            }
+            for a, b, c, error in zip(originals, back, alone, errors, strict=True)
         ]
 
 

@@ -7,13 +7,14 @@ from typing import Any
 
 import numpy as np
 
-from smooth_rt.plot import Curve, line_plot
+from smooth_rt.plot import Curve, Point, line_plot, scatter_plot
 
-__all__ = ["distances_plot", "markdown"]
+__all__ = ["distances_plot", "inversion_plot", "markdown"]
 
 # The plot is a file of its own, with no page to take colours from.
 STYLE = (
     "svg{background:#fff;font:12px sans-serif}text{fill:#333}.grid{stroke:#ddd}.line{fill:none;stroke-width:2}"
+    ".level{stroke:#777;stroke-dasharray:4}"
     "polyline.base{stroke:#b4552d}polyline.smooth{stroke:#1f6fb2}circle.base{fill:#b4552d}circle.smooth{fill:#1f6fb2}"
 )
 
@@ -50,6 +51,27 @@ def distances_plot(distances: Mapping[str, Sequence[Sequence[float]]]) -> str:
         curves.append(Curve(style, f"{variant}, mean", f"{variant}, mean over paths", each.mean(0).tolist()))
         tenth = np.percentile(each, 90, axis=0).tolist()
         curves.append(Curve(style, f"{variant}, 90th", f"{variant}, 90th percentile", tenth))
-    plot = line_plot(curves, lambda i: f"{i + 1}")
+    return _alone(line_plot(curves, lambda i: f"{i + 1}"))
+
+
+def inversion_plot(rows: Sequence[Mapping[str, Any]]) -> str:
+    """PSNR of each method against what it took, in evaluations of the UNet (a gradient is three), as SVG.
+
+    Args:
+        rows: of `evaluate inversion`; the VAE's bound, which takes no evaluations, is a line.
+    """
+    points, bound = [], None
+    for row in rows:
+        if row["evaluations"] == "":
+            bound = row["psnr"]
+            continue
+        style = "smooth" if row["variant"] == "smooth" else "base"
+        took = row["evaluations"] + 3 * row["gradient_evaluations"]
+        points.append(Point(style, row["method"], f"{row['variant']}, {row['method']}", took, row["psnr"]))
+    return _alone(scatter_plot(points, "evaluations of the UNet an image", "PSNR, dB", bound, "VAE's bound"))
+
+
+def _alone(plot: str) -> str:
+    """A plot as a file of its own."""
     named = plot.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1)
     return named.replace(">", f"><style>{STYLE}</style>", 1)
