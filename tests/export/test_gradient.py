@@ -19,6 +19,7 @@ from export.decompositions.group_norm import group_norm, group_norm_backward
 from export.decompositions.layer_norm import layer_norm, layer_norm_backward
 from export.decompositions.linear import linear
 from export.decompositions.upsample_nearest import upsample_nearest
+from export.quiet import quiet
 from smooth_rt.model import load_model
 
 
@@ -114,12 +115,18 @@ def test_the_graph_gives_autograds_gradients_on_onnxruntime(tiny_model: Path, tm
     assert isinstance(module, UnetVjp)
     network = gradient_contract(unet, "unet_vjp")
     inputs, outputs = ([spec.name for spec in specs] for specs in (network.inputs, network.outputs))
-    program = torch.onnx.export(
-        traced(module, "unet_vjp", model.dims), dynamo=True, opset_version=20, input_names=inputs, output_names=outputs,
-        verbose=False,
-    )  # fmt: skip
+    with quiet(), torch.no_grad():
+        program = torch.onnx.export(
+            traced(module, "unet_vjp", model.dims),
+            dynamo=True,
+            opset_version=20,
+            input_names=inputs,
+            output_names=outputs,
+            verbose=False,
+        )
     assert program is not None
-    program.save(str(tmp_path / "model.onnx"))
+    with quiet():
+        program.save(str(tmp_path / "model.onnx"))
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     for rows, height, width in ((1, 8, 8), (2, 12, 16), (3, 8, 4)):  # of one graph, whose sizes are free
         generator = torch.Generator().manual_seed(rows)
