@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from engines.contract import Dims, NetworkName, contract
+from engines.contract import Dims, NetworkName
 from engines.errors import BundleError
 from engines.manifest import (
     FORMAT,
@@ -35,7 +35,7 @@ from engines.manifest import (
 )
 from engines.select import backend_version, check_backend, open_engine, runs_here
 from engines.staging import staging
-from engines.variant import PRECISIONS, Precision, Profile, Variant
+from engines.variant import PRECISIONS, LoraMode, Precision, Profile, Variant
 
 if TYPE_CHECKING:
     from engines.base import Engine
@@ -123,10 +123,13 @@ class Bundle:
         """Everything that was built."""
         return tuple(self.manifest.variants)
 
-    def find(self, backend: str, precision: Precision | None = None) -> VariantRecord:
+    def find(
+        self, backend: str, precision: Precision | None = None, lora_mode: LoraMode | None = None
+    ) -> VariantRecord:
         """The variant of `backend`; of several precisions the named one, or else the most exact.
 
-        Of several that differ in how they hold the LoRA or in architecture, the first that was built.
+        Of several that differ in how they hold the LoRA, the one that holds it as named; of those that differ in this
+        or in architecture still, the first that was built.
 
         Raises:
             BundleError: there is none. EngineError: the backend is unknown.
@@ -135,12 +138,15 @@ class Bundle:
         fitting = [
             built
             for built in self.variants
-            if built.backend == backend and precision in (None, built.variant.precision)
+            if built.backend == backend
+            and precision in (None, built.variant.precision)
+            and lora_mode in (None, built.variant.lora_mode)
         ]
         if not fitting:
             wanted = backend if precision is None else f"{backend} in {precision}"
             there = ", ".join(built.variant.name for built in self.variants)
             options = [] if precision in (None, "fp32") else ["--precision", str(precision)]
+            options += [] if lora_mode in (None, "fused") else ["--lora-mode", str(lora_mode)]
             command = " ".join([build_command(self.path, self.source, [backend]), *options])
             raise BundleError(f"{self.path}: not built for {wanted} (there is {there}); run `{command}`")
         return min(fitting, key=lambda built: PRECISIONS.index(built.variant.precision))
@@ -210,9 +216,8 @@ class Bundle:
                 f"`smooth-rt engines verify --parity {self.path}` here"
             )
         record = built.engine(network)
-        engine = open_engine(
-            built.backend, contract(network, self.dims), self.path / record.file, record.hint, record.bounds
-        )
+        takes = built.variant.network(network, self.dims)
+        engine = open_engine(built.backend, takes, self.path / record.file, record.hint, record.bounds)
         engine.places = record.places
         engine.wider = f"build a wider one with `{self._wider(built)}`"
         return engine

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "LARGEST_STRENGTH",
+    "LORA_STRENGTH",
     "NETWORKS",
     "WRT",
     "Axis",
@@ -39,6 +41,8 @@ WRT: dict[NetworkName, tuple[str, ...]] = {
     "unet_vjp_sample": ("sample",),
     "unet_vjp": ("sample", "encoder_hidden_states"),
 }
+LORA_STRENGTH = "lora_strength"  # the input of a UNet whose LoRA takes its strength as it runs
+LARGEST_STRENGTH = 100.0  # of a LoRA: beyond it nothing of the model is left
 
 
 @dataclass(frozen=True)
@@ -91,15 +95,16 @@ class Axis:
 class TensorSpec:
     """One tensor: its name, torch dtype name, axes and, where a value outside would be nonsense, its range.
 
-    `limits` are the least and the greatest value. Token ids have them because OpenVINO reads past an embedding table
-    without a word. One row of a `shared` input may serve the whole batch.
+    `limits` are the least and the greatest value, and `mend` what to do about one outside. Token ids have them because
+    OpenVINO reads past an embedding table without a word. One row of a `shared` input may serve the whole batch.
     """
 
     name: str
     dtype: str
     axes: tuple[int | Axis, ...]
-    limits: tuple[int, int] | None = None
+    limits: tuple[float, float] | None = None
     shared: bool = False
+    mend: str = ""
 
     @property
     def axis_names(self) -> tuple[int | str, ...]:
@@ -152,12 +157,10 @@ class Network:
                 raise InputError(f"{self.name}: {spec.name} is {dtype}, not {spec.dtype}; convert it first")
             self._bind_shape(spec, tuple(tensor.shape), sizes)
             if spec.limits is not None and tensor.numel():
-                least, greatest = int(tensor.min()), int(tensor.max())
-                if least < spec.limits[0] or greatest > spec.limits[1]:
-                    raise InputError(
-                        f"{self.name}: {spec.name} holds {least if least < spec.limits[0] else greatest}, outside "
-                        f"{spec.limits[0]}..{spec.limits[1]}; use the model's own tokenizer"
-                    )
+                low, high = spec.limits
+                for value in (tensor.min().item(), tensor.max().item()):
+                    if not low <= value <= high:  # so written that NaN is refused too
+                        raise InputError(f"{self.name}: {spec.name} holds {value}, outside {low}..{high}; {spec.mend}")
         return sizes
 
     def _bind_shape(self, spec: TensorSpec, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
@@ -177,20 +180,28 @@ class Network:
                 raise InputError(f"{wanted}; another input has {axis.symbol}={bound}")
 
 
-def contract(name: NetworkName, dims: Dims) -> Network:
-    """The tensors of network `name` for a model of sizes `dims`."""
+def contract(name: NetworkName, dims: Dims, *, lora_strength: bool = False) -> Network:
+    """The tensors of network `name` for a model of sizes `dims`; `Variant.network` gives those of a variant.
+
+    Args:
+        lora_strength: whether the LoRA's strength is an input of the UNet: 1 is as trained, 0 is none, each row's own
+            or one for all.
+    """
     if name in WRT:
-        return gradient_contract(contract("unet", dims), name)
+        return gradient_contract(contract("unet", dims, lora_strength=lora_strength), name)
     batch, height, width = Axis("batch"), Axis("height"), Axis("width")
     latent: tuple[int | Axis, ...] = (batch, dims.latent_channels, height, width)
     pixels = (Axis("height", dims.vae_factor), Axis("width", dims.vae_factor))
     image: tuple[int | Axis, ...] = (batch, dims.image_channels, *pixels)
     text: tuple[int | Axis, ...] = (batch, dims.tokens, dims.text_width)
     f32, i32, i64 = "float32", "int32", "int64"
+    tokenizer = "use the model's own tokenizer"
+    limits = (-LARGEST_STRENGTH, LARGEST_STRENGTH)
+    strength = TensorSpec(LORA_STRENGTH, f32, (batch,), limits, shared=True, mend="1 is the LoRA as trained")
     # int32 ids: what diffusers' ONNX pipeline feeds and OpenVINO's takes too.
     tensors: dict[NetworkName, tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]] = {
         "text_encoder": (
-            (TensorSpec("input_ids", i32, (batch, dims.tokens), (0, dims.vocabulary - 1)),),
+            (TensorSpec("input_ids", i32, (batch, dims.tokens), (0, dims.vocabulary - 1), mend=tokenizer),),
             (TensorSpec("last_hidden_state", f32, text),),
         ),
         "unet": (
@@ -198,6 +209,7 @@ def contract(name: NetworkName, dims: Dims) -> Network:
                 TensorSpec("sample", f32, latent),
                 TensorSpec("timestep", i64, (batch,), shared=True),
                 TensorSpec("encoder_hidden_states", f32, text),
+                *([strength] if lora_strength else []),
             ),
             (TensorSpec("noise_pred", f32, latent),),
         ),

@@ -51,8 +51,8 @@ class Unet(nn.Module):
 class UnetVjp(nn.Module):
     """The UNet and its vector-Jacobian product, by autograd.
 
-    `sample`, `timestep`, `encoder_hidden_states` as of `Unet`, `cotangent` [B, C, h, w], `cotangent_scale` [B] or [1]
-    -> `noise_pred` and, for each name in `wrt`, the gradient with respect to it of the sum of `noise_pred * c`, where
+    The UNet's inputs in order, then `cotangent` [B, C, h, w] and `cotangent_scale` [B] or [1] -> `noise_pred` and, for
+    each name in `wrt`, the gradient with respect to it of the sum of `noise_pred * c`, where
     `c = cotangent + cotangent_scale * noise_pred` is held constant.
 
     With a scale, the gradient of a quadratic loss takes one call, for its cotangent is linear in the `noise_pred` of
@@ -65,19 +65,16 @@ class UnetVjp(nn.Module):
         self.wrt = tuple(wrt)
 
     def forward(
-        self,
-        sample: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        cotangent: Tensor,
-        cotangent_scale: Tensor,
+        self, sample: Tensor, timestep: Tensor, encoder_hidden_states: Tensor, *rest: Tensor
     ) -> tuple[Tensor, ...]:
+        *more, cotangent, cotangent_scale = rest
         # Weights that ask for no gradient: autograd then keeps nothing for theirs.
         weights = {name: one.detach() for name, one in (*self.module.named_parameters(), *self.module.named_buffers())}
         inputs = {"sample": sample.detach(), "encoder_hidden_states": encoder_hidden_states.detach()}
         leaves = [inputs[name].requires_grad_() for name in self.wrt]
         with torch.enable_grad():
-            (output,) = torch.func.functional_call(self.module, weights, kwargs={"timestep": timestep, **inputs})
+            given = (inputs["sample"], timestep, inputs["encoder_hidden_states"], *more)
+            (output,) = torch.func.functional_call(self.module, weights, given)
         found = output.detach()
         grads = torch.autograd.grad(output, leaves, cotangent + cotangent_scale[:, None, None, None] * found)
         return found, *grads

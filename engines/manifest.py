@@ -12,7 +12,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, FiniteFloat, NonNegativeInt, model_validator
 
-from engines.contract import NETWORKS, Dims, NetworkName, contract
+from engines.contract import NETWORKS, Dims, NetworkName
 from engines.variant import Bounds, Place, Precision, Profile, Record, Variant
 
 __all__ = [
@@ -59,6 +59,9 @@ class LoraSource(Record):
     source: str
     digest: str
     strength: FiniteFloat | None
+
+    def __str__(self) -> str:
+        return f"{self.source} at " + ("any strength" if self.strength is None else f"{self.strength:g}")
 
 
 class Source(Record):
@@ -200,7 +203,7 @@ class Manifest(Record):
             for path, digest in {record.file: record.graph, **record.weights}.items():
                 if digests.get(path) != digest:
                     raise ValueError(f"{named}: {path} is not among the files with the same digest")
-            network = contract(record.network, self.dims)
+            network = built.variant.network(record.network, self.dims)
             wanted = [bounds for profile in built.profiles for bounds in profile.bounds(network, self.dims)]
             if record.bounds != wanted:
                 raise ValueError(f"{named}: its bounds do not follow from the profiles")

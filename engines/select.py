@@ -9,10 +9,11 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 from engines.errors import EngineError, InputError, reason
-from engines.variant import Bounds, Precision
+from engines.recipes import RECIPES
+from engines.variant import LORA_MODES, Bounds, LoraMode, Precision
 
 if TYPE_CHECKING:
     from engines.base import Engine
@@ -47,12 +48,23 @@ PORTABLE = "rtx"  # the architecture of an engine for every GPU that TensorRT fo
 # On a CUDA GPU, TensorRT comes first: published at about twice ONNX Runtime's speed (docs/decisions).
 AUTO_ORDER: tuple[str, ...] = ("openvino", "onnxruntime", "eager")
 
-# The precisions in which a backend's weights can be replaced: quantised and packed ones are no longer what they were.
-REFITTING: dict[str, tuple[Precision, ...]] = {
-    "onnxruntime": ("fp32",),
-    "openvino": ("fp32", "bf16"),
-    "tensorrt": ("fp32", "fp16", "bf16"),
-    "tensorrt-rtx": ("fp32", "fp16", "bf16"),
+# By how the LoRA is held, where it is not fused: what a backend does for it, and in which precisions it can.
+SETTABLE: dict[LoraMode, tuple[str, dict[str, tuple[Precision, ...]]]] = {
+    # Quantised and packed weights are no longer what they were.
+    "refit": (
+        "replace weights",
+        {
+            "onnxruntime": ("fp32",),
+            "openvino": ("fp32", "bf16"),
+            "tensorrt": ("fp32", "fp16", "bf16"),
+            "tensorrt-rtx": ("fp32", "fp16", "bf16"),
+        },
+    ),
+    # int8 is calibrated on images of one strength.
+    "runtime": (
+        "take the strength as an input",
+        {name: tuple(precision for precision in recipes if precision != "int8") for name, recipes in RECIPES.items()},
+    ),
 }
 _MODULES = {
     "eager": "torch",
@@ -122,12 +134,15 @@ def architecture() -> str:
 
 def check_lora_mode(backend: str, precision: str, lora_mode: str) -> None:
     """Raise InputError unless `backend` can hold a LoRA in that way, in that precision."""
-    if lora_mode not in ("fused", "refit"):
-        raise InputError(f"lora_mode={lora_mode}: unknown; choose fused or refit")
-    able = REFITTING.get(backend, ())
-    if lora_mode == "refit" and precision not in able:
-        what = f"replaces weights in {', '.join(able)}" if able else "cannot replace weights"
-        raise InputError(f"lora_mode=refit: {backend} {what}, not in {precision}; choose fused, or another backend")
+    if lora_mode not in LORA_MODES:
+        raise InputError(f"lora_mode={lora_mode}: unknown; choose from {', '.join(LORA_MODES)}")
+    if lora_mode == "fused":
+        return
+    what, backends = SETTABLE[cast("LoraMode", lora_mode)]
+    able = backends.get(backend, ())
+    if precision not in able:
+        does = f"can {what} in {', '.join(able)}, not in {precision}" if able else f"cannot {what}"
+        raise InputError(f"lora_mode={lora_mode}: {backend} {does}; choose fused, or another backend")
 
 
 def runs_here(built_for: str) -> str | None:

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, model_serializer, model_validator
 
-from engines.contract import Dims, Network
+from engines.contract import WRT, Dims, Network, NetworkName, contract
 from engines.errors import InputError
 
 __all__ = [
@@ -185,6 +185,14 @@ class Variant(Record):
         parts += [] if self.lora_mode == "fused" else [self.lora_mode]
         parts += [] if self.architecture.startswith("cpu-") else [self.architecture.replace(",", "_")]
         return "-".join(parts)
+
+    def takes_strength(self, name: NetworkName) -> bool:
+        """Whether the LoRA's strength is an input of that network."""
+        return self.lora_mode == "runtime" and name in ("unet", *WRT)
+
+    def network(self, name: NetworkName, dims: Dims) -> Network:
+        """The tensors of a network as this variant has it."""
+        return contract(name, dims, lora_strength=self.takes_strength(name))
 
 
 class Order(Record):

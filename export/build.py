@@ -6,7 +6,7 @@ import gc
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,30 +14,28 @@ from typing import Any
 import torch
 from torch import nn
 
-from engines.base import Engine
 from engines.bundle import MANIFEST, Bundle
-from engines.contract import NETWORKS, Dims, Network, NetworkName, contract
+from engines.contract import NETWORKS, Dims, Network, NetworkName
 from engines.errors import EngineError, InputError
-from engines.lora import LORA_FILE, LoraWeights, put
+from engines.lora import LORA_FILE, LoraWeights
 from engines.manifest import EngineRecord, FileRecord, Manifest, Parity, Source, VariantRecord, digest_file
 from engines.recipes import RECIPES, Recipe, check_precision
-from engines.select import availability, backend_version, buildable, open_engine, runs_here
+from engines.select import availability, backend_version, buildable, check_lora_mode, open_engine, runs_here
 from engines.staging import staging
 from engines.variant import Bounds, Order, Place
 from export.graphs import cases
 from export.layout import KINDS, write_layout
 from export.needs import check_memory, disk_needed
 from export.places import find_places
+from export.reference import Reference
 from export.stages import Graph, Stages, cannot_build
 from export.steps import Progress, Steps
 from export.to_int8 import Calibration
-from export.verify import verify
 from export.versions import peak_memory, versions
 
 __all__ = ["Configs", "Progress", "build_bundle"]
 
 VERIFY_SEED = 20231207  # of the inputs of verification, unlike the example inputs' seed
-_EXPORTED = "onnxruntime-fp32"  # the variant that is the exported graphs as they are
 _WORK = "config/.work"  # of graphs on the way to others; gone before the bundle is published
 
 
@@ -90,9 +88,9 @@ def build_bundle(
     planned = {name: [*Stages.plan(orders, name), *["verify"] * len(orders)] for name in NETWORKS}
     steps = Steps(progress, networks, planned)
     with staging(target, needed=disk_needed(networks, orders)) as folder:
-        ready = None if keep is None else keep.path / _EXPORTED
+        ready = None if keep is None else keep.path
         stages = Stages(folder / _WORK, dims, calibration, steps.begin, ready, steps.detail, timing_caches)
-        build = _Build(dims, source, folder, stages, steps, lora)
+        build = _Build(dims, source, folder, stages, steps, Reference(networks, lora))
         steps.begin("configuration", "configuration")
         (folder / "config").mkdir()
         write_config(folder / "config")
@@ -101,16 +99,16 @@ def build_bundle(
         records: list[list[EngineRecord]] = [[] for _ in orders]
         seconds = [0.0 for _ in orders]
         for name in NETWORKS:
-            network = contract(name, dims)
             for index, order in enumerate(orders):
                 started = time.perf_counter()
-                records[index].append(build.engine(network, networks[name], order))
+                records[index].append(build.engine(name, order))
                 seconds[index] += time.perf_counter() - started
             build.stages.forget()
         if configs is not None:
             for order in orders:
                 kind = KINDS.get(order.variant.backend)
-                if kind is not None:
+                # Nobody else feeds a strength.
+                if kind is not None and order.variant.lora_mode != "runtime":
                     tokenizer = folder / "config" / "tokenizer"
                     write_layout(folder / order.variant.name, kind, configs.networks, tokenizer, configs.scheduler)
         steps.begin("manifest", "manifest")
@@ -152,8 +150,9 @@ def _check(
         fault = cannot_build(order.variant)
         if fault is not None:
             raise EngineError(f"engine {backend!r}: {fault}")
-        if order.variant.lora_mode == "refit" and lora is None:
-            raise InputError("lora_mode 'refit': needs a LoRA whose strength can be set; name one")
+        check_lora_mode(backend, precision, order.variant.lora_mode)
+        if order.variant.lora_mode != "fused" and lora is None:
+            raise InputError(f"lora_mode={order.variant.lora_mode}: needs a LoRA whose strength can be set; name one")
         if precision == "int8" and calibration is None:
             raise InputError("precision 'int8': needs real runs of the model to be calibrated on; none were given")
         for profile in order.profiles:
@@ -181,12 +180,13 @@ class _Build:
     folder: Path
     stages: Stages
     steps: Steps
-    lora: LoraWeights | None
+    reference: Reference
     files: dict[Path, FileRecord] = field(default_factory=dict)
 
-    def engine(self, network: Network, module: nn.Module, order: Order) -> EngineRecord:
+    def engine(self, name: NetworkName, order: Order) -> EngineRecord:
         """Build and verify one network of one variant; its record."""
         variant = order.variant
+        network, module = variant.network(name, self.dims), self.reference.module(variant, name)
         folder = self.folder / variant.name / network.name
         folder.mkdir(parents=True)
         bounds = [one for profile in order.profiles for one in profile.bounds(network, self.dims)]
@@ -197,20 +197,21 @@ class _Build:
         what = f"{network.name}: {'verify' if here else 'not run here:'} {variant.name}"
         self.steps.begin(what, "verify", network.name)
         places: dict[str, Place] = {}
-        lora = self.lora if variant.lora_mode == "refit" and network.name == "unet" else None
+        lora = self.reference.lora if variant.lora_mode == "refit" and name == "unet" else None
         if lora is not None:
-            places = find_places(graph.path, self.stages.exported(recipe.precision), variant.backend, lora.base)
+            exported = self.stages.exported(network, recipe.precision)
+            places = find_places(graph.path, exported, variant.backend, lora.base)
             lora.save(folder / LORA_FILE)
-        parity = []
+        parity: list[Parity] = []
         # What cannot run here is published without, and proved where it runs before it is used.
         if here:
             tried = cases(network, self.dims, bounds)
             with open_engine(variant.backend, network, graph.path, recipe.hint, bounds) as engine:
                 engine.places = places
-                for _ in _strengths(engine, module, lora):
-                    parity.append(verify(engine, module, network, self.dims, recipe.precision, VERIFY_SEED, tried))
-        worst = [max(found, key=lambda one: one.relative) for found in zip(*parity, strict=True)]
-        record = self.record(network, recipe, graph, bounds, worst)
+                parity = self.reference.verify(
+                    engine, variant, network, self.dims, recipe.precision, VERIFY_SEED, tried
+                )
+        record = self.record(network, recipe, graph, bounds, parity)
         return record.model_copy(update={"places": places})
 
     def record(
@@ -252,21 +253,6 @@ class _Build:
             name = path.relative_to(self.folder).as_posix()
             self.files[path] = FileRecord(path=name, size=path.stat().st_size, sha256=digest_file(path))
         return self.files[path]
-
-
-def _strengths(engine: Engine, module: nn.Module, lora: LoraWeights | None) -> Iterator[float]:
-    """The strengths that an engine is verified at; the module holds the base weights again at the end."""
-    if lora is None:
-        yield 1.0
-        return
-    try:
-        for strength in (0.0, 1.0):
-            weights = lora.at(strength)
-            put(module, weights)
-            engine.refit(weights)
-            yield strength
-    finally:
-        put(module, lora.base)
 
 
 def _link_tree(bundle: Bundle | None, variant: str, folder: Path) -> None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.export import Dim
 
-from engines.contract import Axis, Dims, Network
+from engines.contract import LORA_STRENGTH, Axis, Dims, Network
 from engines.variant import Bounds
 
 __all__ = ["Case", "cases", "dynamic_shapes", "example_inputs", "random_inputs"]
@@ -19,15 +19,18 @@ __all__ = ["Case", "cases", "dynamic_shapes", "example_inputs", "random_inputs"]
 # torch.export proves the graph for 1..63: 64 clashes with a guard. The graph itself has a free batch axis.
 TRACED_BATCH_MAX = 63
 LATENT_SCALES = (1.0, 5.5, 3.0)
+STRENGTHS = (1.0, 0.0, 0.6)  # of a LoRA: as trained, none, and one that halves round
 TRAIN_TIMESTEPS = 1000  # the timesteps that every Stable Diffusion was trained at: 0..999
 
 
 @dataclass(frozen=True)
 class Case:
-    """One set of inputs for verification: the size of each symbol and how large latents are (standard deviation)."""
+    """One set of inputs for verification: the size of each symbol, how large latents are (standard deviation), and how
+    many rows came before, since a LoRA's strengths take turns over all of them."""
 
     sizes: dict[str, int]
     latent_scale: float
+    rows_before: int = 0
 
 
 def dynamic_shapes(network: Network) -> tuple[dict[int, Any], ...]:
@@ -73,9 +76,12 @@ def cases(network: Network, dims: Dims, bounds: Sequence[Bounds] = ()) -> tuple[
 
     Where a side has no end, batches of 1, 2 and 3; the default size, a larger one and a smaller, unlike sides.
     Latents of a VAE are `1 / scaling_factor` large (5.5 for SD1.x), those of the UNet about 1: both are covered.
+    A UNet is built for calls with and without guidance, so its rows are three at least, one for each of `STRENGTHS`.
     """
     found = [case for one in bounds or [{}] for case in (_corners(one) or _spread(network, dims))]
-    return tuple({tuple(case.sizes.items()): case for case in found}.values())
+    distinct = list({tuple(case.sizes.items()): case for case in found}.values())
+    before = itertools.accumulate((case.sizes["batch"] for case in distinct), initial=0)
+    return tuple(replace(case, rows_before=rows) for case, rows in zip(distinct, before, strict=False))
 
 
 def _corners(bounds: Bounds) -> list[Case]:
@@ -104,7 +110,7 @@ def random_inputs(network: Network, dims: Dims, case: Case, generator: torch.Gen
 
     Token ids span the vocabulary; timesteps are spread over 0..999; images lie in -1..1; text embeddings have the unit
     scale of the text encoder's last layer norm; the UNet's latents have unit scale as noised latents do, the VAE
-    decoder's have `case.latent_scale`.
+    decoder's have `case.latent_scale`. A LoRA's strength is one of `STRENGTHS`, row by row.
     """
     inputs: dict[str, Tensor] = {}
     for spec in network.inputs:
@@ -116,6 +122,9 @@ def random_inputs(network: Network, dims: Dims, case: Case, generator: torch.Gen
             part = TRAIN_TIMESTEPS / shape[0]
             drawn = (torch.arange(shape[0]) + torch.rand(shape, generator=generator)) * part
             inputs[spec.name] = drawn.long().clamp(max=TRAIN_TIMESTEPS - 1)
+        elif spec.name == LORA_STRENGTH:
+            turns = range(case.rows_before, case.rows_before + shape[0])
+            inputs[spec.name] = torch.tensor([STRENGTHS[turn % len(STRENGTHS)] for turn in turns])
         elif network.name == "vae_encoder":
             inputs[spec.name] = 2 * torch.rand(shape, generator=generator) - 1
         else:

@@ -10,13 +10,15 @@ import torch
 from torch import nn
 
 from engines.bundle import Bundle
-from engines.contract import NetworkName, contract
+from engines.contract import NetworkName
+from engines.lora import LoraWeights
 from engines.manifest import Manifest, VariantRecord
 from engines.select import availability, runs_here
 from export.bisect import RUNNERS, Divergence, first_divergence
 from export.graphs import cases, random_inputs
+from export.reference import Reference
 from export.to_onnx import to_onnx
-from export.verify import TOLERANCES, verify
+from export.verify import TOLERANCES
 
 __all__ = ["bisect", "prove"]
 
@@ -28,6 +30,7 @@ def prove(
     networks: Mapping[NetworkName, nn.Module],
     seed: int,
     progress: Callable[[str, int, int], None] | None = None,
+    lora: LoraWeights | None = None,
 ) -> dict[str, VariantRecord | str]:
     """Compare every output of every engine that can run here; by variant, its record with the errors found, or why it
     cannot run here.
@@ -39,11 +42,13 @@ def prove(
         networks: the torch modules that it was made from, fused as it says.
         seed: of the inputs.
         progress: called before each engine.
+        lora: of a bundle whose LoRA is set as it runs; `networks` are then those of the base model.
 
     Raises:
         ParityError: an engine's output is over its tolerance or not finite.
         BundleError: an engine cannot be opened, or the manifest cannot be written.
     """
+    reference = Reference(networks, lora)
     found: dict[str, VariantRecord | str] = {}
     total = sum(len(built.engines) for built in bundle.variants)
     done = 0
@@ -59,11 +64,10 @@ def prove(
             if progress is not None:
                 progress(f"{name}: {record.network}", done, total)
             done += 1
-            network = contract(record.network, bundle.dims)
+            network = built.variant.network(record.network, bundle.dims)
             with bundle.open_network(record.network, built, proved=False) as engine:
                 tried = cases(network, bundle.dims, record.bounds)
-                module = networks[record.network]
-                parity = verify(engine, module, network, bundle.dims, record.precision, seed, tried)
+                parity = reference.verify(engine, built.variant, network, bundle.dims, record.precision, seed, tried)
             records.append(record.model_copy(update={"parity": parity}))
         found[name] = built.model_copy(update={"engines": records})
     _note(bundle, found)
@@ -76,26 +80,28 @@ def bisect(
     name: NetworkName,
     seed: int,
     progress: Callable[[str, int, int], None] | None = None,
+    lora: LoraWeights | None = None,
 ) -> dict[str, Divergence | str | None]:
     """By variant, the first node at which network `name` parts from fp32; see `smooth_rt.build.bisect_engines`.
 
     Raises:
         EngineError: the network cannot be exported, or a backend cannot run a part of it.
     """
-    network = contract(name, bundle.dims)
-    (case, *_) = cases(network, bundle.dims)
-    inputs = random_inputs(network, bundle.dims, case, torch.Generator().manual_seed(seed))
+    reference = Reference(networks, lora)
     found: dict[str, Divergence | str | None] = {}
     with tempfile.TemporaryDirectory(prefix="smooth-rt-bisect-") as folder:
-        graph = Path(folder) / "model.onnx"
         for built in bundle.variants:
+            network = built.variant.network(name, bundle.dims)
+            (case, *_) = cases(network, bundle.dims)
+            inputs = random_inputs(network, bundle.dims, case, torch.Generator().manual_seed(seed))
+            graph = Path(folder) / str(built.variant.takes_strength(name)) / "model.onnx"
             record = built.engine(name)
             runner = RUNNERS.get("-".join([built.backend, *([record.hint] if record.hint else [])]))
             if runner is None or record.precision == "int8":
                 found[built.variant.name] = "not searched: it does not run the exported graph in fp32 or bf16 on a CPU"
                 continue
             if not graph.exists():
-                to_onnx(networks[name], network, bundle.dims, graph)
+                to_onnx(reference.module(built.variant, name), network, bundle.dims, graph)
             found[built.variant.name] = first_divergence(
                 graph, inputs, runner, SHARE * TOLERANCES[record.precision], progress=progress
             )

@@ -14,8 +14,8 @@ from engines.contract import Dims, Network, NetworkName
 from engines.errors import EngineError, InputError
 from engines.inductor import package_of
 from engines.recipes import RECIPES
-from engines.select import ON_GPU, backend_version, gpu
-from engines.variant import Bounds, Order, Precision, Variant
+from engines.select import ON_GPU, architecture, backend_version, gpu
+from engines.variant import LORA_MODES, Bounds, Order, Precision, Variant
 from export.to_int8 import Calibration
 from export.to_onnx import to_onnx
 
@@ -42,7 +42,7 @@ class Stages:
         begin: called with what is being done, the kind of step that it is, and the network.
         detail: called with what goes on within what was begun, and how much of that is done.
         timing_caches: a folder that keeps TensorRT's from build to build, one for each version and architecture.
-        ready: a folder of graphs in fp32 that were exported and verified before, a folder a network, if it is there.
+        ready: a bundle of the same source. Graphs in fp32 that were exported and verified before are taken from it.
     """
 
     def __init__(
@@ -68,7 +68,8 @@ class Stages:
     def plan(orders: Sequence[Order], network: NetworkName) -> list[str]:
         """The kinds of the steps that a network's build begins."""
         wanted = [(o.variant, RECIPES[o.variant.backend][o.variant.precision][network].precision) for o in orders]
-        exported = {exact for one in wanted if (exact := _exported(*one)) is not None}
+        graphs = {(variant.takes_strength(network), _exported(variant, precision)) for variant, precision in wanted}
+        exported = [precision for _, precision in graphs if precision is not None]
         conversions = [found[1] for one in wanted if (found := _conversion(*one)) is not None]
         return [*(_export_kind(precision) for precision in exported), *conversions]
 
@@ -104,22 +105,25 @@ class Stages:
             return self._as_tensorrt(network, variant, onnx, bounds, folder / "model.engine")
         raise EngineError(f"engine {variant.backend!r}: this version does not build it")
 
-    def exported(self, precision: Precision) -> Path:
-        """The ONNX graph that the network's graph in that precision came from."""
-        return self._folder / ("fp32" if precision == "int8" else precision) / "model.onnx"
+    def exported(self, network: Network, precision: Precision) -> Path:
+        """The ONNX graph that the network's graph in that precision came from. Variants in which a network has the same
+        inputs share it."""
+        inputs = "-".join(spec.name for spec in network.inputs)
+        return self._folder / inputs / ("fp32" if precision == "int8" else precision) / "model.onnx"
 
     def forget(self) -> None:
         """Remove the graphs on the way; those of the next network follow."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _onnx(self, network: Network, module: nn.Module, precision: Precision) -> Path:
-        path = self._folder / precision / "model.onnx"
+        path = self.exported(network, precision)
         if not path.exists():
             what = f"{network.name}: export" + ("" if precision == "fp32" else f" in {precision}")
             self._begin(what, _export_kind(precision), network.name)
-            if precision == "fp32" and self._ready is not None and self._ready.is_dir():
+            ready = self._ready_made(network)
+            if precision == "fp32" and ready is not None:
                 path.parent.mkdir(parents=True)
-                for part in (self._ready / network.name).glob("model.onnx*"):
+                for part in ready.glob("model.onnx*"):
                     _take(part.resolve(), path.parent / part.name)
             elif precision == "fp32":
                 to_onnx(module, network, self._dims, path)
@@ -129,6 +133,17 @@ class Stages:
                 half, self._islands = in_half(module, network, self._dims, precision)
                 to_onnx(half, network, self._dims, path)
         return path
+
+    def _ready_made(self, network: Network) -> Path | None:
+        """Where the network's graph in fp32 lies: in a variant that is the exported graphs as they are."""
+        if self._ready is None:
+            return None
+        for mode in LORA_MODES:
+            plain = Variant(backend="onnxruntime", precision="fp32", lora_mode=mode, architecture=architecture())
+            folder = self._ready / plain.name / network.name
+            if plain.network(network.name, self._dims) == network and folder.is_dir():
+                return folder
+        return None
 
     def _as_onnx(self, network: Network, precision: Precision, onnx: Path, path: Path) -> Graph:
         if precision == "int8":

@@ -16,6 +16,7 @@ from smooth_rt.ranges import check
 if TYPE_CHECKING:
     from engines.bundle import Bundle, Source, VariantRecord
     from engines.contract import Dims, NetworkName
+    from engines.lora import LoraWeights
     from engines.variant import LoraMode, Order, Precision, Profile, Variant
     from export.bisect import Divergence
     from smooth_rt.lora import Lora
@@ -101,8 +102,9 @@ def ensure_engines(
             for every size.
         gpu_arch: for TensorRT, the architectures such as "sm80,sm89"; None is the GPU at hand, or with none at hand
             every one that TensorRT for RTX supports.
-        lora_mode: "fused", or "refit": the engines are those of the base model, and the LoRA's weights are put into
-            them when they are opened, at any strength; `lora_strength` is then of no account here.
+        lora_mode: "fused"; "refit": the engines are those of the base model, and the LoRA's weights are put into them
+            when they are opened, at any strength; or "runtime": the strength is an input of the UNet's graph.
+            `lora_strength` is of no account here with either.
         calibration_prompts: of the images that int8 is calibrated on; none stands for `calibration.PROMPTS`.
 
     Raises:
@@ -127,7 +129,7 @@ def ensure_engines(
         profile.check(loaded.dims)
     if fused_with(loaded.unet) is not None:
         raise InputError(f"{loaded.source}: a LoRA is fused into this model, so its digests do not hold; load it again")
-    adapter = lora if lora is None or isinstance(lora, Lora) else read_lora(lora)
+    adapter = loaded.lora if lora is None else lora if isinstance(lora, Lora) else read_lora(lora)
     record = None
     if adapter is not None:
         strength = lora_strength if lora_mode == "fused" else None
@@ -158,11 +160,12 @@ def ensure_engines(
 def prove_engines(
     bundle: Bundle, model: Model, seed: int = 1, progress: Progress | None = None
 ) -> dict[str, VariantRecord | str]:
-    """Compare a bundle's engines with `model`, fused as the bundle is, on fresh inputs: see `export.prove`."""
+    """Compare a bundle's engines with `model`, as `reopen_model` gives it, on fresh inputs: see `export.prove`."""
     from engines.eager import torch_networks
     from export.prove import prove
 
-    return prove(bundle, torch_networks(model.text_encoder, model.unet, model.vae), seed, progress)
+    networks = torch_networks(model.text_encoder, model.unet, model.vae)
+    return prove(bundle, networks, seed, progress, _apart(model))
 
 
 def bisect_engines(
@@ -173,7 +176,7 @@ def bisect_engines(
 
     Args:
         bundle: an open bundle. The graph that is searched is the exported one: of int8 it tells nothing.
-        model: what the bundle was made from, fused as it is.
+        model: what the bundle was made from, as `reopen_model` gives it.
         network: which.
         seed: of the inputs.
         progress: as everywhere.
@@ -181,7 +184,14 @@ def bisect_engines(
     from engines.eager import torch_networks
     from export.prove import bisect
 
-    return bisect(bundle, torch_networks(model.text_encoder, model.unet, model.vae), network, seed, progress)
+    networks = torch_networks(model.text_encoder, model.unet, model.vae)
+    return bisect(bundle, networks, network, seed, progress, _apart(model))
+
+
+def _apart(model: Model) -> LoraWeights | None:
+    from smooth_rt.lora import lora_weights
+
+    return None if model.lora is None else lora_weights(model.unet, model.lora)
 
 
 def _variants(backends: Sequence[str], precision: str, gpu_arch: str | None, lora_mode: str) -> list[Variant]:

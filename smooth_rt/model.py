@@ -34,6 +34,8 @@ if TYPE_CHECKING:
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
+    from smooth_rt.lora.read import Lora
+
 __all__ = ["Model", "PipelineConfig", "default_lora", "default_model", "load_model", "read_config"]
 
 # Keys of a transformers config that change no number.
@@ -65,6 +67,7 @@ class Model:
         digests: sha256 of text_encoder, unet, vae (weights and config), tokenizer and scheduler. They are those of the
             weights as loaded: `smooth_rt.lora.fuse` changes the UNet and leaves them, since a bundle's key holds the
             LoRA's digest beside them.
+        lora: one that was not fused, so that its strength can be set as it runs.
     """
 
     source: str
@@ -76,6 +79,7 @@ class Model:
     scheduler_config: dict[str, Any]
     dims: Dims
     digests: dict[str, str]
+    lora: Lora | None = None
 
     def config(self) -> PipelineConfig:
         """What `write_config` writes, without the detour through files."""

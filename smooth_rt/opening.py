@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -16,24 +17,26 @@ __all__ = ["open_model", "reopen_model"]
 
 
 def open_model(
-    model: str | Path | Model, lora: str | Path | None, lora_strength: float, config: str | Path | None = None
+    model: str | Path | Model,
+    lora: str | Path | None,
+    lora_strength: float | None,
+    config: str | Path | None = None,
 ) -> Model:
     """Load a model, unless it is one already, and fuse a LoRA into its UNet, unless that is None.
 
     Args:
+        lora_strength: None leaves the UNet as it is and the LoRA beside it, for whoever sets its strength later.
         config: as in `load_model`.
 
     Raises:
         ModelError: the model or the LoRA cannot be read or does not fit.
     """
     loaded = model if isinstance(model, Model) else load_model(model, config=config)
-    if lora is not None:
-        fuse(loaded.unet, read_lora(lora), lora_strength)
-    return loaded
+    return loaded if lora is None else _with_lora(loaded, read_lora(lora), lora_strength)
 
 
 def reopen_model(bundle: Bundle, config: str | Path | None = None) -> Model:
-    """The model that a bundle was made from, with its LoRA, proved to be the same by digest.
+    """The model that a bundle was made from, with its LoRA, proved to be the same by digest; fused if it is there.
 
     Args:
         config: as in `load_model`, where the bundle was made from a single-file checkpoint.
@@ -57,5 +60,12 @@ def reopen_model(bundle: Bundle, config: str | Path | None = None) -> Model:
                 f"{bundle.path}: the LoRA {source.lora.source} is not what the bundle was made from; "
                 "run smooth-rt build-engine again, or use another engine"
             )
-        fuse(loaded.unet, lora, 1.0 if source.lora.strength is None else source.lora.strength)
+        return _with_lora(loaded, lora, source.lora.strength)
     return loaded
+
+
+def _with_lora(model: Model, lora: Lora, strength: float | None) -> Model:
+    if strength is None:
+        return replace(model, lora=lora)
+    fuse(model.unet, lora, strength)
+    return model

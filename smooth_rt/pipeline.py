@@ -16,14 +16,15 @@ from torch import Generator, Tensor
 
 from engines.base import Engine
 from engines.bundle import Bundle
-from engines.contract import NETWORKS, Dims, NetworkName, contract
+from engines.contract import LORA_STRENGTH, NETWORKS, Dims, NetworkName, contract
 from engines.eager import EagerEngine, torch_networks
 from engines.lora import LORA_FILE, LoraWeights
 from engines.recipes import RECIPES, check_precision
+from engines.runtime_lora import RuntimeUnet
 from engines.select import BACKENDS, Choice, check_lora_mode, choose
 from smooth_rt.errors import EngineError, InputError, SmoothRTError
 from smooth_rt.images import ImageLike, Images, OutputType, read, to_images
-from smooth_rt.lora import fused_with
+from smooth_rt.lora import fused_with, lora_weights
 from smooth_rt.model import Model, PipelineConfig, load_model, read_config
 from smooth_rt.opening import open_model, reopen_model
 from smooth_rt.ranges import check, shown
@@ -35,7 +36,7 @@ from smooth_rt.tasks.interpolate import interpolate
 from smooth_rt.tasks.inversion import invert
 
 if TYPE_CHECKING:
-    from engines.variant import Precision
+    from engines.variant import LoraMode, Precision
 
 __all__ = ["CELLS_PER_CALL", "Move", "Predict", "SmoothPipeline", "StepCallback"]
 
@@ -136,7 +137,8 @@ class SmoothPipeline:
                 run; logged.
             batch_size: see the class.
             precision: of the engines: "fp32", or what else the backend is built in ("fp16", "bf16", "int8").
-            lora_mode: "fused", or "refit": the LoRA's strength can be changed by `set_lora_strength`.
+            lora_mode: "fused"; or "runtime" or "refit", with which `set_lora_strength` changes the LoRA's strength: at
+                once and for a few more computations in each step, or by opening the engine anew.
             progress: called as `progress(stage, done, total)` while engines are built.
             config: for a single-file checkpoint, as in `load_model`.
 
@@ -160,8 +162,11 @@ class SmoothPipeline:
             bundle = build_engines(
                 model, lora, lora_strength, [choice.backend], None, progress, precision, lora_mode=lora_mode
             )
-            return cls._open(bundle, choice, batch_size, precision, lora_strength)
-        return cls._eager(open_model(model, lora, lora_strength, config), choice, batch_size)
+            return cls._open(bundle, choice, batch_size, precision, lora_strength, lora_mode)
+        if lora is None and lora_mode != "fused":
+            raise InputError(f"lora_mode={lora_mode}: there is no LoRA whose strength could be set; name one")
+        opened = open_model(model, lora, lora_strength if lora_mode == "fused" else None, config)
+        return cls._eager(opened, choice, batch_size, lora_strength)
 
     @classmethod
     def from_engines(
@@ -172,6 +177,7 @@ class SmoothPipeline:
         config: str | Path | None = None,
         precision: str | None = None,
         lora_strength: float = 1.0,
+        lora_mode: str | None = None,
     ) -> Self:
         """Open a bundle that `smooth-rt build-engine` wrote.
 
@@ -182,6 +188,7 @@ class SmoothPipeline:
             config: for "eager", where the bundle was made from a single-file checkpoint; as in `load_model`.
             precision: of the engines; None is the most exact that the bundle has for the backend.
             lora_strength: of a bundle whose LoRA is set at run time; see `set_lora_strength`.
+            lora_mode: "refit" or "runtime", of a bundle that has both; None is the one that was built first.
 
         Raises:
             InputError: an option is out of its range.
@@ -190,19 +197,25 @@ class SmoothPipeline:
         """
         engine, batch_size, config = check(engine=engine, batch_size=batch_size, config=config)
         (lora_strength,) = check(lora_strength=lora_strength)
-        (precision,) = check(precision=precision)
+        precision, lora_mode = check(precision=precision, lora_mode=lora_mode)
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(*check(bundle=bundle)))
         choice = choose(engine, opened.backends)
         if choice.backend != "eager":
-            return cls._open(opened, choice, batch_size, precision, lora_strength)
-        return cls._eager(reopen_model(opened, config), choice, batch_size)
+            return cls._open(opened, choice, batch_size, precision, lora_strength, lora_mode)
+        return cls._eager(reopen_model(opened, config), choice, batch_size, lora_strength)
 
     @classmethod
     def _open(
-        cls, bundle: Bundle, choice: Choice, batch_size: int | str, precision: str | None, lora_strength: float
+        cls,
+        bundle: Bundle,
+        choice: Choice,
+        batch_size: int | str,
+        precision: str | None,
+        lora_strength: float,
+        lora_mode: str | None,
     ) -> Self:
         config = read_config(bundle.config)
-        built = bundle.find(choice.backend, cast("Precision | None", precision))
+        built = bundle.find(choice.backend, cast("Precision | None", precision), cast("LoraMode | None", lora_mode))
         engines = {name: bundle.open_network(name, built) for name in NETWORKS}
         size = built.profiles[0].height.opt, built.profiles[0].width.opt
         named: dict[str, Any] = {"source": bundle.source.model, "choice": choice, "batch_size": batch_size}
@@ -210,40 +223,44 @@ class SmoothPipeline:
         pipe.bundle = bundle
         pipe.precision = built.variant.precision
         lora = bundle.source.lora
-        pipe.digests = _digests(
-            bundle.source.digests, (lora.digest, lora.strength or 1.0) if lora is not None else None
-        )
+        strength = lora_strength if lora is None or lora.strength is None else lora.strength
+        pipe.digests = _digests(bundle.source.digests, (lora.digest, strength) if lora is not None else None)
         if built.variant.lora_mode == "refit":
             pipe.lora = LoraWeights.load((bundle.path / built.engine("unet").file).with_name(LORA_FILE))
-            pipe.set_lora_strength(lora_strength)
+        if built.variant.lora_mode != "fused":
+            pipe.set_lora_strength(strength)
         return pipe
 
     @classmethod
-    def _eager(cls, model: Model, choice: Choice, batch_size: int | str) -> Self:
-        networks = torch_networks(model.text_encoder, model.unet, model.vae)
-        engines = {name: EagerEngine(contract(name, model.dims), networks[name]) for name in NETWORKS}
+    def _eager(cls, model: Model, choice: Choice, batch_size: int | str, lora_strength: float) -> Self:
+        engines, apart = _eager_engines(model), model.lora
         pipe = cls(engines, model.config(), model.dims, source=model.source, choice=choice, batch_size=batch_size)
-        pipe.digests = _digests(model.digests, fused_with(model.unet))
+        pipe.digests = _digests(
+            model.digests, fused_with(model.unet) if apart is None else (apart.digest, lora_strength)
+        )
+        if apart is not None:
+            pipe.set_lora_strength(lora_strength)
         return pipe
 
     def set_lora_strength(self, strength: float) -> None:
-        """Set the LoRA's strength of engines that were built with `lora_mode="refit"`: 1 is as trained, 0 is none.
+        """Set the LoRA's strength: 1 is as trained, 0 is none. A, B and A again gives the same images bit for bit.
 
-        Its weights are made from the base model's each time, so A, B and A again gives the same images bit for bit.
+        Of engines that were built with `lora_mode="runtime"` it is an input, so that this takes no time; into those
+        with "refit" the weights are put that the base model's become at that strength.
 
         Raises:
             InputError: the strength is out of its range, or the LoRA is fused into the engines, or there is none.
             EngineError: the engine cannot take the weights.
         """
         (strength,) = check(lora_strength=strength)
-        if self.lora is None:
+        unet = self._engines["unet"]
+        if self.lora is not None:
+            unet.refit(self.lora.at(strength))
+        elif not _takes_strength(unet):
             raise InputError(
-                f"lora_strength={strength:g}: the engines hold their LoRA fused, or none; build with --lora-mode refit "
-                "to set it at run time"
+                f"lora_strength={strength:g}: the engines hold their LoRA fused, or none; build with --lora-mode "
+                "runtime or refit to set it at run time"
             )
-        for engine in (self._engines["unet"], self._eager_unet):
-            if engine is not None:
-                engine.refit(self.lora.at(strength))
         self._lora_strength = strength
         self.digests = {**self.digests, "lora_strength": f"{strength:g}"}
 
@@ -380,6 +397,7 @@ class SmoothPipeline:
                 sample=sample,
                 timestep=torch.full((len(sample),), timestep, dtype=torch.int64),
                 encoder_hidden_states=prompt_embeds[part],
+                **self._strength(engine),
             )
             self.evaluations["gradient"] += len(sample)
             outputs.append(output["noise_pred"])
@@ -400,10 +418,7 @@ class SmoothPipeline:
             except SmoothRTError as error:
                 raise EngineError(f"{fault} (nor can eager autograd take it: {error})") from error
             LOG.warning("gradients: taken by eager autograd, not by the engine (%s)", fault)
-            networks = torch_networks(model.text_encoder, model.unet, model.vae)
-            self._eager_unet = EagerEngine(contract("unet", self.dims), networks["unet"])
-            if self.lora is not None:
-                self._eager_unet.refit(self.lora.at(self._lora_strength))
+            self._eager_unet = _eager_engines(model)["unet"]
         return self._eager_unet
 
     def denoise(
@@ -496,7 +511,11 @@ class SmoothPipeline:
     def _run(self, network: NetworkName, **inputs: Tensor) -> Tensor:
         """The network's first output."""
         engine = self._engines[network]
-        return engine.infer(**inputs)[engine.network.outputs[0].name]
+        return engine.infer(**inputs, **self._strength(engine))[engine.network.outputs[0].name]
+
+    def _strength(self, engine: Engine) -> dict[str, Tensor]:
+        """The LoRA's strength, for a network that takes it."""
+        return {LORA_STRENGTH: torch.tensor([self._lora_strength])} if _takes_strength(engine) else {}
 
     def close(self) -> None:
         """Free the engines. Closing twice is fine."""
@@ -510,6 +529,19 @@ class SmoothPipeline:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def _eager_engines(model: Model) -> dict[NetworkName, EagerEngine]:
+    """On the model's own modules; a LoRA that is not fused takes its strength as an input of the UNet."""
+    networks = torch_networks(model.text_encoder, model.unet, model.vae)
+    if model.lora is not None:
+        networks["unet"] = RuntimeUnet(networks["unet"], lora_weights(model.unet, model.lora))
+    apart = model.lora is not None
+    return {name: EagerEngine(contract(name, model.dims, lora_strength=apart), networks[name]) for name in NETWORKS}
+
+
+def _takes_strength(engine: Engine) -> bool:
+    return any(spec.name == LORA_STRENGTH for spec in engine.network.inputs)
 
 
 def _digests(model: Mapping[str, str], lora: tuple[str, float] | None) -> dict[str, str]:

@@ -14,8 +14,9 @@ from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
+from engines.contract import LARGEST_STRENGTH
 from engines.select import check_backend
-from engines.variant import PRECISIONS
+from engines.variant import LORA_MODES, PRECISIONS
 from smooth_rt.errors import InputError
 
 __all__ = [
@@ -38,7 +39,6 @@ __all__ = [
 
 MAX_SIDE = 10_000  # pixels
 MOST_IMAGES = 10_000  # more in one call is a slip of the keyboard: the noise alone would fill the memory
-LARGEST_STRENGTH = 100.0  # beyond it nothing of the model is left
 SHOWN = 60  # characters of a value, in a message
 INVERSION_METHODS = (
     "ddim", "ddim-without-text", "negative-prompt", "null-text", "direct", "fixed-point", "spdinv", "easyinv", "edict",
@@ -254,6 +254,7 @@ RANGES: dict[str, Callable[[str, Any], Any]] = {
     "guidance_scale": _guidance,
     "height": _side,
     "lora": partial(_or_none, kind=_source),
+    "lora_mode": partial(_or_none, kind=partial(choice, known=LORA_MODES)),
     "lora_strength": _lora_strength,
     "method": partial(choice, known=INVERSION_METHODS),
     "model": _source,

@@ -131,8 +131,8 @@ def test_what_cannot_be_set_is_said(
         with pytest.raises(EngineError, match="onnxruntime cannot"):
             engine.refit({f"unet.{ATTENTION}.weight": torch.zeros(3, 3)})
     for options, said in [
-        (["--backend", "inductor"], "lora-mode=refit: inductor cannot replace weights, not in fp32; choose fused"),
-        (["--backend", "openvino", "--precision", "int8"], "openvino replaces weights in fp32, bf16, not in int8"),
+        (["--backend", "inductor"], "lora-mode=refit: inductor cannot replace weights; choose fused"),
+        (["--backend", "openvino", "--precision", "int8"], "openvino can replace weights in fp32, bf16, not in int8"),
         (["--backend", "openvino", "--lora", "none"], "lora-mode=refit: there is no LoRA whose strength could be set"),
     ]:
         arguments = ["build-engine", "--model", str(tiny_model), "--lora", str(lora), "--lora-mode", "refit", *options]

@@ -60,7 +60,7 @@ def inspect_engines(bundle: Annotated[Path, typer.Argument(metavar="BUNDLE")]) -
         "format": manifest.format,
         "model": manifest.source.model,
         "revision": manifest.source.revision,
-        "lora": f"{lora.source} at {lora.strength:g}" if lora is not None else "none",
+        "lora": str(lora) if lora is not None else "none",
         "dims": asdict(manifest.dims),
         "profiles": {built.variant.name: [str(profile) for profile in built.profiles] for built in manifest.variants},
         "made_with": {built.variant.name: built.made_with for built in manifest.variants},
@@ -175,7 +175,11 @@ def _images(bundle: Bundle, model: Model, count: int, progress: Progress) -> lis
     ]
     with ExitStack() as stack:
         pipes = [
-            stack.enter_context(SmoothPipeline.from_engines(bundle, built.backend, precision=built.variant.precision))
+            stack.enter_context(
+                SmoothPipeline.from_engines(
+                    bundle, built.backend, precision=built.variant.precision, lora_mode=built.variant.lora_mode
+                )
+            )
             for built in runnable
         ]
         reference = stack.enter_context(SmoothPipeline.from_pretrained(model, engine="eager"))
@@ -271,7 +275,7 @@ def _row(entry: Entry) -> dict[str, Any]:
         "name": entry.path.name,
         "path": str(entry.path),
         "model": source.model if source is not None else None,
-        "lora": f"{lora.source} at {lora.strength:g}" if lora is not None else None,
+        "lora": str(lora) if lora is not None else None,
         "engines": [built.variant.name for built in entry.bundle.variants] if entry.bundle is not None else [],
         "bytes": entry.size,
         "fault": entry.fault,

@@ -144,7 +144,8 @@ def refuse_strength(options: ModelOptions, bundle: Bundle) -> None:
     lora = bundle.source.lora
     if options.lora_strength != 1.0 and (lora is None or lora.strength is not None):
         raise InputError(
-            "--lora-strength: the bundle holds its LoRA fused, or none; leave it out, or build with --lora-mode refit"
+            "--lora-strength: the bundle holds its LoRA fused, or none; leave it out, or build with --lora-mode "
+            "runtime or refit"
         )
 
 

@@ -25,7 +25,7 @@ from engines.manifest import Source, digest_file
 from engines.ort import OrtEngine
 from engines.select import architecture, backend_version
 from engines.variant import Order
-from export import build
+from export import build, reference
 from export.build import build_bundle
 
 Networks = dict[NetworkName, nn.Module]
@@ -57,7 +57,7 @@ def unverified(monkeypatch: pytest.MonkeyPatch) -> list[tuple[type, str]]:
         given.append((type(engine), engine.network.name))
         return []
 
-    monkeypatch.setattr(build, "verify", note)
+    monkeypatch.setattr(reference, "verify", note)
     return given
 
 

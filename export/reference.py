@@ -1,0 +1,78 @@
+"""The torch modules that engines are held to, in the form that a variant's way of holding the LoRA asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+from torch import nn
+
+from engines.base import Engine
+from engines.contract import Dims, Network, NetworkName
+from engines.lora import LoraWeights, put
+from engines.manifest import Parity
+from engines.runtime_lora import RuntimeUnet
+from engines.variant import Variant
+from export.graphs import Case
+from export.verify import verify
+
+__all__ = ["Reference"]
+
+STRENGTHS = (0.0, 1.0)  # that replaced weights are compared at
+
+
+@dataclass(frozen=True)
+class Reference:
+    """A model's networks, and its LoRA where that is not in their weights.
+
+    Args:
+        networks: `engines.eager.torch_networks` of the model; of the base model where there is a `lora`.
+        lora: of variants whose LoRA is set as they run.
+    """
+
+    networks: Mapping[NetworkName, nn.Module]
+    lora: LoraWeights | None = None
+
+    @cached_property
+    def _runtime(self) -> nn.Module:
+        assert self.lora is not None
+        return RuntimeUnet(self.networks["unet"], self.lora)
+
+    def module(self, variant: Variant, name: NetworkName) -> nn.Module:
+        """The torch form of a network: `forward` takes the inputs of `variant.network(name, …)`."""
+        return self._runtime if variant.takes_strength(name) else self.networks[name]
+
+    def verify(
+        self,
+        engine: Engine,
+        variant: Variant,
+        network: Network,
+        dims: Dims,
+        precision: str,
+        seed: int,
+        tried: Sequence[Case],
+    ) -> list[Parity]:
+        """As `verify.verify`, at several strengths of the LoRA where an engine takes any: the worst error of each
+        output."""
+        module = self.module(variant, network.name)
+        replaced = self.lora if variant.lora_mode == "refit" and network.name == "unet" else None
+        found = [
+            verify(engine, module, network, dims, precision, seed, tried) for _ in _strengths(engine, module, replaced)
+        ]
+        return [max(errors, key=lambda one: one.relative) for errors in zip(*found, strict=True)]
+
+
+def _strengths(engine: Engine, module: nn.Module, lora: LoraWeights | None) -> Iterator[float]:
+    """The strengths to compare at; the module holds the base weights again at the end."""
+    if lora is None:
+        yield 1.0
+        return
+    try:
+        for strength in STRENGTHS:
+            weights = lora.at(strength)
+            put(module, weights)
+            engine.refit(weights)
+            yield strength
+    finally:
+        put(module, lora.base)
