@@ -58,7 +58,11 @@ def build_engine(
         list[str] | None, typer.Option("--width", metavar="N|MIN:OPT:MAX", help="Pixels.", show_default=False)
     ] = None,
     lora_mode: Annotated[
-        str, typer.Option(help="fused (fastest), or refit: one build for every strength, set when it runs.")
+        str,
+        typer.Option(
+            help="fused (fastest); or one build for every strength, set when it runs: refit (as fast, a switch opens "
+            "the engine anew) or runtime (a switch takes no time, each step a little more)."
+        ),
     ] = "fused",
     gpu_arch: Annotated[
         str | None,

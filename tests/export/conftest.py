@@ -13,9 +13,11 @@ import torch
 from torch import nn
 
 from engines.bundle import Bundle
-from engines.contract import Dims, Network, NetworkName
+from engines.contract import Dims, Network, NetworkName, contract
 from engines.eager import torch_networks
+from engines.lora import LoraWeights
 from engines.manifest import LoraSource, Source
+from engines.runtime_lora import RuntimeUnet
 from engines.select import architecture
 from engines.variant import Order, Precision, Profile, Variant, every_size
 from export import stages
@@ -66,6 +68,18 @@ def networks(tiny_model: Path) -> dict[NetworkName, nn.Module]:
         UNet2DConditionModel.from_pretrained(tiny_model / "unet"),
         AutoencoderKL.from_pretrained(tiny_model / "vae"),
     )
+
+
+@pytest.fixture(scope="session")
+def runtime(networks: dict[NetworkName, nn.Module], dims: Dims) -> tuple[nn.Module, Network]:
+    """The UNet with a LoRA of a linear layer and of a convolution whose strength is an input."""
+    generator = torch.Generator().manual_seed(0)
+    names = ("mid_block.attentions.0.transformer_blocks.0.attn1.to_q", "mid_block.resnets.0.conv1")
+    base = {f"unet.{name}.weight": networks["unet"].get_parameter(f"unet.{name}.weight") for name in names}
+    down = {name: 0.2 * torch.randn(2, *weight.shape[1:], generator=generator) for name, weight in base.items()}
+    up = {name: torch.randn(len(weight), 2, generator=generator) for name, weight in base.items()}
+    module = RuntimeUnet(networks["unet"], LoraWeights(base, down, up, dict.fromkeys(base, 1.0)))
+    return module.eval(), contract("unet", dims, lora_strength=True)
 
 
 @pytest.fixture(scope="session")

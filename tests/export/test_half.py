@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import nn
 
-from engines.contract import NETWORKS, Dims, NetworkName, contract
+from engines.contract import LORA_STRENGTH, NETWORKS, Dims, Network, NetworkName, contract
 from engines.eager import EagerEngine
 from engines.errors import EngineError, InputError
+from engines.ort import OrtEngine
 from export import half
+from export.graphs import STRENGTHS, cases, random_inputs
 from export.half import in_half
 from export.to_onnx import to_onnx
 from export.verify import TOLERANCES, verify
@@ -35,6 +37,27 @@ def test_half_precision_is_near(networks: Networks, dims: Dims, name: NetworkNam
     assert set(islands) <= set(half.ISLANDS) | {name for name, _ in networks[name].named_modules()}
     # What was handed over is as it was.
     assert all(torch.equal(value, before[key]) for key, value in networks[name].state_dict().items())
+
+
+@pytest.mark.parametrize("precision", ["fp16", "bf16"])
+def test_a_strength_that_is_an_input(runtime: tuple[nn.Module, Network], dims: Dims, precision: Any) -> None:
+    module, network = runtime
+    tried = cases(network, dims)
+    drawn = [random_inputs(network, dims, case, torch.Generator())[LORA_STRENGTH] for case in tried]
+    assert torch.equal(torch.cat(drawn).unique(), torch.tensor(sorted(STRENGTHS)))
+    engine = EagerEngine(network, in_half(module, network, dims, precision)[0])
+    (parity,) = verify(engine, module, network, dims, precision, 3, tried)
+    assert 1e-5 < parity.relative < TOLERANCES[precision]
+
+
+@pytest.mark.slow
+def test_a_graph_in_fp16_whose_strength_is_an_input(
+    runtime: tuple[nn.Module, Network], dims: Dims, tmp_path: Path
+) -> None:
+    module, network = runtime
+    to_onnx(in_half(module, network, dims, "fp16")[0], network, dims, tmp_path / "model.onnx")
+    with OrtEngine(network, tmp_path / "model.onnx") as engine:
+        assert verify(engine, module, network, dims, "fp16", 3)
 
 
 def test_an_island_is_kept_where_it_pays_and_only_there(

@@ -86,6 +86,18 @@ def test_every_network_in_fp32(name: NetworkName, networks: Networks, dims: Dims
 
 @pytest.mark.slow
 @needs_compiler
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_strength_that_is_an_input(
+    runtime: tuple[nn.Module, Network], precision: str, dims: Dims, tmp_path: Path
+) -> None:
+    module, network = runtime
+    to_inductor(module, network, dims, tmp_path / "network.pt2", precision=precision)
+    with InductorEngine(network, tmp_path / "network.pt2") as engine:
+        verify(engine, module, network, dims, precision, 3)
+
+
+@pytest.mark.slow
+@needs_compiler
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", NETWORKS)
 def test_half_precision(name: NetworkName, precision: str, networks: Networks, dims: Dims, tmp_path: Path) -> None:
