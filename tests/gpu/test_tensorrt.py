@@ -12,9 +12,11 @@ import onnx
 import pytest
 import torch
 
-from engines.contract import NETWORKS, Network, contract
+from engines.contract import LORA_STRENGTH, NETWORKS, Network, contract
 from engines.eager import torch_networks
 from engines.errors import EngineError
+from engines.lora import LoraWeights
+from engines.runtime_lora import RuntimeUnet
 from engines.select import ON_GPU, buildable, gpu
 from engines.trt import GRAPHS, TrtEngine
 from engines.variant import Bounds, Place
@@ -22,6 +24,7 @@ from export.graphs import Case, cases, random_inputs
 from export.to_onnx import to_onnx
 from export.to_tensorrt import to_tensorrt
 from export.verify import verify
+from smooth_rt.lora import lora_weights, read_lora
 from smooth_rt.model import load_model
 
 pytestmark = [
@@ -47,9 +50,13 @@ def bounded(network: Network) -> Bounds:
     return {symbol: (1, 2, 4) if symbol == "batch" else (8, 16, 16) for symbol in network.symbols}
 
 
-def built(backend: str, model: Any, name: Any, folder: Path, **options: Any) -> tuple[TrtEngine, Any]:
-    network = contract(name, model.dims)
+def built(
+    backend: str, model: Any, name: Any, folder: Path, lora: LoraWeights | None = None, **options: Any
+) -> tuple[TrtEngine, Any]:
+    network = contract(name, model.dims, lora_strength=lora is not None)
     module = torch_networks(model.text_encoder, model.unet, model.vae)[name]
+    if lora is not None:
+        module = RuntimeUnet(module, lora).eval()
     to_onnx(module, network, model.dims, folder / "model.onnx")
     path, bounds = folder / "model.engine", [bounded(network)]
     try:
@@ -116,3 +123,17 @@ def test_weights_a_then_b_then_a_again(backend: str, model: Any, tmp_path: Path)
             found.append(engine.infer(**inputs)["noise_pred"])
         assert torch.equal(found[0], found[2])
         assert (found[0] - found[1]).norm() / found[0].norm() > 1e-3
+
+
+def test_strengths_a_then_b_then_a_again(backend: str, model: Any, tmp_path: Path) -> None:
+    engine, module = built(backend, model, "unet", tmp_path, lora_weights(model.unet, read_lora()))
+    case = Case({"batch": 2, "height": 16, "width": 16}, 1.0)
+    inputs = random_inputs(engine.network, model.dims, case, torch.Generator().manual_seed(1))
+    with engine:
+        tried = cases(engine.network, model.dims, engine.bounds)
+        assert verify(engine, module, engine.network, model.dims, "fp32", 5, tried)
+        found = []
+        for strength in (0.6, -1.0, 0.6):  # one captured graph serves them all
+            found.append(engine.infer(**{**inputs, LORA_STRENGTH: torch.tensor([strength])})["noise_pred"])
+        assert torch.equal(found[0], found[2])
+        assert (found[0] - found[1]).norm() / found[0].norm() > 1e-4
