@@ -25,7 +25,7 @@ from engines.manifest import Source, digest_file
 from engines.ort import OrtEngine
 from engines.select import architecture, backend_version
 from engines.variant import Order
-from export import build, reference
+from export import reference
 from export.build import build_bundle
 
 Networks = dict[NetworkName, nn.Module]
