@@ -55,7 +55,8 @@ class FakeEngine(Engine):
             return {"last_hidden_state": self.words[first]}
         if self.network.name in WRT:
             vjp = UnetVjp(Formula(self.noise), WRT[self.network.name])
-            return dict(zip((spec.name for spec in self.network.outputs), vjp(**inputs), strict=True))
+            taken = (inputs[spec.name] for spec in self.network.inputs)
+            return dict(zip((spec.name for spec in self.network.outputs), vjp(*taken), strict=True))
         if self.network.name == "unet":
             return {"noise_pred": self.noise(first, inputs["timestep"], inputs["encoder_hidden_states"])}
         if self.network.name == "vae_encoder":
