@@ -11,6 +11,7 @@ from engines.base import Engine
 from engines.bundle import Bundle
 from engines.contract import NETWORKS, NetworkName, contract
 from engines.eager import EagerEngine, torch_networks
+from engines.recipes import RECIPES
 from engines.select import BACKENDS, ON_GPU, Choice, availability, check_backend, choose, gpu
 from smooth_rt.build import build_engines
 from smooth_rt.errors import EngineError
@@ -72,7 +73,7 @@ def resolve_engines(asked: Sequence[str] | None) -> tuple[dict[str, Choice], lis
     choices: dict[str, Choice] = {}
     warnings = []
     for name in BACKENDS:
-        if name == "inductor" or (name in ON_GPU and gpu() is None):
+        if name == "inductor" or "fp32" not in RECIPES[name] or (name in ON_GPU and gpu() is None):
             continue
         reason = availability(name)
         if reason is None:

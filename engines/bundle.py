@@ -33,7 +33,7 @@ from engines.manifest import (
     digest_json,
     key_parts,
 )
-from engines.select import backend_version, check_backend, open_engine, runs_here
+from engines.select import backend_version, check_backend, gpu, open_engine, runs_here
 from engines.staging import staging
 from engines.variant import PRECISIONS, LoraMode, Precision, Profile, Variant
 
@@ -61,11 +61,16 @@ MANIFEST = "manifest.json"
 
 
 class Bundle:
-    """An opened bundle. `open` has checked it; `engine` opens a network on a backend."""
+    """An opened bundle. `open` has checked it; `engine` opens a network on a backend.
+
+    Attributes: `caches` is the folder for what ONNX Runtime's TensorRT compiles as an engine opens, a folder a key;
+    None keeps nothing. Who opens the bundle may set it.
+    """
 
     def __init__(self, path: Path, manifest: Manifest) -> None:
         self.path = path
         self.manifest = manifest
+        self.caches: Path | None = None
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], verify: bool = True) -> Bundle:
@@ -217,7 +222,15 @@ class Bundle:
             )
         record = built.engine(network)
         takes = built.variant.network(network, self.dims)
-        engine = open_engine(built.backend, takes, self.path / record.file, record.hint, record.bounds)
+        engine = open_engine(
+            built.backend,
+            takes,
+            self.path / record.file,
+            record.hint,
+            record.bounds,
+            # The key says weights, sizes and the version; the GPU at hand may be another than that of the variant.
+            None if self.caches is None else self.caches / f"{record.key}-{gpu()}",
+        )
         engine.places = record.places
         engine.wider = f"build a wider one with `{self._wider(built)}`"
         return engine

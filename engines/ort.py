@@ -1,58 +1,81 @@
-"""ONNX Runtime: runs the exported ONNX graph as it is."""
+"""ONNX Runtime: runs the exported ONNX graph as it is, on the processor or, through IO binding, on a GPU."""
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
+import numpy as np
 import onnxruntime
 import torch
 from torch import Tensor
 
 from engines.base import Engine
 from engines.contract import Network
-from engines.errors import EngineError, reason
-from engines.specialised import Specialised
+from engines.device import OnDevice
+from engines.errors import EngineError, InputError, reason
+from engines.providers import BY_BACKEND, PROVIDERS, lacking, open_session, settings
+from engines.specialised import Specialised, one_size
 from engines.variant import Bounds
 
 __all__ = ["OrtEngine"]
+
+LOG = logging.getLogger("smooth_rt")
 
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
 
 
 class OrtEngine(Engine):
-    """One ONNX file in ONNX Runtime. `infer` may be called from several threads.
+    """One ONNX file in ONNX Runtime. `infer` may be called from several threads; on a device they wait for each other.
 
     Bounds of one size get a session of their own in which that size is fixed, opened at the first call of that size;
-    every other call runs in a session of free sizes.
+    every other call runs in a session of free sizes. On a device inputs and outputs are bound by address to buffers
+    that stay, all on one stream, and a session of one size is captured as a CUDA graph where the graph allows it.
 
     Args:
         network: the contract; the graph's inputs and outputs must bear its names.
         path: the .onnx file; its external data lies beside it.
         bounds: as in `Engine`.
-        providers: ONNX Runtime's execution providers, in order of preference.
+        provider: of `providers.PROVIDERS`.
+        cache: a folder for what TensorRT compiles as a session opens; of this graph and these weights alone. None:
+            nothing is kept.
+        binding: whether inputs and outputs are bound to buffers; None: where the provider runs on a device.
 
     Raises:
-        EngineError: the file cannot be read, or its names are not the contract's.
+        InputError: there is no such provider.
+        EngineError: the file cannot be read, its names are not the contract's, or the provider does not start.
     """
 
-    backend: ClassVar[str] = "onnxruntime"
+    # Which of them is known when one is made.
+    backend: str  # type: ignore[misc]
 
     def __init__(
         self,
         network: Network,
         path: Path,
         bounds: Sequence[Bounds] = (),
-        providers: Sequence[str] = ("CPUExecutionProvider",),
+        provider: str = "cpu",
+        cache: Path | None = None,
+        binding: bool | None = None,
     ) -> None:
         super().__init__(network, bounds)
-        unknown = [name for name in providers if name not in onnxruntime.get_available_providers()]
-        if unknown:
-            available = ", ".join(onnxruntime.get_available_providers())
-            raise EngineError(f"{path}: this onnxruntime has no {unknown[0]}; it has {available}")
-        self._path, self._providers = path, list(providers)
+        if provider not in PROVIDERS:
+            raise InputError(f"provider={provider}: unknown; choose from {', '.join(PROVIDERS)}")
+        self.backend = next(name for name, own in BY_BACKEND.items() if own == provider)
+        device = PROVIDERS[provider].device
+        if device == "cuda" and not torch.cuda.is_available():
+            raise EngineError(f"{path}: {self.backend} runs on a CUDA GPU and torch finds none; choose another engine")
+        fault = lacking(provider)
+        if fault is not None:
+            raise EngineError(f"{path}: {fault}")
+        bound = device != "cpu" if binding is None else binding
+        self._path, self._provider = path, provider
+        self._cache = cache if provider.startswith("tensorrt") else None
+        self._device = OnDevice(device, self._bound) if bound else None
+        self._graphs = PROVIDERS[provider].graphs is not None
         self._replaced: dict[str, Any] = {}
         self._sessions = Specialised(self.bounds, self._open)
         session = self._sessions.any()
@@ -61,6 +84,16 @@ class OrtEngine(Engine):
         )
 
     def _open(self, sizes: Mapping[str, int] | None) -> Any:
+        if sizes is None or not self._graphs:
+            return self._session(sizes, graph=False)
+        try:
+            return self._session(sizes, graph=True)
+        except EngineError as error:
+            session = self._session(sizes, graph=False)  # which fails, too, where the graph was not the cause
+            self._without_graphs(error)
+            return session
+
+    def _session(self, sizes: Mapping[str, int] | None, graph: bool) -> Any:
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         if sizes is not None:
@@ -71,18 +104,62 @@ class OrtEngine(Engine):
         if self._replaced:
             options.add_external_initializers(list(self._replaced), list(self._replaced.values()))
         try:
-            return onnxruntime.InferenceSession(str(self._path), options, providers=self._providers)
+            return open_session(self._provider, self._path, options, self._settings(sizes is not None, graph))
+        except EngineError as error:
+            raise EngineError(f"{self._path}: {error}") from error
         except Exception as error:
             # It says the path again, which may be long, before the cause.
             said = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error))
             cause = RuntimeError(said.removeprefix(f"Load model from {self._path} failed:"))
-            raise EngineError(f"{self._path}: onnxruntime cannot open it ({reason(cause)}); rebuild") from error
+            raise EngineError(f"{self._path}: {self.backend} cannot open it ({reason(cause)}); rebuild") from error
+
+    def _settings(self, fixed: bool, graph: bool) -> dict[str, str]:
+        if self._device is None or self._device.stream is None:
+            return {}
+        # What was compiled holds the weights of its day.
+        cache = None if self._replaced else self._cache
+        if cache is not None:
+            try:
+                cache.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                LOG.info("%s: compiled anew at each start: %s (%s)", self.network.name, cache, error.strerror)
+                cache = None
+        return settings(
+            self._provider,
+            self.network,
+            self.bounds,
+            stream=self._device.stream.cuda_stream,
+            device=torch.cuda.current_device(),
+            fixed=fixed,
+            graph=graph,
+            cache=cache,
+        )
 
     def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:
+        if self._device is not None:
+            dtypes = {spec.name: getattr(torch, spec.dtype) for spec in self.network.outputs}
+            return self._device.run(profile, inputs, dtypes)
         names = [spec.name for spec in self.network.outputs]
         session = self._sessions.of(profile)
         arrays = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
         return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
+
+    def _bound(self, profile: int | None, inputs: Mapping[str, Tensor]) -> _Bound:
+        assert self._device is not None
+        fixed = profile is not None and one_size(self.bounds[profile]) is not None
+        bound = _Bound(self._sessions.of(profile), self._device.device, self.network, inputs, lasting=fixed)
+        if fixed and self._graphs:
+            try:
+                bound.replay()  # captures it
+            except Exception as error:
+                self._without_graphs(error)
+                self._sessions.clear()
+                return self._bound(profile, inputs)
+        return bound
+
+    def _without_graphs(self, error: Exception) -> None:
+        LOG.warning("%s: %s runs without CUDA graphs (%s)", self.network.name, self.backend, reason(error))
+        self._graphs = False
 
     def refit_impl(self, weights: Mapping[str, Tensor]) -> None:
         # A session packs its weights as it opens, so that it takes no others later: it is opened anew, on the same
@@ -90,10 +167,43 @@ class OrtEngine(Engine):
         self._replaced |= {
             name: onnxruntime.OrtValue.ortvalue_from_numpy(weight.float().numpy()) for name, weight in weights.items()
         }
-        self._sessions.clear()
+        self._clear()
         self._sessions.any()
 
-    def close(self) -> None:
-        """Free the sessions."""
+    def _clear(self) -> None:
+        if self._device is not None:  # bindings go before their sessions
+            self._device.clear()
         self._sessions.clear()
+
+    def close(self) -> None:
+        """Free the sessions and their buffers."""
+        self._clear()
         super().close()
+
+
+class _Bound:
+    """One shape in one session: buffers on the device, bound by address. `lasting` where the session runs no other."""
+
+    def __init__(
+        self, session: Any, device: str, network: Network, inputs: Mapping[str, Tensor], lasting: bool
+    ) -> None:
+        self.lasting = lasting
+        sizes = network.bind(inputs)
+        self.inputs = {name: torch.zeros_like(tensor, device=device) for name, tensor in inputs.items()}
+        self.outputs = {
+            spec.name: torch.empty(spec.shape(sizes), dtype=getattr(torch, spec.dtype), device=device)
+            for spec in network.outputs
+        }
+        self._session, self._binding = session, session.io_binding()
+        index = torch.cuda.current_device() if device == "cuda" else 0
+        for specs, buffers, bind in (
+            (network.inputs, self.inputs, self._binding.bind_input),
+            (network.outputs, self.outputs, self._binding.bind_output),
+        ):
+            for spec in specs:
+                buffer = buffers[spec.name]
+                bind(spec.name, device, index, getattr(np, spec.dtype), tuple(buffer.shape), buffer.data_ptr())
+
+    def replay(self) -> None:
+        """Run on what the inputs' buffers hold."""
+        self._session.run_with_iobinding(self._binding)

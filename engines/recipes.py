@@ -34,6 +34,10 @@ RECIPES: dict[str, dict[Precision, dict[NetworkName, Recipe]]] = {
         "fp16": {name: Recipe("fp16") for name in NETWORKS},
         "int8": {**_ALL_FP32, "unet": Recipe("int8")},
     },
+    # On GPUs without TF32, which CUDA can be told; ONNX Runtime's TensorRT cannot, and its fp32 would be none.
+    "onnxruntime-cuda": {"fp32": _ALL_FP32, "fp16": _IN_HALF["fp16"]},
+    "onnxruntime-tensorrt": {"fp16": _IN_HALF["fp16"]},
+    "onnxruntime-tensorrt-rtx": {"fp32": _ALL_FP32, "fp16": _IN_HALF["fp16"]},
     # OpenVINO would compute in bf16 by itself where the processor can, so it is always told. fp16 weights are stored in
     # half the space and computed with in fp32.
     "openvino": {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import logging
 import platform
+import re
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 from engines.errors import EngineError, InputError, reason
+from engines.providers import BY_BACKEND, PROVIDERS, lacking
 from engines.recipes import RECIPES
 from engines.variant import LORA_MODES, Bounds, LoraMode, Precision
 
@@ -20,9 +22,13 @@ if TYPE_CHECKING:
     from engines.contract import Network
 
 __all__ = [
+    "ANY_GPU",
     "BACKENDS",
+    "BOUNDED",
+    "ONNX",
     "ON_GPU",
     "PORTABLE",
+    "TENSORRT",
     "Choice",
     "architecture",
     "availability",
@@ -40,13 +46,20 @@ __all__ = [
 LOG = logging.getLogger("smooth_rt")
 
 
-BACKENDS: tuple[str, ...] = ("eager", "onnxruntime", "openvino", "inductor", "tensorrt", "tensorrt-rtx")
+TENSORRT: tuple[str, ...] = ("tensorrt", "tensorrt-rtx")
+ONNX: tuple[str, ...] = tuple(BY_BACKEND)  # those that run the exported graph as it is
 # Those that run on a CUDA GPU alone, and are built for one or several architectures.
-ON_GPU: tuple[str, ...] = ("tensorrt", "tensorrt-rtx")
+ON_GPU: tuple[str, ...] = (*TENSORRT, *(name for name in ONNX if name != "onnxruntime"))
+BACKENDS: tuple[str, ...] = ("eager", "onnxruntime", "openvino", "inductor", *ON_GPU)
+# Those that compile for a range of sizes, which must have an end.
+BOUNDED: tuple[str, ...] = (*TENSORRT, "onnxruntime-tensorrt", "onnxruntime-tensorrt-rtx")
 PORTABLE = "rtx"  # the architecture of an engine for every GPU that TensorRT for RTX supports
+ANY_GPU = "cuda"  # of a graph that was not compared with torch on any GPU yet
 # Fastest first on a CPU: measured, OpenVINO f32 is level with or ahead of ONNX Runtime, both well ahead of eager.
 # On a CUDA GPU, TensorRT comes first: published at about twice ONNX Runtime's speed (docs/decisions).
 AUTO_ORDER: tuple[str, ...] = ("openvino", "onnxruntime", "eager")
+# ONNX Runtime's own TensorRT compiles as it opens, for minutes: who wants that names it.
+AUTO_ON_GPU: tuple[str, ...] = (*TENSORRT, "onnxruntime-cuda", *AUTO_ORDER)
 
 # By how the LoRA is held, where it is not fused: what a backend does for it, and in which precisions it can.
 SETTABLE: dict[LoraMode, tuple[str, dict[str, tuple[Precision, ...]]]] = {
@@ -54,7 +67,7 @@ SETTABLE: dict[LoraMode, tuple[str, dict[str, tuple[Precision, ...]]]] = {
     "refit": (
         "replace weights",
         {
-            "onnxruntime": ("fp32",),
+            **dict.fromkeys(ONNX, ("fp32",)),
             "openvino": ("fp32", "bf16"),
             "tensorrt": ("fp32", "fp16", "bf16"),
             "tensorrt-rtx": ("fp32", "fp16", "bf16"),
@@ -66,9 +79,10 @@ SETTABLE: dict[LoraMode, tuple[str, dict[str, tuple[Precision, ...]]]] = {
         {name: tuple(precision for precision in recipes if precision != "int8") for name, recipes in RECIPES.items()},
     ),
 }
+_ARCHITECTURES = re.compile(r" *sm[0-9]{2,3}( *, *sm[0-9]{2,3})* *|cuda")
 _MODULES = {
     "eager": "torch",
-    "onnxruntime": "onnxruntime",
+    **dict.fromkeys(ONNX, "onnxruntime"),
     "openvino": "openvino",
     "inductor": "torch._inductor",
     "tensorrt": "tensorrt",
@@ -76,7 +90,13 @@ _MODULES = {
 }
 _DISTRIBUTIONS = {
     "eager": ("torch",),
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
+    # The first is what the mend names. A plugin's provider goes with the plain package.
+    **{
+        name: ("onnxruntime-gpu", "onnxruntime")
+        if PROVIDERS[provider].package == "onnxruntime-gpu"
+        else ("onnxruntime", "onnxruntime-gpu")
+        for name, provider in BY_BACKEND.items()
+    },
     "openvino": ("openvino",),
     "inductor": ("torch",),
     "tensorrt": ("tensorrt",),
@@ -116,9 +136,12 @@ def target(backend: str, gpu_arch: str | None = None) -> str:
             GPU for another.
     """
     at_hand = gpu() if backend in (*ON_GPU, "inductor") else None
+    on_gpu = backend in ONNX and backend in ON_GPU
     if gpu_arch is None:
-        return at_hand or (PORTABLE if backend == "tensorrt-rtx" else architecture())
-    if backend == "tensorrt-rtx":
+        return at_hand or (ANY_GPU if on_gpu else PORTABLE if backend == "tensorrt-rtx" else architecture())
+    if on_gpu and not _ARCHITECTURES.fullmatch(gpu_arch.lower()):
+        raise InputError(f"gpu_arch={gpu_arch}: no architecture; give for example sm89, or sm80,sm89")
+    if on_gpu or backend == "tensorrt-rtx":
         return ",".join(dict.fromkeys(part.strip().lower() for part in gpu_arch.split(",")))
     if gpu_arch.lower() != at_hand:
         where = f"the GPU at hand, {at_hand}" if at_hand else "the GPU at hand, and there is none"
@@ -154,7 +177,7 @@ def runs_here(built_for: str) -> str | None:
     if at_hand is None:
         return "a GPU, and torch finds none here"
     # Which GPUs take a portable engine, TensorRT for RTX knows: it refuses the others when it opens one.
-    return None if built_for == PORTABLE or at_hand in built_for.split(",") else f"this is {at_hand}"
+    return None if built_for in (PORTABLE, ANY_GPU) or at_hand in built_for.split(",") else f"this is {at_hand}"
 
 
 def _installed(name: str) -> dict[str, str]:
@@ -190,6 +213,8 @@ def availability(name: str) -> str | None:
     fault = buildable(name)
     if fault is None and name in ON_GPU and gpu() is None:
         return f"{name} runs on a CUDA GPU and torch finds none here; choose openvino or onnxruntime"
+    if fault is None and name in BY_BACKEND:
+        return lacking(BY_BACKEND[name])
     return fault
 
 
@@ -204,10 +229,11 @@ def buildable(name: str) -> str | None:
     if not found:
         return f"{name} is not installed; run `pip install {_DISTRIBUTIONS[name][0]}`"
     if len(found) > 1:
-        both = " ".join(found)
+        own, other = _DISTRIBUTIONS[name]
+        both = sorted(found)
         return (
-            f"{' and '.join(found)} are installed together and overwrite each other's files; "
-            f"run `pip uninstall -y {both} && pip install {name}` (or install the -gpu one instead)"
+            f"{' and '.join(both)} are installed together and overwrite each other's files; "
+            f"run `pip uninstall -y {' '.join(both)} && pip install {own}` (or install {other} instead)"
         )
     try:
         importlib.import_module(_MODULES[name])
@@ -222,7 +248,7 @@ def choose(engine: str, built: Collection[str]) -> Choice:
 
     Args:
         engine: "auto" or a backend. "auto" takes the first of openvino, onnxruntime, eager that is built and can run;
-            on a CUDA GPU TensorRT before them.
+            on a CUDA GPU TensorRT, then ONNX Runtime's CUDA provider, before them.
         built: the backends there are graphs for. Eager needs none.
 
     Raises:
@@ -247,7 +273,7 @@ def choose(engine: str, built: Collection[str]) -> Choice:
 def _first_that_runs(built: Collection[str]) -> Choice:
     passed_over: list[str] = []
     on_gpu = gpu() is not None
-    for name in (*ON_GPU, *AUTO_ORDER) if on_gpu else AUTO_ORDER:
+    for name in AUTO_ON_GPU if on_gpu else AUTO_ORDER:
         fault = "not built" if name != "eager" and name not in built else availability(name)
         if fault is None:
             because = "the first choice on a " + ("GPU" if on_gpu else "CPU")
@@ -259,13 +285,19 @@ def _first_that_runs(built: Collection[str]) -> Choice:
 
 
 def open_engine(
-    backend: str, network: Network, path: Path, hint: str | None = None, bounds: Sequence[Bounds] = ()
+    backend: str,
+    network: Network,
+    path: Path,
+    hint: str | None = None,
+    bounds: Sequence[Bounds] = (),
+    cache: Path | None = None,
 ) -> Engine:
     """Open the graph at `path` on `backend`. A .pt2 holds native code: its digest must have been verified before.
 
     Args:
         hint: OpenVINO's precision hint; None stands for "f32".
         bounds: the sizes that it was built for, as in `Engine`.
+        cache: for ONNX Runtime's TensorRT, as in `OrtEngine`.
 
     Raises:
         EngineError: the backend is unknown, cannot run here or cannot read the graph.
@@ -273,10 +305,10 @@ def open_engine(
     fault = availability(backend)
     if fault is not None:
         raise EngineError(f"engine {backend!r}: {fault}")
-    if backend == "onnxruntime":
+    if backend in BY_BACKEND:
         from engines.ort import OrtEngine
 
-        return OrtEngine(network, path, bounds)
+        return OrtEngine(network, path, bounds, BY_BACKEND[backend], cache)
     if backend == "openvino":
         from engines.ov import OvEngine
 
@@ -285,7 +317,7 @@ def open_engine(
         from engines.inductor import InductorEngine
 
         return InductorEngine(network, path, bounds)
-    if backend in ON_GPU:
+    if backend in TENSORRT:
         from engines.trt import TrtEngine
 
         return TrtEngine(network, path, bounds, backend)

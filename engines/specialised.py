@@ -8,7 +8,7 @@ from typing import Any
 
 from engines.variant import Bounds
 
-__all__ = ["Specialised"]
+__all__ = ["Specialised", "one_size"]
 
 
 class Specialised:
@@ -20,7 +20,7 @@ class Specialised:
     """
 
     def __init__(self, bounds: Sequence[Bounds], opener: Callable[[Mapping[str, int] | None], Any]) -> None:
-        self._fixed = [_one_size(one) for one in bounds]
+        self._fixed = [one_size(one) for one in bounds]
         self._opener = opener
         self._opened: dict[tuple[tuple[str, int], ...] | None, Any] = {}
         self._lock = threading.Lock()
@@ -43,7 +43,8 @@ class Specialised:
         self._opened.clear()
 
 
-def _one_size(bounds: Bounds) -> dict[str, int] | None:
+def one_size(bounds: Bounds) -> dict[str, int] | None:
+    """The size of each symbol where the bounds are of one size, else None."""
     if all(least == most for least, _, most in bounds.values()):
         return {symbol: least for symbol, (least, _, _) in bounds.items()}
     return None

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import threading
-from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,13 +12,13 @@ from torch import Tensor
 
 from engines.base import Engine
 from engines.contract import Network
+from engines.device import OnDevice
 from engines.errors import EngineError, InputError, reason
 from engines.trt_log import quiet_log
 from engines.variant import Bounds
 
 __all__ = ["TrtEngine"]
 
-GRAPHS = 8  # CUDA graphs kept, one a shape; the one used longest ago goes first
 _WARM_UP = 2  # runs before a capture: TensorRT allocates and compiles at the first ones
 
 
@@ -70,20 +68,12 @@ class TrtEngine(Engine):
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         kinds = {name: self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT for name in names}
         self.check_names([n for n in names if kinds[n]], [n for n in names if not kinds[n]])
-        self._stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._lock = threading.Lock()
+        self._device = OnDevice("cuda", self._capture)
         self._contexts: dict[int, Any] = {}
-        self._captured: OrderedDict[tuple[Any, ...], _Run] = OrderedDict()
 
     def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:
-        with self._lock, torch.no_grad(), torch.cuda.stream(self._stream):
-            run = self._run(profile or 0, inputs)
-            for name, tensor in inputs.items():
-                run.inputs[name].copy_(tensor, non_blocking=True)
-            run.replay()
-            # .cpu() waits for the stream; what is returned is the caller's own.
-            dtypes = {spec.name: getattr(torch, spec.dtype) for spec in self.network.outputs}
-            return {name: output.to(dtypes[name]).cpu() for name, output in run.outputs.items()}
+        dtypes = {spec.name: getattr(torch, spec.dtype) for spec in self.network.outputs}
+        return self._device.run(profile, inputs, dtypes)
 
     def refit_impl(self, weights: Mapping[str, Tensor]) -> None:
         """Replace weights in place; every captured graph is dropped.
@@ -93,7 +83,7 @@ class TrtEngine(Engine):
             EngineError: TensorRT refuses them; the engine is closed, since it is neither the old one nor the new.
         """
         trt = self._trt
-        with self._lock, torch.cuda.stream(self._stream):
+        with self._device.turn():
             refitter = trt.Refitter(self._engine, self._log)
             known = set(refitter.get_all_weights())
             unknown = sorted(set(weights) - known)
@@ -114,28 +104,19 @@ class TrtEngine(Engine):
                     raise EngineError(
                         f"{self.network.name}: {self.backend} refuses {name} ({self._log.fault()}); rebuild"
                     )
-            self._captured.clear()
+            self._device.clear()
             if not refitter.refit_cuda_engine():
                 self.close()
                 raise EngineError(f"{self.network.name}: {self.backend} cannot refit ({self._log.fault()}); rebuild")
 
-    def _run(self, profile: int, inputs: Mapping[str, Tensor]) -> _Run:
-        key = (profile, *(tuple(tensor.shape) for tensor in inputs.values()))
-        found = self._captured.get(key)
-        if found is None:
-            while len(self._captured) >= GRAPHS:
-                self._captured.popitem(last=False)
-            found = self._captured[key] = self._capture(profile, inputs)
-        self._captured.move_to_end(key)
-        return found
-
-    def _capture(self, profile: int, inputs: Mapping[str, Tensor]) -> _Run:
+    def _capture(self, bounds: int | None, inputs: Mapping[str, Tensor]) -> _Run:
+        profile, stream = bounds or 0, self._device.stream
         context = self._contexts.get(profile)
         if context is None:
             context = self._contexts[profile] = self._engine.create_execution_context()
             if context is None:
                 raise EngineError(f"{self.network.name}: {self.backend} has no memory for it ({self._log.fault()})")
-            context.set_optimization_profile_async(profile, self._stream.cuda_stream)
+            context.set_optimization_profile_async(profile, stream.cuda_stream)
         buffers = {
             name: torch.empty(tensor.shape, dtype=self._dtype(name), device="cuda") for name, tensor in inputs.items()
         }
@@ -147,14 +128,14 @@ class TrtEngine(Engine):
             )
             for spec in self.network.outputs
         }
-        return _Run(context, self._stream, buffers, outputs)
+        return _Run(context, stream, buffers, outputs)
 
     def _dtype(self, name: str) -> torch.dtype:
         return _TORCH_TYPES[self._engine.get_tensor_dtype(name).name]
 
     def close(self) -> None:
         """Free the engine and its buffers."""
-        self._captured.clear()
+        self._device.clear()
         self._contexts.clear()
         self._engine = None
         super().close()
@@ -168,6 +149,8 @@ _TORCH_TYPES = {
 
 class _Run:
     """One shape on one context: its buffers, and the CUDA graph over them, or plain runs where a capture fails."""
+
+    lasting = False  # the graph goes with the buffers
 
     def __init__(self, context: Any, stream: Any, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
         self.inputs = inputs

@@ -21,13 +21,14 @@ from typing import Any, Literal
 
 from engines.contract import NETWORKS, NetworkName
 from engines.errors import EngineError, InputError, reason
+from engines.select import ONNX
 from export.quiet import quiet
 
 __all__ = ["KINDS", "Kind", "graph_path", "write_layout"]
 
 LOG = logging.getLogger("smooth_rt")
 Kind = Literal["onnx", "openvino"]
-KINDS: dict[str, Kind] = {"onnxruntime": "onnx", "openvino": "openvino"}  # by backend
+KINDS: dict[str, Kind] = {**dict.fromkeys(ONNX, "onnx"), "openvino": "openvino"}  # by backend
 _GRAPHS: dict[Kind, str] = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}
 
 

@@ -14,6 +14,7 @@ from torch import nn
 from engines.contract import NetworkName
 from engines.errors import EngineError
 from engines.recipes import RECIPES
+from engines.select import ONNX
 from engines.staging import said_size
 from engines.variant import Order, Precision, Variant
 
@@ -24,8 +25,9 @@ _ON_DISK: dict[Precision, float] = {"fp32": 1.0, "fp16": 0.5, "bf16": 1.0, "int8
 # The memory that building and verifying a network adds at its largest, over the bytes of its weights in fp32. Measured:
 # docs/measurements, "Memory of a build". By backend, then by the precision of the graph; others are as fp32.
 _IN_TENSORRT: dict[Precision, float] = {"fp32": 3.5, "fp16": 3.0, "bf16": 3.0}
-_IN_MEMORY: dict[str, dict[Precision, float]] = {
-    "onnxruntime": {"fp32": 3.0, "fp16": 3.5, "int8": 9.5},
+_IN_ONNX: dict[Precision, float] = {"fp32": 3.0, "fp16": 3.5, "int8": 9.5}
+_IN_MEMORY: dict[str, Mapping[Precision, float]] = {
+    **dict.fromkeys(ONNX, _IN_ONNX),
     "openvino": {"fp32": 3.0, "int8": 3.5},
     "inductor": {"fp32": 4.5},
     "tensorrt": _IN_TENSORRT,

@@ -7,6 +7,7 @@ import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from torch import nn
 
@@ -14,7 +15,7 @@ from engines.contract import Dims, Network, NetworkName
 from engines.errors import EngineError, InputError
 from engines.inductor import package_of
 from engines.recipes import RECIPES
-from engines.select import ON_GPU, architecture, backend_version, gpu
+from engines.select import ONNX, TENSORRT, architecture, backend_version, gpu
 from engines.variant import LORA_MODES, Bounds, Order, Precision, Variant
 from export.to_int8 import Calibration
 from export.to_onnx import to_onnx
@@ -95,13 +96,14 @@ class Stages:
             what, kind = conversion
             size = "" if onnx is None else f" ({_layers(onnx):,} layers)"
             self._begin(f"{network.name}: {what} {variant.name}{size}", kind, network.name)
-        if variant.backend == "onnxruntime" and onnx is not None:
-            return self._as_onnx(network, precision, onnx, folder / "model.onnx")
+        if variant.backend in ONNX and onnx is not None:
+            take = _take if variant.backend == "onnxruntime" else shutil.copyfile
+            return self._as_onnx(network, precision, onnx, folder / "model.onnx", take)
         if variant.backend == "openvino" and onnx is not None:
             return self._as_openvino(network, precision, onnx, folder / "openvino_model.xml")
         if variant.backend == "inductor":
             return self._as_inductor(network, module, variant, precision, bounds, folder / "model.pt2")
-        if variant.backend in ON_GPU and onnx is not None:
+        if variant.backend in TENSORRT and onnx is not None:
             return self._as_tensorrt(network, variant, onnx, bounds, folder / "model.engine")
         raise EngineError(f"engine {variant.backend!r}: this version does not build it")
 
@@ -145,13 +147,16 @@ class Stages:
                 return folder
         return None
 
-    def _as_onnx(self, network: Network, precision: Precision, onnx: Path, path: Path) -> Graph:
+    def _as_onnx(
+        self, network: Network, precision: Precision, onnx: Path, path: Path, take: Callable[[Path, Path], Any]
+    ) -> Graph:
         if precision == "int8":
             from export.to_int8 import quantise_onnx
 
             return Graph(path, quantise_onnx(onnx, path, network, self._real(), self._within))
+        # The CPU's variant and a GPU's have one graph; weights of several links onnx would refuse.
         for part in onnx.parent.iterdir():
-            _take(part, path.parent / part.name)
+            take(part, path.parent / part.name)
         return Graph(path, {} if precision == "fp32" else {"fp32_islands": self._islands})
 
     def _as_openvino(self, network: Network, precision: Precision, onnx: Path, path: Path) -> Graph:
@@ -255,9 +260,9 @@ def _conversion(variant: Variant, precision: Precision) -> tuple[str, str] | Non
         return "quantise", "int8"
     if variant.backend == "inductor":
         return "compile", "inductor"
-    if variant.backend == "onnxruntime":
+    if variant.backend in ONNX:
         return None
-    return "convert to", "tensorrt" if variant.backend in ON_GPU else variant.backend
+    return "convert to", "tensorrt" if variant.backend in TENSORRT else variant.backend
 
 
 def _layers(onnx: Path) -> int:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from smooth_rt.lora import Lora
     from smooth_rt.model import Model
 
-__all__ = ["Built", "bisect_engines", "build_engines", "cache_root", "ensure_engines", "prove_engines"]
+__all__ = ["Built", "bisect_engines", "build_engines", "cache_root", "compiled", "ensure_engines", "prove_engines"]
 
 LOG = logging.getLogger("smooth_rt")
 Progress = Callable[[str, int, int], None]
@@ -51,6 +51,11 @@ def cache_root() -> Path:
     if not there.is_dir():
         raise InputError(f"SMOOTH_RT_CACHE={root}: {there} is not a folder; set SMOOTH_RT_CACHE to one")
     return root
+
+
+def compiled() -> Path:
+    """The folder of the cache for what providers of ONNX Runtime compile as an engine opens."""
+    return cache_root() / "compiled"
 
 
 def build_engines(
@@ -94,14 +99,14 @@ def ensure_engines(
         model: as `load_model` takes it, or a model as it returned it (the LoRA is then fused into its UNet).
         lora: None, or as `read_lora` takes or returns it.
         lora_strength: the factor that the LoRA is fused at; 1.0 is as trained.
-        backends: onnxruntime, openvino; eager needs no bundle.
+        backends: of `engines.BACKENDS`; eager needs no bundle.
         output: the bundle's folder. None: a folder of the cache that is named by what the bundle is made of.
         progress: called with stage, steps done and steps in all.
         precision: of the engines: "fp32", "fp16", "bf16" or "int8", as far as each backend has it.
         profiles: the requests that the engines shall take beside those that they are built for already; none stands
             for every size.
-        gpu_arch: for TensorRT, the architectures such as "sm80,sm89"; None is the GPU at hand, or with none at hand
-            every one that TensorRT for RTX supports.
+        gpu_arch: for TensorRT for RTX and ONNX Runtime on GPUs, the architectures such as "sm80,sm89"; None is the GPU
+            at hand, or with none at hand every one that the backend supports.
         lora_mode: "fused"; "refit": the engines are those of the base model, and the LoRA's weights are put into them
             when they are opened, at any strength; or "runtime": the strength is an input of the UNet's graph.
             `lora_strength` is of no account here with either.
@@ -164,6 +169,7 @@ def prove_engines(
     from engines.eager import torch_networks
     from export.prove import prove
 
+    bundle.caches = compiled()
     networks = torch_networks(model.text_encoder, model.unet, model.vae)
     return prove(bundle, networks, seed, progress, _apart(model))
 
@@ -222,11 +228,11 @@ def _lacking(
     there: Bundle | str, source: Source, variants: Sequence[Variant], profiles: Sequence[Profile], dims: Dims
 ) -> dict[Order, str]:
     """What has to be built, and why. A variant that was built for other profiles keeps those."""
-    from engines.select import ON_GPU
+    from engines.select import BOUNDED
     from engines.variant import Order, every_size, few_images, merged
 
     def wanted(variant: Variant) -> list[Profile]:
-        return list(profiles) or [few_images(dims) if variant.backend in ON_GPU else every_size(dims)]
+        return list(profiles) or [few_images(dims) if variant.backend in BOUNDED else every_size(dims)]
 
     if isinstance(there, str) or there.misfit(source) is not None:
         fault = there if isinstance(there, str) else str(there.misfit(source))

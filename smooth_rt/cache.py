@@ -6,14 +6,14 @@ import logging
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from engines.bundle import Bundle
-from engines.select import PORTABLE
 from engines.staging import abandoned, foreign, said_size
-from smooth_rt.build import cache_root
+from smooth_rt.build import cache_root, compiled
 from smooth_rt.errors import BundleError, EngineError, InputError, SmoothRTError
 
 __all__ = ["Entry", "examine", "find", "limit", "list_bundles", "make_room", "parse_size", "prune", "used"]
@@ -67,7 +67,7 @@ def examine(path: Path, verify: bool = True) -> Entry:
     fault = None
     for built in bundle.variants:
         try:
-            fault = fault or bundle.stale(built, elsewhere=built.variant.architecture.startswith(("sm", PORTABLE)))
+            fault = fault or bundle.stale(built, elsewhere=not built.variant.architecture.startswith("cpu-"))
         except EngineError as error:
             fault = fault or str(error)
     return Entry(path, size, bundle, fault)
@@ -98,7 +98,20 @@ def prune(root: Path | None = None, every: bool = False) -> list[Entry]:
                 refused.append(f"{entry.path}: cannot be removed ({error.strerror}); remove it by hand")
     if refused:
         raise SmoothRTError("; ".join(refused))
+    if root is None:
+        _forget_compiled(list_bundles())
     return removed
+
+
+def _forget_compiled(entries: Sequence[Entry]) -> None:
+    """Remove what ONNX Runtime's providers compiled for engines of no bundle in the cache. A bundle elsewhere has it
+    compiled again."""
+    bundles = [entry.bundle for entry in entries if entry.bundle is not None]
+    keys = {record.key for bundle in bundles for built in bundle.variants for record in built.engines}
+    folder = compiled()
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.partition("-")[0] not in keys:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def parse_size(text: str, name: str) -> int:

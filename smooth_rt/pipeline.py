@@ -19,9 +19,10 @@ from engines.bundle import Bundle
 from engines.contract import LORA_STRENGTH, NETWORKS, Dims, NetworkName, contract
 from engines.eager import EagerEngine, torch_networks
 from engines.lora import LORA_FILE, LoraWeights
+from engines.providers import joined
 from engines.recipes import RECIPES, check_precision
 from engines.runtime_lora import RuntimeUnet
-from engines.select import BACKENDS, Choice, check_lora_mode, choose
+from engines.select import BACKENDS, BOUNDED, Choice, check_lora_mode, choose
 from smooth_rt.errors import EngineError, InputError, SmoothRTError
 from smooth_rt.images import ImageLike, Images, OutputType, read, to_images
 from smooth_rt.lora import fused_with, lora_weights
@@ -73,7 +74,7 @@ class SmoothPipeline:
         size: height and width in pixels of a request that names none; None is the size that the model was trained at.
         batch_size: images in one call of a network (both halves of guidance go along), or "auto": CELLS_PER_CALL.
 
-    Attributes: `engine` is the backend that really runs ("eager", "onnxruntime", "openvino"), `reason` why that one,
+    Attributes: `engine` is the backend that really runs ("eager", "onnxruntime-cuda"), `reason` why that one,
     `precision` that of its engines, `bundle` what they are from (None for eager), `digests` what tells the weights that
     run from others, the LoRA and its strength among them, `evaluations` those of the UNet so far, by kind, a row of a
     call each; `dims`, `source`, `size` and `batch_size` are as given.
@@ -125,6 +126,7 @@ class SmoothPipeline:
         lora_mode: str = "fused",
         progress: Callable[[str, int, int], None] | None = None,
         config: str | Path | None = None,
+        provider: str | None = None,
     ) -> Self:
         """Load a model, fuse a Smooth-LoRA, and open it on an engine, which is built into the cache when needed.
 
@@ -133,14 +135,16 @@ class SmoothPipeline:
                 `load_model` returned, into whose UNet the LoRA is then fused.
             lora: None, "default" (shipped, for the default model), a file, a folder or a hub id.
             lora_strength: the factor that the LoRA is fused at; 1 is as trained.
-            engine: "eager", "onnxruntime", "openvino", or "auto": the first of openvino, onnxruntime, eager that can
-                run; logged.
+            engine: one of `engines.BACKENDS`, or "auto": the first of openvino, onnxruntime, eager that can run, on a
+                GPU tensorrt, tensorrt-rtx and onnxruntime-cuda before them; logged.
             batch_size: see the class.
             precision: of the engines: "fp32", or what else the backend is built in ("fp16", "bf16", "int8").
             lora_mode: "fused"; or "runtime" or "refit", with which `set_lora_strength` changes the LoRA's strength: at
                 once and for a few more computations in each step, or by opening the engine anew.
             progress: called as `progress(stage, done, total)` while engines are built.
             config: for a single-file checkpoint, as in `load_model`.
+            provider: of ONNX Runtime: "cpu", "cuda", "tensorrt" or "tensorrt-rtx"; the engine is then
+                "onnxruntime-cuda" and so on, which may be named as well.
 
         Raises:
             InputError: an option is out of its range; said before the model is loaded.
@@ -151,6 +155,7 @@ class SmoothPipeline:
         (model,) = (model,) if isinstance(model, Model) else check(model=model)
         lora, lora_strength, config = check(lora=lora, lora_strength=lora_strength, config=config)
         engine, batch_size, precision = check(engine=engine, batch_size=batch_size, precision=precision)
+        engine = joined(engine, provider)
         choice = choose(engine, [name for name in BACKENDS if precision in RECIPES[name]])
         check_precision(choice.backend, precision)
         if lora_mode != "fused":
@@ -178,6 +183,7 @@ class SmoothPipeline:
         precision: str | None = None,
         lora_strength: float = 1.0,
         lora_mode: str | None = None,
+        provider: str | None = None,
     ) -> Self:
         """Open a bundle that `smooth-rt build-engine` wrote.
 
@@ -189,6 +195,7 @@ class SmoothPipeline:
             precision: of the engines; None is the most exact that the bundle has for the backend.
             lora_strength: of a bundle whose LoRA is set at run time; see `set_lora_strength`.
             lora_mode: "refit" or "runtime", of a bundle that has both; None is the one that was built first.
+            provider: as in `from_pretrained`.
 
         Raises:
             InputError: an option is out of its range.
@@ -199,7 +206,7 @@ class SmoothPipeline:
         (lora_strength,) = check(lora_strength=lora_strength)
         precision, lora_mode = check(precision=precision, lora_mode=lora_mode)
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(*check(bundle=bundle)))
-        choice = choose(engine, opened.backends)
+        choice = choose(joined(engine, provider), opened.backends)
         if choice.backend != "eager":
             return cls._open(opened, choice, batch_size, precision, lora_strength, lora_mode)
         return cls._eager(reopen_model(opened, config), choice, batch_size, lora_strength)
@@ -216,6 +223,10 @@ class SmoothPipeline:
     ) -> Self:
         config = read_config(bundle.config)
         built = bundle.find(choice.backend, cast("Precision | None", precision), cast("LoraMode | None", lora_mode))
+        if choice.backend in BOUNDED:
+            from smooth_rt.build import compiled
+
+            bundle.caches = compiled()
         engines = {name: bundle.open_network(name, built) for name in NETWORKS}
         size = built.profiles[0].height.opt, built.profiles[0].width.opt
         named: dict[str, Any] = {"source": bundle.source.model, "choice": choice, "batch_size": batch_size}

@@ -38,6 +38,13 @@ def build_engine(
     backend: Annotated[
         str, typer.Option(help="Comma-separated: onnxruntime (or onnx), openvino, inductor, tensorrt, tensorrt-rtx.")
     ] = "onnxruntime,openvino",
+    provider: Annotated[
+        str | None,
+        typer.Option(
+            help="Of onnxruntime: cpu, cuda, tensorrt or tensorrt-rtx. `--backend onnxruntime-cuda` says the same.",
+            show_default=False,
+        ),
+    ] = None,
     precision: Annotated[
         str, typer.Option(help="Of the graphs: fp32, fp16, bf16 or int8; int8 is calibrated on runs of the model.")
     ] = "fp32",
@@ -68,7 +75,8 @@ def build_engine(
         str | None,
         typer.Option(
             metavar="sm80,sm89",
-            help="For tensorrt-rtx: built ahead of time for these. Left out: the GPU at hand, or else every RTX GPU.",
+            help="For tensorrt-rtx and onnxruntime's providers: built ahead of time for these. Left out: the GPU at "
+            "hand, or else every one that it supports.",
             show_default=False,
         ),
     ] = None,
@@ -83,7 +91,7 @@ def build_engine(
     ] = None,
 ) -> dict[str, Any]:
     """Export every network, compare it with PyTorch and write a bundle of engines."""
-    backends = list(dict.fromkeys("onnxruntime" if name == "onnx" else name for name in listed(backend)))
+    backends = _backends(backend, provider)
     from smooth_rt.build import ensure_engines
     from smooth_rt.calibration import read_prompts
 
@@ -125,6 +133,20 @@ def build_engine(
         "seconds": watch.seconds,
         "parity": parity,
     }
+
+
+def _backends(backend: str, provider: str | None) -> list[str]:
+    """The backends of --backend, onnxruntime among them on --provider; onnx is another name of onnxruntime.
+
+    Raises:
+        InputError: there is no such provider, or onnxruntime is not among them.
+    """
+    from engines.providers import joined
+
+    names = ["onnxruntime" if name == "onnx" else name for name in listed(backend)]
+    if provider is not None and "onnxruntime" not in names:
+        raise InputError(f"--provider={provider}: is one of onnxruntime's; name it with --backend")
+    return list(dict.fromkeys(joined(name, provider) if name == "onnxruntime" else name for name in names))
 
 
 def read_profiles(batch: Sequence[str], height: Sequence[str], width: Sequence[str]) -> list[Profile]:

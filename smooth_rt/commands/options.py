@@ -68,7 +68,16 @@ class ModelOptions(OutputOptions):
 class RunOptions(ModelOptions):
     """Which engine, and how it samples."""
 
-    engine: Annotated[str, typer.Option(help="auto, eager, onnxruntime or openvino.")] = "auto"
+    engine: Annotated[
+        str, typer.Option(help="auto, eager, onnxruntime, openvino, inductor, tensorrt or tensorrt-rtx.")
+    ] = "auto"
+    provider: Annotated[
+        str | None,
+        typer.Option(
+            help="Of onnxruntime: cpu, cuda, tensorrt or tensorrt-rtx. `--engine onnxruntime-cuda` says the same.",
+            show_default=False,
+        ),
+    ] = None
     engines: Annotated[
         Path | None,
         typer.Option(

@@ -110,6 +110,7 @@ def open_pipeline(options: RunOptions) -> SmoothPipeline:
             config=options.model_config,
             precision=options.precision,
             lora_strength=options.lora_strength,
+            provider=options.provider,
         )
     model = opened_model(options)
     _check_fit(options, model.config(), model.dims)
@@ -121,6 +122,7 @@ def open_pipeline(options: RunOptions) -> SmoothPipeline:
             options.engine,
             precision=options.precision or "fp32",
             progress=progress,
+            provider=options.provider,
         )
 
 

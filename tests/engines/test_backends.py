@@ -168,11 +168,6 @@ def test_an_operator_that_nobody_knows(kind: Any, network: Network, write_graph:
     assert "Frobnicate" in str(caught.value)
 
 
-def test_a_provider_that_is_not_there(network: Network, write_graph: Any, tmp_path: Path) -> None:
-    with pytest.raises(EngineError, match=r"has no NoSuchProvider; it has .*CPUExecutionProvider"):
-        OrtEngine(network, write_graph(tmp_path / "graph.onnx"), (), ["NoSuchProvider"])
-
-
 @pytest.mark.parametrize("hint", ["f32", "bf16"])
 def test_openvino_is_always_told_its_precision(
     monkeypatch: pytest.MonkeyPatch, network: Network, write_graph: Any, tmp_path: Path,

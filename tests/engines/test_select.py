@@ -41,7 +41,7 @@ def test_an_unknown_backend_is_named_with_the_known_ones(name: str) -> None:
         availability(name)
 
 
-@pytest.mark.parametrize("name", select.ON_GPU)
+@pytest.mark.parametrize("name", select.TENSORRT)
 def test_tensorrt_without_a_gpu(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch, name: str) -> None:
     installed[name] = "11.0"
     real = importlib.import_module

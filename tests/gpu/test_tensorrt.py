@@ -13,12 +13,13 @@ import pytest
 import torch
 
 from engines.contract import LORA_STRENGTH, NETWORKS, Network, contract
+from engines.device import SHAPES
 from engines.eager import torch_networks
 from engines.errors import EngineError
 from engines.lora import LoraWeights
 from engines.runtime_lora import RuntimeUnet
-from engines.select import ON_GPU, buildable, gpu
-from engines.trt import GRAPHS, TrtEngine
+from engines.select import TENSORRT, buildable, gpu
+from engines.trt import TrtEngine
 from engines.variant import Bounds, Place
 from export.graphs import Case, cases, random_inputs
 from export.to_onnx import to_onnx
@@ -33,7 +34,7 @@ pytestmark = [
 ]
 
 
-@pytest.fixture(scope="module", params=ON_GPU)
+@pytest.fixture(scope="module", params=TENSORRT)
 def backend(request: pytest.FixtureRequest) -> str:
     fault = buildable(request.param)
     if fault is not None:
@@ -84,7 +85,7 @@ def test_outputs_are_the_callers_own_and_shapes_take_turns(backend: str, model: 
             for w in (8, 12, 16)
             for b in (1, 2, 3, 4)
         ]
-        assert len(inputs) > GRAPHS
+        assert len(inputs) > SHAPES
         first = [engine.infer(**one)["sample"].clone() for one in inputs]
         kept = engine.infer(**inputs[0])["sample"]
         second = [engine.infer(**one)["sample"] for one in inputs]
