@@ -25,19 +25,20 @@ from torch import Tensor, nn
 
 from bench.environment import busy, environment
 from bench.floor import count_flop, matrix_rates
+from bench.subject import sd15
 from engines.base import Engine
 from engines.contract import Dims, Network, contract
 from engines.eager import EagerEngine, Unet
 from engines.recipes import RECIPES
-from engines.select import open_engine
+from engines.select import gpu, open_engine
 from engines.variant import Bounds
 from export.graphs import Case, random_inputs
 from export.to_int8 import quantise_at
 from export.to_onnx import to_onnx
 from export.to_openvino import to_openvino
-from smooth_rt.errors import InputError
+from smooth_rt.errors import EngineError, InputError
 
-__all__ = ["CANDIDATES", "Row", "main", "measure"]
+__all__ = ["CANDIDATES", "Row", "main", "measure", "work_folder"]
 
 PEER = "diffusers, eager fp32"
 # What is timed: the name, the backend, the precision, and whether the size is fixed.
@@ -76,7 +77,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     warning = busy(here)
     if warning:
         console.print(f"[yellow]warning:[/yellow] {warning}", soft_wrap=True)
-    with _folder(options.work) as work, console.status("starting") as status:
+    with work_folder(options.work) as work, console.status("starting") as status:
         rows, facts = measure(options, work, lambda words: status.update(words))
     _print(rows, facts, options)
     if options.output is not None:
@@ -100,16 +101,28 @@ def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None])
     wanted = peer.infer(**inputs)["noise_pred"]
     seconds = {PEER: _timed(peer, inputs, options.repeats)}
     graphs = _graphs(module, network, dims, work, options, say)
+    candidates = CANDIDATES
+    left_out: list[str] = []
+    if gpu() is not None:
+        on_gpu, left_out = _on_gpu(module, dims, work, options, say)
+        graphs |= {f"{backend} {precision}": path for backend, precision, path in on_gpu.values()}
+        candidates = CANDIDATES | {name: (backend, exact, True) for name, (backend, exact, _) in on_gpu.items()}
     found: list[Row] = []
-    for name, (backend, precision, fixed) in CANDIDATES.items():
+    for name, (backend, precision, fixed) in candidates.items():
         say(f"times of {name}")
         recipe = RECIPES[backend][precision]["unet"]  # type: ignore[index]
         bounds: list[Bounds] = [{"batch": (rows,) * 3, "height": (side,) * 3, "width": (side,) * 3}] if fixed else []
         started = time.perf_counter()
-        with open_engine(backend, network, graphs[f"{backend} {precision}"], recipe.hint, bounds) as engine:
-            opened = time.perf_counter() - started
-            got = engine.infer(**inputs)["noise_pred"]
-            times = _timed(engine, inputs, options.repeats)
+        try:
+            with open_engine(backend, network, graphs[f"{backend} {precision}"], recipe.hint, bounds) as engine:
+                opened = time.perf_counter() - started
+                got = engine.infer(**inputs)["noise_pred"]
+                times = _timed(engine, inputs, options.repeats)
+        except EngineError as fault:
+            if name in CANDIDATES:
+                raise
+            left_out.append(f"{name} is left out: {fault}")  # such as TensorRT for RTX on a GPU that it does not know
+            continue
         error = float((got - wanted).norm() / wanted.norm())
         found.append(Row(name, sorted(times)[len(times) // 2], min(times), 0.0, error, opened))
         gc.collect()
@@ -130,6 +143,7 @@ def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None])
         "side": options.side,
         "model": options.model,
         "int8_rung": options.rung,
+        "left_out": left_out,
     }
     return [*peers, *scored], facts
 
@@ -162,22 +176,34 @@ def _graphs(
     return {"onnxruntime fp32": onnx, "openvino fp32": fp32, "openvino bf16": fp32, "openvino int8": int8}
 
 
+def _on_gpu(
+    module: nn.Module, dims: Dims, work: Path, options: argparse.Namespace, say: Callable[[str], None]
+) -> tuple[dict[str, tuple[str, str, Path]], list[str]]:
+    """By name, the backend, the precision and the graph of what runs on the GPU; a line for what does not."""
+    from bench import gpu as bench_gpu
+
+    able, left_out = bench_gpu.runnable(bench_gpu.CANDIDATES)
+    sizes = argparse.Namespace(batch_sizes=(options.batch_size,), side=options.side)
+    subject = bench_gpu.Subject({"unet": module}, dims, None)
+    found: dict[str, tuple[str, str, Path]] = {}
+    for name, (backend, precision) in able.items():
+        say(f"build of {name}")
+        try:
+            path = bench_gpu.built(backend, precision, subject, "unet", sizes, work / name.replace(" ", "-"))
+            found[f"{name}, one size"] = (backend, precision, path)
+        except EngineError as error:
+            left_out.append(f"{name} is left out: {error}")
+    return found, left_out
+
+
 def _unet(model: str) -> tuple[nn.Module, Dims]:
     from smooth_rt.model import load_model
 
     if model != "sd15":
         loaded = load_model(model)
         return Unet(loaded.unet).eval(), loaded.dims
-    from diffusers import UNet2DConditionModel
-
-    from bench.training import SD15
-
-    torch.manual_seed(0)
-    dims = Dims(
-        tokens=77, text_width=768, vocabulary=49408, latent_channels=4, image_channels=3, vae_factor=8,
-        latent_multiple=8, sample_size=64,
-    )  # fmt: skip
-    return Unet(UNet2DConditionModel(**SD15, sample_size=64).requires_grad_(False)).eval(), dims
+    modules, dims = sd15()
+    return modules["unet"], dims
 
 
 def _timed(engine: Engine, inputs: dict[str, Tensor], repeats: int) -> list[float]:
@@ -191,7 +217,8 @@ def _timed(engine: Engine, inputs: dict[str, Tensor], repeats: int) -> list[floa
 
 
 @contextmanager
-def _folder(work: Path | None) -> Iterator[Path]:
+def work_folder(work: Path | None) -> Iterator[Path]:
+    """A folder for graphs: the one that is named, which stays, or one for the time being."""
     if work is not None:
         work.mkdir(parents=True, exist_ok=True)
         yield work
@@ -241,6 +268,8 @@ def _print(rows: Sequence[Row], facts: dict[str, Any], options: argparse.Namespa
         )
     Console(width=120).print(table)
     rate, library = facts["matrix_rate_gflop_per_s"], facts["matrix_rate_library"]
+    for line in facts["left_out"]:
+        print(line)
     print(f"fp32 floor {facts['floor_s']:.4g} s: counted FLOPs over {rate:.0f} GFLOP/s ({library})")
 
 

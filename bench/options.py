@@ -11,7 +11,7 @@ from typing import NoReturn
 from smooth_rt.errors import InputError
 from smooth_rt.ranges import MOST_IMAGES, check, check_text, seeds_from
 
-__all__ = ["Options", "Parser", "parse"]
+__all__ = ["Options", "Parser", "batch_sizes", "parse"]
 
 PROMPT = "red apple on blue background"
 
@@ -86,7 +86,9 @@ def _parser() -> argparse.ArgumentParser:
         "--engine", dest="engines", type=_names, metavar="E[,E…]",
         help="of auto, eager, onnxruntime, openvino (default: all that can run here)",
     )  # fmt: skip
-    parser.add_argument("--batch-sizes", "--batch-size", type=_sizes, metavar="N[,N…]", help="images; default: 1,4,16")
+    parser.add_argument(
+        "--batch-sizes", "--batch-size", type=batch_sizes, metavar="N[,N…]", help="images; default: 1,4,16"
+    )
     parser.add_argument("--num-inference-steps", dest="steps", type=int, help="DDIM steps; default: 50")
     parser.add_argument("--guidance-scale", type=float, default=7.5, help="default: 7.5")
     parser.add_argument("--frames", type=int, help="of the morph; default: 24")
@@ -113,7 +115,8 @@ def _names(text: str) -> tuple[str, ...]:
     return names
 
 
-def _sizes(text: str) -> tuple[int, ...]:
+def batch_sizes(text: str) -> tuple[int, ...]:
+    """The numbers of a comma-separated list, each once, rising; argparse says what is wrong with one."""
     try:
         sizes = sorted({int(size) for size in text.split(",")})
     except ValueError:

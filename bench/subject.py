@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import nn
 
 from engines.base import Engine
 from engines.bundle import Bundle
-from engines.contract import NETWORKS, NetworkName, contract
-from engines.eager import EagerEngine, torch_networks
+from engines.contract import NETWORKS, Dims, NetworkName, contract
+from engines.eager import EagerEngine, Unet, VaeDecoder, torch_networks
 from engines.recipes import RECIPES
 from engines.select import BACKENDS, ON_GPU, Choice, availability, check_backend, choose, gpu
 from smooth_rt.build import build_engines
@@ -19,7 +20,7 @@ from smooth_rt.lora import fuse, fused_with, read_lora
 from smooth_rt.model import Model
 from smooth_rt.pipeline import SmoothPipeline
 
-__all__ = ["Subject", "open_subject", "resolve_engines"]
+__all__ = ["Subject", "open_subject", "resolve_engines", "sd15"]
 
 
 @dataclass(frozen=True)
@@ -107,3 +108,22 @@ def open_subject(
         fuse(model.unet, adapter, lora_strength)
     modules = torch_networks(model.text_encoder, model.unet, model.vae)
     return Subject(model, modules, bundle, tuple(distinct.values()))
+
+
+def sd15() -> tuple[dict[NetworkName, nn.Module], Dims]:
+    """Stable Diffusion 1.5's UNet and VAE decoder at full size with random weights, and its sizes."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+
+    from bench.training import SD15
+
+    torch.manual_seed(0)
+    dims = Dims(
+        tokens=77, text_width=768, vocabulary=49408, latent_channels=4, image_channels=3, vae_factor=8,
+        latent_multiple=8, sample_size=64,
+    )  # fmt: skip
+    unet = UNet2DConditionModel(**SD15, sample_size=64).requires_grad_(False)
+    blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}
+    vae = AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512), layers_per_block=2, latent_channels=4, sample_size=512, **blocks
+    ).requires_grad_(False)
+    return {"unet": Unet(unet).eval(), "vae_decoder": VaeDecoder(vae).eval()}, dims

@@ -206,7 +206,7 @@ def open_session(provider: str, path: Path, options: Any, chosen: Mapping[str, s
 
 
 _MENDS = {
-    "cuda": "install CUDA and cuDNN of the versions it was built with, or `pip install 'onnxruntime-gpu[cuda,cudnn]'`",
+    "cuda": "install a torch for the CUDA that onnxruntime-gpu was built with, whose libraries serve both",
     "tensorrt": "install the TensorRT it was built with (`pip install 'tensorrt<11'`), or choose the provider cuda",
     "tensorrt-rtx": "choose the provider cuda, or an engine for the CPU",
 }

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import engines, starts
+from bench import engines, gpu, starts
 from smooth_rt import cli
 
 
@@ -17,6 +19,8 @@ from smooth_rt import cli
         (["engines", "--repeats", "0"], "--repeats=0: give a whole number of at least 1"),
         (["engines", "--rung", "x"], "bench: argument --rung: invalid int value: 'x'; see --help"),
         (["engines", "--model", "nothing/here.safetensors"], "nothing/here.safetensors: no such folder or file"),
+        (["gpu", "--repeats", "0"], "--repeats=0: give a whole number of at least 1"),
+        (["gpu", "--batch-sizes", "0"], "bench: argument --batch-sizes: '0' is not a list of whole numbers"),
         (["starts", "--num-inference-steps", "0"], "--num-inference-steps=0: give a whole number of at least 1"),
     ],
 )
@@ -24,6 +28,38 @@ def test_what_is_refused_in_a_line(arguments: list[str], said: str, capsys: pyte
     assert cli.main(["bench", *arguments]) == 2
     heard = capsys.readouterr().err.strip().splitlines()[-1]
     assert heard.startswith(f"error: {said}")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_gpu_is_asked_for_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["bench", "gpu"]) == 2
+    heard = capsys.readouterr().err.strip().splitlines()[-1]
+    assert heard == (
+        "error: bench gpu: torch finds no CUDA GPU here; run it where there is one, or `bench engines` here"
+    )
+    able, left_out = gpu.runnable(gpu.CANDIDATES)
+    # inductor runs on a processor too.
+    assert set(able) == {"inductor fp16"}
+    assert len(left_out) == len(gpu.CANDIDATES) - 1
+
+
+@pytest.mark.slow
+def test_whole_samplings_are_timed_and_compared(tiny_model: Path, tmp_path: Path) -> None:
+    """What runs on a GPU, on the CPU: the same loop, pipeline, peers and table."""
+    options = argparse.Namespace(model=str(tiny_model), side=16, batch_sizes=(1, 2), steps=2, repeats=1)
+    subject = gpu._subject(str(tiny_model))
+    rows, facts = gpu.measure(
+        subject, {"on the cpu": ("onnxruntime", "fp32")}, options, tmp_path, "cpu", lambda _: None
+    )
+    assert [(row.name, row.batch) for row in rows] == [
+        (name, batch) for name in ("eager fp32", "eager fp16", "on the cpu") for batch in (1, 2)
+    ]
+    by_name = {row.name: row for row in rows}
+    assert (by_name["eager fp32"].error, by_name["on the cpu"].fault) == (0.0, None)
+    assert by_name["on the cpu"].error < 1e-3  # type: ignore[operator]
+    assert 0 < by_name["eager fp16"].error < 0.2  # type: ignore[operator]
+    assert facts["tflop_an_image"] > 0
+    gpu._print(rows, {**facts, "floor_s_measured": 1.0}, options)
 
 
 @pytest.mark.slow
