@@ -17,12 +17,13 @@ from smooth_rt.errors import InputError
 from smooth_rt.evaluation import examples
 from smooth_rt.model import load_model
 from smooth_rt.pipeline import SmoothPipeline
+from smooth_rt.tasks.inversion import METHODS
 
 __all__ = ["Demo", "Settings", "run_demo"]
 
 Progress = Callable[[str, int, int], None]
 
-SMALL = Settings(frames=5, num_inference_steps=6)
+SMALL = Settings(frames=5, num_inference_steps=6, null_text_steps=3)
 
 
 @dataclass(frozen=True)
@@ -82,7 +83,7 @@ def run_demo(
     for variant, found in built.items():
         for engine in engines:
             with SmoothPipeline.from_engines(found.bundle, engine) as pipe:
-                outcomes.append(_jobs(pipe, variant, scene, settings, report_progress))
+                outcomes.append(_jobs(pipe, variant, scene, settings, report_progress, engine == engines[0]))
     rows = measure(outcomes, scene)
     page = describe(outcomes, scene, rows, settings, command(output, model, lora, small))
     # The page holds the command that made it, and that a path, which need not be UTF-8.
@@ -117,15 +118,18 @@ def _scene(model: str, built: Built, engine: str, settings: Settings) -> Scene:
     return Scene((made[0], made[1]), captions, captions[0], (EditScene(made[0], *captions),))
 
 
-def _jobs(pipe: SmoothPipeline, variant: str, scene: Scene, settings: Settings, progress: Progress) -> Outcome:
+def _jobs(
+    pipe: SmoothPipeline, variant: str, scene: Scene, settings: Settings, progress: Progress, first: bool
+) -> Outcome:
     outcome = Outcome(variant, pipe.engine)
     steps = settings.num_inference_steps
+    fitted = METHODS["null-text"].walks * settings.null_text_steps if first else 0
     done = 0
 
     def on_step(*_: Any) -> None:
         nonlocal done
         done += 1
-        progress(f"{variant} on {pipe.engine}", done, 7 * steps)
+        progress(f"{variant} on {pipe.engine}", done, 7 * steps + fitted)
 
     def timed(name: str, job: Callable[[], Any]) -> None:
         began = time.perf_counter()
@@ -139,6 +143,20 @@ def _jobs(pipe: SmoothPipeline, variant: str, scene: Scene, settings: Settings, 
         "images",
         lambda: pipe.interpolate(list(scene.captions), list(scene.images), frames=settings.frames, **common),
     )
+    if first:
+        timed(
+            "null-text",
+            lambda: pipe.interpolate(
+                list(scene.captions),
+                list(scene.images),
+                method="null-text",
+                frames=settings.frames,
+                num_inference_steps=settings.null_text_steps,
+                guidance_scale=scene.guidance_scale,
+                keep=False,
+                callback_on_step_end=on_step,
+            ),
+        )
     timed(
         "seeds",
         lambda: pipe.interpolate(

@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 LIBRARIES = ("torch", "diffusers", "transformers", "onnx", "onnxruntime", "openvino", "numpy", "pillow")
-MORPHS = {"images": "Two images", "seeds": "Two seeds"}
+MORPHS = {"images": "Two images", "null-text": "The same two by null-text inversion", "seeds": "Two seeds"}
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class Settings:
 
     frames: int = 16
     num_inference_steps: int = 25
+    null_text_steps: int = 15  # of the morph by null-text inversion, whose every step takes up to ten gradients
     seeds: tuple[int, int] = (3, 5)
     edit_strength: float = 0.8
 
@@ -71,7 +72,11 @@ class Scene:
 
 @dataclass
 class Outcome:
-    """What one variant computed on one engine, and the seconds of each job."""
+    """What one variant computed on one engine, and the seconds of each job.
+
+    The morph by null-text inversion is that of the first engine alone: the demo's engines have no gradients, so on
+    each it would be the same eager autograd's.
+    """
 
     variant: str
     engine: str
@@ -95,7 +100,7 @@ def measure(outcomes: Sequence[Outcome], scene: Scene) -> list[dict[str, Any]]:
                 "variant": outcome.variant,
                 "engine": outcome.engine,
                 "seconds": {name: round(value, 3) for name, value in outcome.seconds.items()},
-                "istd": {name: _smoothness(outcome.images[name]).istd for name in MORPHS},
+                "istd": {name: _smoothness(outcome.images[name]).istd for name in MORPHS if name in outcome.images},
                 "inversion_psnr_db": psnr(np.asarray(scene.images[0]), np.asarray(outcome.images["inversion"][0])),
                 "same_as": None if outcome is reference else reference.engine,
                 "same_as_psnr_db": None if outcome is reference or math.isinf(min(others)) else min(others),
@@ -106,12 +111,17 @@ def measure(outcomes: Sequence[Outcome], scene: Scene) -> list[dict[str, Any]]:
 
 def table(rows: Sequence[dict[str, Any]]) -> list[dict[str, str]]:
     """The rows of `measure` as the page and the terminal show them, in columns that fit both."""
+    jobs, morphs = (list(dict.fromkeys(name for row in rows for name in row[key])) for key in ("seconds", "istd"))
+
+    def number(values: dict[str, float], name: str, decimals: int) -> str:
+        return f"{values[name]:.{decimals}f}" if name in values else ""
+
     return [
         {
             "model": row["variant"],
             "engine": row["engine"],
-            **{f"{name} s": f"{value:.2f}" for name, value in row["seconds"].items()},
-            **{f"ISTD {name}": f"{value:.1f}" for name, value in row["istd"].items()},
+            **{f"{name} s": number(row["seconds"], name, 2) for name in jobs},
+            **{f"ISTD {name}": number(row["istd"], name, 1) for name in morphs},
             "PSNR dB": f"{row['inversion_psnr_db']:.2f}",
             "vs first engine": "" if row["same_as"] is None else _decibels(row["same_as_psnr_db"]),
         }
@@ -140,7 +150,7 @@ def media(outcomes: Sequence[Outcome], scene: Scene) -> dict[str, bytes]:
     files = {f"original-{i}.png": writers.encode_png(image) for i, image in enumerate(scene.images, 1)}
     files |= {f"edit-{i}-original.png": writers.encode_png(edit.image) for i, edit in enumerate(scene.edits, 1)}
     for variant, outcome in _shown(outcomes).items():
-        for name in MORPHS:
+        for name in (name for name in MORPHS if name in outcome.images):
             frames = outcome.images[name]
             files[f"morph-{name}-{variant}.png"] = writers.encode_png(writers.contact_sheet(frames, len(frames)))
             files[f"morph-{name}-{variant}.mp4"] = writers.encode_mp4(frames)
@@ -194,11 +204,14 @@ def describe(
     shown = _shown(outcomes)
     captions = {
         "images": f"“{scene.captions[0]}” to “{scene.captions[1]}”, both inverted first",
+        "null-text": f"guidance {scene.guidance_scale:g}; both share the embeddings that were fitted",
         "seeds": f"“{scene.prompt}”, seed {settings.seeds[0]} to seed {settings.seeds[1]}",
     }
     morphs = []
     for name, title in MORPHS.items():
-        frames = {variant: outcome.images[name] for variant, outcome in shown.items()}
+        frames = {variant: outcome.images[name] for variant, outcome in shown.items() if name in outcome.images}
+        if not frames:
+            continue
         scores = {variant: _smoothness(images) for variant, images in frames.items()}
         distances = {variant: score.distances[0] for variant, score in scores.items()}
         morphs.append(
@@ -220,7 +233,9 @@ def describe(
         f"{'with and without the Smooth-LoRA, ' if len(shown) > 1 else ''}on engines built on the spot "
         f"({', '.join(engines)}). The pictures are those of {engines[0]}; {settings.num_inference_steps} DDIM steps. "
         "Each ISTD here is that of one path, and paths differ much; smooth-rt evaluate istd takes a hundred, between "
-        "seeds. Paths between images run without guidance, as inversion does."
+        "seeds. Paths between images run without guidance, as inversion does; under guidance DDIM inversion "
+        "does not come back to its image, and null-text inversion does: an embedding a step is fitted for that, in "
+        f"{settings.null_text_steps} steps."
     )
     return report.Page(
         title="Smooth morphs on real engines",

@@ -19,7 +19,7 @@ from smooth_rt.demo_report import EditScene, Outcome, Scene, Settings, command, 
 from smooth_rt.errors import InputError
 from smooth_rt.lora import Lora, LoraLayer, write_lora
 
-TINY = Settings(frames=3, num_inference_steps=2)
+TINY = Settings(frames=3, num_inference_steps=2, null_text_steps=2)
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
 
 
@@ -46,6 +46,8 @@ def test_every_variant_on_every_engine(ran: tuple[demo.Demo, list[str], list[str
         ("base", "openvino"), ("base", "onnxruntime"), ("smooth", "openvino"), ("smooth", "onnxruntime"),
     ]  # fmt: skip
     assert all(row["seconds"][job] > 0 for row in rows for job in ("images", "seeds", "inversion", "edit"))
+    # Embeddings are fitted on the first engine alone.
+    assert [row["engine"] for row in rows if "null-text" in row["istd"]] == ["openvino", "openvino"]
     # The same seed on two engines: the images differ by rounding alone.
     others = [row for row in rows if row["engine"] == "onnxruntime"]
     assert all(row["same_as"] == "openvino" for row in others)
@@ -65,7 +67,7 @@ def test_files_are_whole(ran: tuple[demo.Demo, list[str], list[str]]) -> None:
     assert made.page.name == "index.html"
     assert sorted(made.files) == sorted(made.page.parent.iterdir())
     films = [path for path in made.files if path.suffix == ".mp4"]
-    assert len(films) == 4
+    assert len(films) == 6
     assert all(iio.imread(path, plugin="pyav").shape == (3, 256, 256, 3) for path in films)
     for path in made.files:
         if path.suffix == ".webp":
@@ -176,4 +178,6 @@ def test_no_engine(tmp_path: Path) -> None:
 def test_settings_are_the_demos(monkeypatch: pytest.MonkeyPatch) -> None:
     assert demo.SMALL.frames < Settings().frames
     assert demo.SMALL.num_inference_steps < Settings().num_inference_steps
-    assert replace(demo.SMALL, frames=16, num_inference_steps=Settings().num_inference_steps) == Settings()
+    full = Settings()
+    steps = {"num_inference_steps": full.num_inference_steps, "null_text_steps": full.null_text_steps}
+    assert replace(demo.SMALL, frames=16, **steps) == full

@@ -28,7 +28,8 @@ Prompts = Annotated[
     Path | None, typer.Option(help="One prompt a line. Left out: those of the default model.", show_default=False)
 ]
 Limit = Annotated[int | None, typer.Option(help="Only so many of the prompts.", min=1, show_default=False)]
-TOOK = ("latent_mse", "evaluations", "gradient_evaluations", "seconds")  # of an image's inversion, beside its distances
+# Of an image's inversion, beside its distances:
+TOOK = ("latent_mse", "noise_std", "evaluations", "gradient_evaluations", "seconds")
 Processes = Annotated[int, typer.Option(help="Share the work; the results are the same.", min=1, max=256)]
 
 
@@ -156,8 +157,8 @@ def inversion(
     setup = {"command": "evaluate inversion", **setup, "steps": options.num_inference_steps}
     columns = {
         "variant": "model", "method": "method", "guidance_scale": "guidance", "mse": "MSE", "lpips": "LPIPS",
-        "ssim": "SSIM", "psnr": "PSNR", "latent_mse": "latent MSE", "evaluations": "evaluations",
-        "gradient_evaluations": "gradients", "seconds": "s an image",
+        "ssim": "SSIM", "psnr": "PSNR", "latent_mse": "latent MSE", "noise_std": "noise's deviation",
+        "evaluations": "evaluations", "gradient_evaluations": "gradients", "seconds": "s an image",
     }  # fmt: skip
     plot = inversion_plot(rows).encode()
     return finish(options, "inversion", setup, rows, columns, list(notes), {"inversion.svg": plot})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast
 
@@ -145,9 +146,24 @@ def invert(
     options: RunOptions,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="One or more images.", show_default=False)],
     prompt: Prompts = None,
-    method: Method = "ddim",
+    method: Annotated[
+        str, typer.Option(help="As of `interpolate`; or auto: method and steps by --budget, from a measured table.")
+    ] = "ddim",
+    budget: Annotated[
+        int | None,
+        typer.Option(help="For auto: evaluations of the UNet an image, there and back.", show_default=False),
+    ] = None,
 ) -> dict[str, Any]:
     """Turn images into noise and back: reconstructions as PNG, the noise and what else leads back as safetensors."""
+    picked = None
+    if method == "auto":
+        from smooth_rt.tasks.inversion import choose
+
+        picked = choose(budget, options.guidance_scale)
+        method = picked.method
+        options = replace(options, num_inference_steps=picked.num_inference_steps)
+    elif budget is not None:
+        raise InputError(f"--budget: it is for --method auto, which picks by it; leave it out with {method}")
     _check_images(images, method, prompt)
     names = [*_names({"original": len(images), "reconstruction": len(images)}), "noise.safetensors"]
     result, told = run(
@@ -174,7 +190,8 @@ def invert(
     }  # fmt: skip
     noise = save({name: tensor.contiguous() for name, tensor in held.items() if tensor is not None})
     files = _write(options.output, names, [originals, made], [noise])
-    return {**told, "psnr": quality, "files": files}
+    chosen = {"method": method} if picked is None else {"method": method, "chosen": picked.reason}
+    return {**told, **chosen, "psnr": quality, "files": files}
 
 
 def edit(

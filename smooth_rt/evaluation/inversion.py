@@ -36,7 +36,7 @@ class InversionTask:
     height: int | None = None
     width: int | None = None
     images_per_batch: int = 16
-    version: int = 2  # of the rows: what they hold
+    version: int = 3  # of the rows: what they hold
 
     def __post_init__(self) -> None:
         if not self.images:
@@ -48,7 +48,8 @@ class InversionTask:
 
     def measure(self, pipe: SmoothPipeline, items: Sequence[int]) -> list[dict[str, Any]]:
         """Each image's distances to its reconstruction ("rebuilt") and to the VAE's own ("bound"), the mean squared
-        error of its latent, and what it took: the batch's rows of the UNet, of its gradients, and seconds, by image."""
+        error of its latent, the deviation of its noise (a prior's is 1), and what it took: the batch's rows of the UNet
+        and of its gradients, and seconds, by image."""
         batch = [self.images[item] for item in items]
         pictures = [example.path for example in batch]
         before, began = dict(pipe.evaluations), time.perf_counter()
@@ -70,6 +71,7 @@ class InversionTask:
             "seconds": (time.perf_counter() - began) / count,
         }
         assert made.final_latents is not None
+        spreads = made.latents.flatten(1).std(1).tolist()
         errors = (made.final_latents - made.image_latents).square().flatten(1).mean(1).tolist()
         back = cast("NDArray[np.float32]", made.images)
         alone = cast("NDArray[np.float32]", pipe.decode(made.image_latents, "np"))
@@ -79,9 +81,10 @@ class InversionTask:
                 "rebuilt": asdict(reconstruction(a, b)),
                 "bound": asdict(reconstruction(a, c)),
                 "latent_mse": error,
+                "noise_std": spread,
                 **took,
             }
-            for a, b, c, error in zip(originals, back, alone, errors, strict=True)
+            for a, b, c, error, spread in zip(originals, back, alone, errors, spreads, strict=True)
         ]
 
 

@@ -9,10 +9,13 @@ fixed-point         each step solved for the latent that sampling would meet, by
 spdinv              the same by gradient descent
 easyinv             DDIM inversion that leans on the latent before
 edict, belm         exact: samplers that are undone algebraically
+
+"auto" takes the one that `choose` finds for a number of evaluations.
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -21,7 +24,7 @@ from torch import Tensor
 
 from smooth_rt.errors import InputError
 from smooth_rt.images import ImageLike, Images, OutputType, as_list, read
-from smooth_rt.ranges import check, choice
+from smooth_rt.ranges import check, choice, shown
 from smooth_rt.tasks import checks
 from smooth_rt.tasks.inversion import (
     belm,
@@ -35,12 +38,26 @@ from smooth_rt.tasks.inversion import (
     spdinv,
 )
 from smooth_rt.tasks.inversion.base import Evaluations, Job, Method, Noise, between, guided_back
+from smooth_rt.tasks.inversion.choose import Chosen, choose
 from smooth_rt.tasks.inversion.kept import image_names
 
 if TYPE_CHECKING:
     from smooth_rt.pipeline import SmoothPipeline, StepCallback
 
-__all__ = ["METHODS", "Evaluations", "Inversion", "Method", "Noise", "between", "invert", "source_texts"]
+__all__ = [
+    "METHODS",
+    "Chosen",
+    "Evaluations",
+    "Inversion",
+    "Method",
+    "Noise",
+    "between",
+    "choose",
+    "invert",
+    "source_texts",
+]
+
+LOG = logging.getLogger("smooth_rt")
 
 METHODS: dict[str, Method] = {
     "ddim": ddim.METHOD,
@@ -96,6 +113,7 @@ def invert(
     prompts: str | Sequence[str] | None = None,
     *,
     method: str = "ddim",
+    budget: int | None = None,
     height: int | None = None,
     width: int | None = None,
     num_inference_steps: int = 50,
@@ -113,7 +131,8 @@ def invert(
         images: one or N images: path, PIL, numpy [H, W, 3] or torch [3, H, W] in 0..1, or a batch of 4 axes.
             They may differ in size: each is scaled and centre-cropped to `height` x `width`.
         prompts: what the images show; one for all or one each. "ddim-without-text" needs none and uses none.
-        method: a name of `METHODS`.
+        method: a name of `METHODS`, or "auto": method and steps are those that `choose` finds; logged.
+        budget: for "auto": the most evaluations of the UNet an image, there and back.
         height: pixels, a multiple of `dims.image_multiple`; None: the model's size.
         width: as `height`.
         num_inference_steps: steps there, and as many back.
@@ -132,6 +151,12 @@ def invert(
         EngineError: a network failed, or latents or a loss stopped being finite (the step is named), or the method
             needs gradients that cannot be had.
     """
+    if method == "auto":
+        picked = choose(budget, guidance_scale)
+        method, num_inference_steps = picked.method, picked.num_inference_steps
+        LOG.info("inversion: %s", picked.reason)
+    elif budget is not None:
+        raise InputError(f"budget={shown(budget)}: it is for method 'auto', which picks by it; leave one of them out")
     method = choice("method", method, tuple(METHODS))
     chosen = METHODS[method]
     check(output_type=output_type, callback_on_step_end=callback_on_step_end)
