@@ -18,7 +18,7 @@ from torch import Generator, Tensor
 
 from smooth_rt.errors import InputError
 from smooth_rt.images import ImageLike, Images, OutputType, as_list
-from smooth_rt.ranges import check
+from smooth_rt.ranges import check, choice
 from smooth_rt.tasks import checks
 from smooth_rt.tasks.generate import embed_pair
 from smooth_rt.tasks.inversion import METHODS, Noise, between, invert
@@ -102,6 +102,7 @@ def interpolate(
         both = as_list(images)
         if len(both) != 2:
             raise InputError(f"images: {len(both)}; give the two ends")
+        method = choice("method", method, tuple(METHODS))  # "auto" would choose the number of steps, too
         inverted = invert(
             pipe, both, prompts, method=method, height=height, width=width, num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale, reconstruct=False, shared=method == "null-text", keep=keep,

@@ -25,7 +25,7 @@ def test_the_best_that_fits(monkeypatch: pytest.MonkeyPatch) -> None:
         row("direct", 5, 31.0, 10), row("belm", 50, 31.0, 60, noise_std=5.0), row("spdinv", 10, 31.0, 20,
         gradient_evaluations=100), row("null-text", 50, 29.0, 100, guidance_scale=7.5),
     ]  # fmt: skip
-    monkeypatch.setattr("smooth_rt.tasks.inversion.choose._rows", lambda: rows)
+    monkeypatch.setattr("smooth_rt.tasks.inversion.choosing._rows", lambda: rows)
     # Nearly as good as edict, in more steps; direct, wide noise and costly gradients are passed over.
     assert choose(60).method == "belm"
     assert choose(60).num_inference_steps == 20

@@ -38,7 +38,7 @@ from smooth_rt.tasks.inversion import (
     spdinv,
 )
 from smooth_rt.tasks.inversion.base import Evaluations, Job, Method, Noise, between, guided_back
-from smooth_rt.tasks.inversion.choose import Chosen, choose
+from smooth_rt.tasks.inversion.choosing import Chosen, choose
 from smooth_rt.tasks.inversion.kept import image_names
 
 if TYPE_CHECKING:
