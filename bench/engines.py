@@ -36,7 +36,7 @@ from export.graphs import Case, random_inputs
 from export.to_int8 import quantise_at
 from export.to_onnx import to_onnx
 from export.to_openvino import to_openvino
-from smooth_rt.errors import EngineError, InputError
+from smooth_rt.errors import EngineError
 
 __all__ = ["CANDIDATES", "Row", "main", "measure", "work_folder"]
 
@@ -89,6 +89,7 @@ def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None])
     """Each candidate opened, warmed up, timed and closed in turn; the peer first and last, so that drift shows."""
     module, dims = _unet(options.model)
     network = contract("unet", dims)
+    options.side = options.side or dims.sample_size * dims.vae_factor
     side = options.side // dims.vae_factor
     rows = 2 * options.batch_size
     inputs = random_inputs(
@@ -239,16 +240,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace | None:
     parser.add_argument("--samples", type=int, default=4, help="rows that int8 takes its scales from")
     parser.add_argument("--work", type=Path, help="a folder that keeps the graphs for another run")
     parser.add_argument("--output", type=Path, help="a JSON file of the figures")
-    try:
-        options = parser.parse_args(arguments)
-    except SystemExit:  # --help
-        return None
-    for name in ("batch_size", "repeats", "samples"):
-        if getattr(options, name) < 1:
-            raise InputError(f"{name}={getattr(options, name)}: give a whole number of at least 1")
-    if not options.side:
-        options.side = 512 if options.model == "sd15" else 64
-    return options
+    return parser.asked(arguments, ("batch_size", "repeats", "samples"))
 
 
 def _print(rows: Sequence[Row], facts: dict[str, Any], options: argparse.Namespace) -> None:

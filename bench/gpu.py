@@ -36,7 +36,7 @@ from engines.variant import Bounds, Precision
 from export.graphs import Case, random_inputs
 from export.half import DTYPES, Cast, converted, in_half
 from export.to_onnx import to_onnx
-from smooth_rt.errors import EngineError, InputError, SmoothRTError
+from smooth_rt.errors import EngineError, SmoothRTError
 from smooth_rt.model import PipelineConfig, load_model
 from smooth_rt.pipeline import SmoothPipeline
 
@@ -144,6 +144,7 @@ def measure(
     say: Callable[[str], None],
 ) -> tuple[list[Row], dict[str, Any]]:
     """Eager in both precisions, then each candidate; all of them at every batch."""
+    options.side = options.side or subject.dims.sample_size * subject.dims.vae_factor
     flop, rate = _flop(subject, options), _rate(device)
     able, missing = runnable(candidates)
     rows: list[Row] = []
@@ -318,22 +319,13 @@ def _parse(arguments: list[str]) -> argparse.Namespace | None:
 
     parser = Parser(prog="smooth-rt bench gpu", description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", default="sd15", help="default: SD1.5's shape with random weights; or as everywhere")
-    parser.add_argument("--side", type=int, default=0, help="pixels; default: 512, or the model's own with --model")
+    parser.add_argument("--side", type=int, default=0, help="pixels; default: the model's own")
     parser.add_argument("--batch-sizes", type=batch_sizes, default=(1, 4, 16), metavar="N[,N…]", help="default: 1,4,16")
     parser.add_argument("--num-inference-steps", dest="steps", type=int, default=50)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--work", type=Path, help="a folder that keeps the graphs for another run")
     parser.add_argument("--output", type=Path, help="a JSON file of the figures")
-    try:
-        options = parser.parse_args(arguments)
-    except SystemExit:  # --help
-        return None
-    for name in ("steps", "repeats"):
-        if getattr(options, name) < 1:
-            called = "num_inference_steps" if name == "steps" else name
-            raise InputError(f"{called}={getattr(options, name)}: give a whole number of at least 1")
-    options.side = options.side or (512 if options.model == "sd15" else 64)
-    return options
+    return parser.asked(arguments, ("num_inference_steps", "repeats"))
 
 
 def _print(rows: Sequence[Row], facts: dict[str, Any], options: argparse.Namespace) -> None:

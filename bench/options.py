@@ -46,6 +46,26 @@ class Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise InputError(f"bench: {message}; see --help")
 
+    def asked(self, arguments: Sequence[str], at_least_one: Sequence[str] = ()) -> argparse.Namespace | None:
+        """What was asked for; None where that was help, which has been printed.
+
+        Args:
+            at_least_one: options, as `--num-inference-steps` is "num_inference_steps", whose values are counts.
+
+        Raises:
+            InputError: an option is unknown, or its value is none or no count.
+        """
+        try:
+            found = self.parse_args(list(arguments))
+        except SystemExit:  # --help
+            return None
+        dests = {option.lstrip("-").replace("-", "_"): a.dest for a in self._actions for option in a.option_strings}
+        for name in at_least_one:
+            value = getattr(found, dests[name])
+            if value < 1:
+                raise InputError(f"{name}={value}: give a whole number of at least 1")
+        return found
+
 
 def parse(arguments: Sequence[str]) -> Options | None:
     """Read the command line; None where it asked for help, which has been printed.
@@ -55,10 +75,10 @@ def parse(arguments: Sequence[str]) -> Options | None:
     """
     parser = _parser()
     parser.set_defaults(**(_QUICK if "--quick" in arguments else _FULL))
-    try:
-        found = vars(parser.parse_args(list(arguments)))
-    except SystemExit:  # --help
+    asked = parser.asked(arguments)
+    if asked is None:
         return None
+    found = vars(asked)
     found["lora"] = _lora(found["model"], found["lora"])
     options = Options(**{field.name: found[field.name] for field in fields(Options)})
     _check(options)

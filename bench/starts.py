@@ -22,7 +22,6 @@ from rich.table import Table
 
 from bench.apart import apart
 from bench.options import Parser
-from smooth_rt.errors import InputError
 
 if TYPE_CHECKING:
     from smooth_rt.pipeline import SmoothPipeline
@@ -49,12 +48,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, help="a JSON file of the figures")
     parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)  # one of them, in this process
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
-    try:
-        options = parser.parse_args(arguments)
-    except SystemExit:  # --help
+    options = parser.asked(arguments, ("num_inference_steps",))
+    if options is None:
         return
-    if options.steps < 1:
-        raise InputError(f"num_inference_steps={options.steps}: give a whole number of at least 1")
     if options.job:
         print(json.dumps(_job(options)))
         return

@@ -35,9 +35,7 @@ def _invert(job: Job) -> Noise:
     corrections = []
 
     def move(latents: Tensor, i: int, step: Step) -> Tensor:
-        output = predict(latents, i, step.timestep)
-        made = ddim_step(latents, output, step.alpha_from, step.alpha_to, job.schedule.prediction_type)
-        corrections.append(stored[i + 1] - made)
+        corrections.append(stored[i + 1] - _stepped(latents, i, step, job.schedule, predict))
         return stored[i + 1]
 
     job.pipe.walk(stored[0], job.schedule.steps, move, job.callback_on_step_end)
@@ -62,11 +60,16 @@ def _sample(
     assert corrections is not None
 
     def move(latents: Tensor, i: int, step: Step) -> Tensor:
-        output = predict(latents, i, step.timestep)
-        made = ddim_step(latents, output, step.alpha_from, step.alpha_to, schedule.prediction_type)
+        made = _stepped(latents, i, step, schedule, predict)
         return made + corrections[i] if i < until else made
 
     return pipe.walk(noise.latents, schedule.steps, move, callback_on_step_end)
+
+
+def _stepped(latents: Tensor, i: int, step: Step, schedule: Schedule, predict: Predict) -> Tensor:
+    """What sampling makes of the latents."""
+    output = predict(latents, i, step.timestep)
+    return ddim_step(latents, output, step.alpha_from, step.alpha_to, schedule.prediction_type)
 
 
 def _evaluations(steps: int, guided: bool) -> Evaluations:
