@@ -90,7 +90,7 @@ _FULL = {"batch_sizes": (1, 4, 16), "steps": 50, "frames": 24, "repeats": 10, "w
 _QUICK = {"batch_sizes": (2,), "steps": 2, "frames": 3, "repeats": 3, "warmup": 1, "matrix_side": 1024}
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser() -> Parser:
     parser = Parser(
         prog="smooth-rt bench",
         description="Parity, times, memory and the distance to the floor of every engine, beside diffusers.",
