@@ -191,13 +191,14 @@ class _Build:
         folder.mkdir(parents=True)
         bounds = [one for profile in order.profiles for one in profile.bounds(network, self.dims)]
         recipe = RECIPES[variant.backend][variant.precision][network.name]
-        graph = self.stages.build(network, module, variant, recipe.precision, bounds, folder)
+        lora = self.reference.lora if variant.lora_mode == "refit" and name == "unet" else None
+        replaceable = {} if lora is None else lora.base
+        graph = self.stages.build(network, module, variant, recipe.precision, bounds, folder, replaceable)
         gc.collect()  # the exporter's reference cycles hold a copy of the weights
         here = availability(variant.backend) is None and runs_here(variant.architecture) is None
         what = f"{network.name}: {'verify' if here else 'not run here:'} {variant.name}"
         self.steps.begin(what, "verify", network.name)
         places: dict[str, Place] = {}
-        lora = self.reference.lora if variant.lora_mode == "refit" and name == "unet" else None
         if lora is not None:
             exported = self.stages.exported(network, recipe.precision)
             places = find_places(graph.path, exported, variant.backend, lora.base)

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from engines.contract import Dims, Network, NetworkName
 from engines.errors import EngineError, InputError
@@ -17,6 +18,7 @@ from engines.inductor import package_of
 from engines.recipes import RECIPES
 from engines.select import ONNX, TENSORRT, architecture, backend_version, gpu
 from engines.variant import LORA_MODES, Bounds, Order, Precision, Variant
+from export.places import find_places
 from export.to_int8 import Calibration
 from export.to_onnx import to_onnx
 
@@ -82,8 +84,13 @@ class Stages:
         precision: Precision,
         bounds: Sequence[Bounds],
         folder: Path,
+        replaceable: Mapping[str, Tensor] = MappingProxyType({}),
     ) -> Graph:
         """Build the graph of `network` for `variant`, itself in `precision`, into `folder`.
+
+        Args:
+            replaceable: by the torch parameter's name, the weights that are replaced at run time. A backend that has to
+                know them at the build is told.
 
         Raises:
             EngineError: the network cannot be exported or converted.
@@ -104,7 +111,7 @@ class Stages:
         if variant.backend == "inductor":
             return self._as_inductor(network, module, variant, precision, bounds, folder / "model.pt2")
         if variant.backend in TENSORRT and onnx is not None:
-            return self._as_tensorrt(network, variant, onnx, bounds, folder / "model.engine")
+            return self._as_tensorrt(network, variant, onnx, bounds, folder / "model.engine", replaceable)
         raise EngineError(f"engine {variant.backend!r}: this version does not build it")
 
     def exported(self, network: Network, precision: Precision) -> Path:
@@ -170,7 +177,13 @@ class Stages:
         return Graph(path)
 
     def _as_tensorrt(
-        self, network: Network, variant: Variant, onnx: Path, bounds: Sequence[Bounds], path: Path
+        self,
+        network: Network,
+        variant: Variant,
+        onnx: Path,
+        bounds: Sequence[Bounds],
+        path: Path,
+        replaceable: Mapping[str, Tensor],
     ) -> Graph:
         from export.to_tensorrt import to_tensorrt
 
@@ -181,6 +194,7 @@ class Stages:
             bounds,
             backend=variant.backend,
             architecture=variant.architecture,
+            refittable=[place.name for place in find_places(path, onnx, variant.backend, replaceable).values()],
             timing_cache=None if self._timing_caches is None else self._timing_caches / _cache_name(variant),
             # A phase says nothing of the whole build.
             progress=lambda phase, done, total: self._detail(f"{network.name}: {phase} {done}/{total}", 0.0),
@@ -231,6 +245,11 @@ def cannot_build(variant: Variant) -> str | None:
         return cannot_compile("cpu" if variant.architecture.startswith("cpu-") else "cuda")
     if variant.backend == "tensorrt" and gpu() is None:
         return "engines are built on the GPU that runs them, and torch finds none here; tensorrt-rtx builds without one"
+    if variant.backend in TENSORRT and variant.lora_mode == "refit" and gpu() is None:
+        return (
+            "weights are made replaceable on the GPU alone (without one its compiler fails), and torch finds none "
+            "here; build with --lora-mode fused or runtime"
+        )
     if variant.backend == "tensorrt-rtx":
         from export.to_tensorrt import capabilities
 

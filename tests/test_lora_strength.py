@@ -144,6 +144,19 @@ def test_a_pipeline_is_asked_for_it(bundle: Bundle, tiny_model: Path, lora: Path
         SmoothPipeline.from_pretrained(tiny_model, engine="eager", lora=lora, lora_mode="refit")
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU; tests/gpu builds and refits such an engine")
+def test_tensorrt_wants_the_gpu_before_anything_is_built(
+    tiny_model: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("tensorrt_rtx", reason="builds the engines; pip install 'smooth-rt[tensorrt-rtx]'")
+    monkeypatch.setenv("SMOOTH_RT_CACHE", str(tmp_path))
+    asked = ["build-engine", "--backend", "tensorrt-rtx", "--gpu-arch", "sm89", "--lora-mode", "refit"]
+    assert cli.main([*asked, "--model", str(tiny_model), "--lora", str(lora)]) == 2
+    said = capsys.readouterr().err
+    assert "weights are made replaceable on the GPU alone" in said
+    assert said.strip().count("\n") == 0
+
+
 @pytest.mark.usefixtures("bundle")
 def test_the_model_is_as_it_was(model: Model, tiny_model: Path, lora: Path) -> None:
     with SmoothPipeline.from_pretrained(model, lora, engine="eager", lora_mode="runtime") as pipe:

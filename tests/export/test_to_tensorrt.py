@@ -26,7 +26,7 @@ from export import stages
 from export import to_tensorrt as to_tensorrt_module
 from export.half import in_half
 from export.to_onnx import to_onnx
-from export.to_tensorrt import capabilities, to_tensorrt
+from export.to_tensorrt import BuildFacts, capabilities, to_tensorrt
 
 RTX = {"backend": "tensorrt-rtx", "architecture": "rtx"}
 
@@ -85,6 +85,28 @@ def test_replaceable_weights_want_a_gpu_at_the_build(built: Any, dims: Dims, tmp
     options: Any = {**RTX, "refittable": ["unet.conv_in.weight"]}
     with pytest.raises(EngineError, match=r"unet: tensorrt-rtx makes weights replaceable on a CUDA GPU alone"):
         to_tensorrt(graph(built, "unet"), tmp_path / "model.engine", network, [bounded(network)], **options)
+
+
+def test_every_weight_of_a_lora_is_marked_as_replaceable(
+    built: Any, networks: dict[NetworkName, nn.Module], dims: Dims, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found: dict[str, Any] = {}
+
+    def record(graph: Path, path: Path, *_: Any, **options: Any) -> BuildFacts:
+        weights = onnx.load(graph, load_external_data=False).graph.initializer
+        found.update(options, known={tensor.name for tensor in weights})
+        return BuildFacts(1, 1, 1.0, ("sm89",), len(options["refittable"]))
+
+    monkeypatch.setattr("export.to_tensorrt.to_tensorrt", record)
+    variant = Variant(backend="tensorrt-rtx", precision="fp32", lora_mode="refit", architecture="sm89")
+    network, module = contract("unet", dims), networks["unet"]
+    way = stages.Stages(tmp_path / "way", dims, None, lambda *_: None, built.bundle.path)
+    weights = {name: weight for name, weight in module.named_parameters() if ".attn1.to_q." in name}
+    made = way.build(network, module, variant, "fp32", [bounded(network)], tmp_path, weights)
+    assert len(weights) == made.notes["refittable"] > 0
+    assert set(found["refittable"]) <= found["known"]
+    way.build(network, module, variant, "fp32", [bounded(network)], tmp_path)
+    assert found["refittable"] == []
 
 
 def test_a_graph_in_half_precision(networks: dict[NetworkName, nn.Module], dims: Dims, tmp_path: Path) -> None:

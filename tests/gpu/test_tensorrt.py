@@ -25,8 +25,10 @@ from export.graphs import Case, cases, random_inputs
 from export.to_onnx import to_onnx
 from export.to_tensorrt import to_tensorrt
 from export.verify import verify
+from smooth_rt.build import ensure_engines
 from smooth_rt.lora import lora_weights, read_lora
 from smooth_rt.model import load_model
+from smooth_rt.pipeline import SmoothPipeline
 
 pytestmark = [
     pytest.mark.gpu,
@@ -138,3 +140,19 @@ def test_strengths_a_then_b_then_a_again(backend: str, model: Any, tmp_path: Pat
             found.append(engine.infer(**{**inputs, LORA_STRENGTH: torch.tensor([strength])})["noise_pred"])
         assert torch.equal(found[0], found[2])
         assert (found[0] - found[1]).norm() / found[0].norm() > 1e-4
+
+
+def test_a_bundle_takes_strengths_a_then_b_then_a_again(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOOTH_RT_CACHE", str(tmp_path))
+    bundle = ensure_engines("default", "default", backends=[backend], precision="fp16", lora_mode="refit").bundle
+    found = []
+    with SmoothPipeline.from_engines(bundle, backend, precision="fp16", lora_mode="refit") as pipe:
+        for strength in (0.6, 0.0, 0.6):
+            pipe.set_lora_strength(strength)
+            generator = torch.Generator().manual_seed(0)
+            out = pipe("dog face on red background", generator=generator, num_inference_steps=4, output_type="pt")
+            found.append(out.images)
+    assert torch.equal(found[0], found[2])
+    assert not torch.equal(found[0], found[1])
