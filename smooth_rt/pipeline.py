@@ -1,13 +1,14 @@
 """SmoothPipeline: text and images in, images out, over the engines of one model. It reads like a diffusers pipeline.
 
-The pipeline owns the networks, how work is split into calls of them, and the loop through time. The tasks
-(`smooth_rt.tasks`) are its methods and hand the loop what differs.
+To the networks and how work is split into calls of them (`smooth_rt.networks`) the pipeline adds what lies around them:
+prompts, images, noise, and the loop through time. The tasks (`smooth_rt.tasks`) are its methods and hand the loop what
+differs.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
 
@@ -16,17 +17,16 @@ from torch import Generator, Tensor
 
 from engines.base import Engine
 from engines.bundle import Bundle
-from engines.contract import LORA_STRENGTH, NETWORKS, Dims, NetworkName, contract
-from engines.eager import EagerEngine, torch_networks
+from engines.contract import NETWORKS, Dims, NetworkName
 from engines.lora import LORA_FILE, LoraWeights
 from engines.providers import joined
 from engines.recipes import RECIPES, check_precision
-from engines.runtime_lora import RuntimeUnet
 from engines.select import BACKENDS, BOUNDED, Choice, check_lora_mode, choose
-from smooth_rt.errors import EngineError, InputError, SmoothRTError
+from smooth_rt.errors import EngineError, InputError
 from smooth_rt.images import ImageLike, Images, OutputType, read, to_images
-from smooth_rt.lora import fused_with, lora_weights
+from smooth_rt.lora import fused_with
 from smooth_rt.model import Model, PipelineConfig, load_model, read_config
+from smooth_rt.networks import Networks, eager_engines
 from smooth_rt.opening import open_model, reopen_model
 from smooth_rt.ranges import check, shown
 from smooth_rt.schedule import PredictionType, Schedule, Step, ddim_step
@@ -39,7 +39,7 @@ from smooth_rt.tasks.inversion import invert
 if TYPE_CHECKING:
     from engines.variant import LoraMode, Precision
 
-__all__ = ["CELLS_PER_CALL", "Move", "Predict", "SmoothPipeline", "StepCallback"]
+__all__ = ["Move", "Predict", "SmoothPipeline", "StepCallback"]
 
 LOG = logging.getLogger("smooth_rt")
 
@@ -50,19 +50,8 @@ Move: TypeAlias = Callable[[Tensor, int, Step], Tensor]
 # (pipe, index of the step, timestep, {"latents": ...}) -> None, or a dict with the latents to go on from
 StepCallback: TypeAlias = Callable[["SmoothPipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
-# batch_size="auto": the latent cells (h * w a row; tokens for the text encoder) and the rows that one call may hold.
-# Cells bound memory: at 64x64, four rows of the UNet (two guided images) and one image of the VAE go into a call. Rows
-# stay below 64, where exported graphs end. One image always goes.
-CELLS_PER_CALL: dict[NetworkName, int] = {
-    "text_encoder": 16_384,
-    "unet": 16_384,
-    "vae_encoder": 4_096,
-    "vae_decoder": 4_096,
-}
-ROWS_PER_CALL = 62
 
-
-class SmoothPipeline:
+class SmoothPipeline(Networks):
     """A text-to-image model on engines. Made by `from_pretrained` or `from_engines`; a context manager.
 
     Args:
@@ -72,12 +61,10 @@ class SmoothPipeline:
         source: the model as its user named it.
         choice: the backend that runs, and why.
         size: height and width in pixels of a request that names none; None is the size that the model was trained at.
-        batch_size: images in one call of a network (both halves of guidance go along), or "auto": CELLS_PER_CALL.
+        batch_size: see `Networks`.
 
     Attributes: `engine` is the backend that really runs ("eager", "onnxruntime-cuda"), `reason` why that one,
-    `precision` that of its engines, `bundle` what they are from (None for eager), `digests` what tells the weights that
-    run from others, the LoRA and its strength among them, `evaluations` those of the UNet so far, by kind, a row of a
-    call each; `dims`, `source`, `size` and `batch_size` are as given.
+    `precision` that of its engines; `source` and `size` are as given, the rest is that of `Networks`.
     """
 
     def __init__(
@@ -91,22 +78,14 @@ class SmoothPipeline:
         size: tuple[int, int] | None = None,
         batch_size: int | str = "auto",
     ) -> None:
-        self._engines = dict(engines)
+        super().__init__(engines, dims, batch_size)
         self.tokenizer: Any = config.tokenizer
         self.scheduler_config = config.sampling_config
         self.scaling_factor = config.scaling_factor
-        self.dims = dims
         self.source = source
         self.engine, self.reason = (choice.backend, choice.reason) if choice else (engines["unet"].backend, "given")
         self.size = size or (dims.sample_size * dims.vae_factor,) * 2
-        self.bundle: Bundle | None = None
         self.precision = "fp32"
-        self.lora: LoraWeights | None = None
-        self._lora_strength = 1.0
-        self._eager_unet: EagerEngine | None = None  # of gradients that no engine was built for
-        self.digests: Mapping[str, str] = {}
-        self.evaluations = {"forward": 0, "gradient": 0}
-        self.batch_size = batch_size
 
     # Each task takes the pipeline first, so it is a method as it stands.
     __call__ = generate
@@ -137,7 +116,7 @@ class SmoothPipeline:
             lora_strength: the factor that the LoRA is fused at; 1 is as trained.
             engine: one of `engines.BACKENDS`, or "auto": the first of openvino, onnxruntime, eager that can run, on a
                 GPU tensorrt, tensorrt-rtx and onnxruntime-cuda before them; logged.
-            batch_size: see the class.
+            batch_size: see `Networks`.
             precision: of the engines: "fp32", or what else the backend is built in ("fp16", "bf16", "int8").
             lora_mode: "fused"; or "runtime" or "refit", with which `set_lora_strength` changes the LoRA's strength: at
                 once and for a few more computations in each step, or by opening the engine anew.
@@ -190,7 +169,7 @@ class SmoothPipeline:
         Args:
             bundle: its folder, which is verified first, or an open `Bundle`.
             engine: "auto", a backend of the bundle, or "eager": the torch weights that the bundle was made from.
-            batch_size: see the class.
+            batch_size: see `Networks`.
             config: for "eager", where the bundle was made from a single-file checkpoint; as in `load_model`.
             precision: of the engines; None is the most exact that the bundle has for the backend.
             lora_strength: of a bundle whose LoRA is set at run time; see `set_lora_strength`.
@@ -244,7 +223,7 @@ class SmoothPipeline:
 
     @classmethod
     def _eager(cls, model: Model, choice: Choice, batch_size: int | str, lora_strength: float) -> Self:
-        engines, apart = _eager_engines(model), model.lora
+        engines, apart = eager_engines(model), model.lora
         pipe = cls(engines, model.config(), model.dims, source=model.source, choice=choice, batch_size=batch_size)
         pipe.digests = _digests(
             model.digests, fused_with(model.unet) if apart is None else (apart.digest, lora_strength)
@@ -252,37 +231,6 @@ class SmoothPipeline:
         if apart is not None:
             pipe.set_lora_strength(lora_strength)
         return pipe
-
-    def set_lora_strength(self, strength: float) -> None:
-        """Set the LoRA's strength: 1 is as trained, 0 is none. A, B and A again gives the same images bit for bit.
-
-        Of engines that were built with `lora_mode="runtime"` it is an input, so that this takes no time; into those
-        with "refit" the weights are put that the base model's become at that strength.
-
-        Raises:
-            InputError: the strength is out of its range, or the LoRA is fused into the engines, or there is none.
-            EngineError: the engine cannot take the weights.
-        """
-        (strength,) = check(lora_strength=strength)
-        unet = self._engines["unet"]
-        if self.lora is not None:
-            unet.refit(self.lora.at(strength))
-        elif not _takes_strength(unet):
-            raise InputError(
-                f"lora_strength={strength:g}: the engines hold their LoRA fused, or none; build with --lora-mode "
-                "runtime or refit to set it at run time"
-            )
-        self._lora_strength = strength
-        self.digests = {**self.digests, "lora_strength": f"{strength:g}"}
-
-    @property
-    def batch_size(self) -> int | str:
-        """Images in one call of a network, or "auto"."""
-        return self._batch_size
-
-    @batch_size.setter
-    def batch_size(self, value: int | str) -> None:
-        self._batch_size: int | str = check(batch_size=value)[0]
 
     def schedule(self, num_inference_steps: int) -> Schedule:
         """The model's DDIM schedule in so many steps."""
@@ -330,107 +278,6 @@ class SmoothPipeline:
         height, width = self.image_size(height, width)
         shape = (1, self.dims.latent_channels, height // self.dims.vae_factor, width // self.dims.vae_factor)
         return torch.cat([torch.randn(shape, generator=g) for g in checks.per_image(generator, count)])
-
-    def predict(
-        self,
-        latents: Tensor,
-        timestep: int,
-        prompt_embeds: Tensor,
-        negative_prompt_embeds: Tensor | None = None,
-        guidance_scale: float = 1.0,
-    ) -> Tensor:
-        """The UNet's output [N, C, h, w], guided: `uncond + guidance_scale * (cond - uncond)`.
-
-        Both halves go into one call. The unconditional one is left out where it cannot matter: at a scale of 1, or
-        where its embeddings are those of the prompt. Embeddings are [N, L, D].
-        """
-        negative = negative_prompt_embeds
-        if guidance_scale == 1 or (negative is not None and torch.equal(negative, prompt_embeds)):
-            negative = None
-        outputs, rows = [], 1 if negative is None else 2
-        for part in self._calls("unet", len(latents), latents.shape[2:], rows):
-            sample, text = latents[part], prompt_embeds[part]
-            if negative is not None:
-                sample, text = torch.cat([sample, sample]), torch.cat([negative[part], text])
-            when = torch.full((len(sample),), timestep, dtype=torch.int64)
-            output = self._run("unet", sample=sample, timestep=when, encoder_hidden_states=text)
-            self.evaluations["forward"] += len(sample)
-            if negative is not None:
-                uncond, cond = output.chunk(2)
-                output = uncond + guidance_scale * (cond - uncond)
-            outputs.append(output)
-        return torch.cat(outputs)
-
-    def vjp(
-        self,
-        latents: Tensor,
-        timestep: int,
-        prompt_embeds: Tensor,
-        wrt: Collection[str],
-        cotangent: Tensor,
-        cotangent_scale: Tensor | None = None,
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The UNet's output and gradients of N images; see `Engine.vjp`.
-
-        An engine without gradients leaves them to eager autograd on the torch weights that it was made from; that is
-        logged once, with the reason.
-
-        Args:
-            latents: [N, C, h, w], `prompt_embeds`: [N, L, D].
-            timestep: of all of them.
-            wrt: "sample" (the latents), "encoder_hidden_states" (the embeddings) or both.
-            cotangent: [N, C, h, w], `cotangent_scale`: [N], [1] or None.
-
-        Returns:
-            The output [N, C, h, w], and the gradients by name.
-
-        Raises:
-            InputError: a tensor is of another shape, or `wrt` names no such input.
-            EngineError: the engine has no gradients, and its torch weights are out of reach.
-        """
-        count = len(latents)
-        for name, tensor in (("prompt_embeds", prompt_embeds), ("cotangent", cotangent)):
-            if len(tensor) != count:
-                raise InputError(f"{name}: {len(tensor)} rows for latents of {count}; give one for each image")
-        scale = torch.zeros(1) if cotangent_scale is None else cotangent_scale
-        if scale.shape not in ((1,), (count,)):
-            raise InputError(
-                f"cotangent_scale: shape {list(scale.shape)}, not [{count}] or [1]; give one for each image"
-            )
-        engine = self._differentiable(wrt)
-        outputs, grads = [], []
-        for part in self._calls("unet", count, latents.shape[2:]):
-            sample = latents[part]
-            output, grad = engine.vjp(
-                wrt,
-                cotangent[part],
-                scale.expand(count)[part],
-                sample=sample,
-                timestep=torch.full((len(sample),), timestep, dtype=torch.int64),
-                encoder_hidden_states=prompt_embeds[part],
-                **self._strength(engine),
-            )
-            self.evaluations["gradient"] += len(sample)
-            outputs.append(output["noise_pred"])
-            grads.append(grad)
-        return torch.cat(outputs), {name: torch.cat([grad[name] for grad in grads]) for name in grads[0]}
-
-    def _differentiable(self, wrt: Collection[str]) -> Engine:
-        """The engine that takes gradients: the UNet's own, or else eager on the weights that it was made from."""
-        engine = self._engines["unet"]
-        fault = engine.lacks_gradient(wrt)
-        if fault is None:
-            return engine
-        if self._eager_unet is None:
-            if self.bundle is None:
-                raise EngineError(fault)
-            try:
-                model = reopen_model(self.bundle)
-            except SmoothRTError as error:
-                raise EngineError(f"{fault} (nor can eager autograd take it: {error})") from error
-            LOG.warning("gradients: taken by eager autograd, not by the engine (%s)", fault)
-            self._eager_unet = _eager_engines(model)["unet"]
-        return self._eager_unet
 
     def denoise(
         self,
@@ -505,54 +352,6 @@ class SmoothPipeline:
         factor = self.dims.vae_factor
         self._engines["unet"].most_rows(height=height // factor, width=width // factor)
         return height, width
-
-    def _calls(
-        self, network: NetworkName, count: int, sides: Sequence[int] | None = None, rows: int = 1
-    ) -> Iterator[slice]:
-        """Which of `count` images each call takes, where an image is so many rows of latents of these sides."""
-        cells = self.dims.tokens if sides is None else sides[0] * sides[1]
-        most = self._engines[network].most_rows(**dict(zip(("height", "width"), sides or (), strict=False)))
-        size = max(1, min(CELLS_PER_CALL[network] // cells, ROWS_PER_CALL) // rows)
-        if isinstance(self._batch_size, int):
-            size = self._batch_size
-        if most is not None:
-            size = max(1, min(size, most // rows))
-        return (slice(first, first + size) for first in range(0, count, size))
-
-    def _run(self, network: NetworkName, **inputs: Tensor) -> Tensor:
-        """The network's first output."""
-        engine = self._engines[network]
-        return engine.infer(**inputs, **self._strength(engine))[engine.network.outputs[0].name]
-
-    def _strength(self, engine: Engine) -> dict[str, Tensor]:
-        """The LoRA's strength, for a network that takes it."""
-        return {LORA_STRENGTH: torch.tensor([self._lora_strength])} if _takes_strength(engine) else {}
-
-    def close(self) -> None:
-        """Free the engines. Closing twice is fine."""
-        for engine in self._engines.values():
-            engine.close()
-        if self._eager_unet is not None:
-            self._eager_unet.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-def _eager_engines(model: Model) -> dict[NetworkName, EagerEngine]:
-    """On the model's own modules; a LoRA that is not fused takes its strength as an input of the UNet."""
-    networks = torch_networks(model.text_encoder, model.unet, model.vae)
-    if model.lora is not None:
-        networks["unet"] = RuntimeUnet(networks["unet"], lora_weights(model.unet, model.lora))
-    apart = model.lora is not None
-    return {name: EagerEngine(contract(name, model.dims, lora_strength=apart), networks[name]) for name in NETWORKS}
-
-
-def _takes_strength(engine: Engine) -> bool:
-    return any(spec.name == LORA_STRENGTH for spec in engine.network.inputs)
 
 
 def _digests(model: Mapping[str, str], lora: tuple[str, float] | None) -> dict[str, str]:

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Generator, Tensor
 
 from engines.base import Engine
-from smooth_rt import pipeline
+from smooth_rt import networks
 from smooth_rt.errors import EngineError
 from smooth_rt.pipeline import SmoothPipeline
 
@@ -93,14 +93,14 @@ def test_batch_size_changes_the_calls_and_not_the_result(pipe: SmoothPipeline, c
 
 
 def test_auto_bounds_a_call(pipe: SmoothPipeline, calls: dict[str, list[int]], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(pipeline.CELLS_PER_CALL, "unet", 4 * 64)
-    monkeypatch.setitem(pipeline.CELLS_PER_CALL, "vae_decoder", 1)
+    monkeypatch.setitem(networks.CELLS_PER_CALL, "unet", 4 * 64)
+    monkeypatch.setitem(networks.CELLS_PER_CALL, "vae_decoder", 1)
     pipe(PROMPTS, num_inference_steps=1, generator=seeds(1, 2, 3))
     assert calls["unet"] == [4, 2]
     assert calls["vae_decoder"] == [1, 1, 1]
     calls.clear()
     monkeypatch.undo()
-    monkeypatch.setattr(pipeline, "CELLS_PER_CALL", dict.fromkeys(pipeline.CELLS_PER_CALL, 10**9))
+    monkeypatch.setattr(networks, "CELLS_PER_CALL", dict.fromkeys(networks.CELLS_PER_CALL, 10**9))
     assert [part.stop - part.start for part in pipe._calls("unet", 62, (8, 8), 2)] == [31, 31]
 
 

@@ -1,0 +1,246 @@
+"""The networks of one model on engines: into which calls work is split, the UNet's output and its gradients.
+
+Work is given in images. How many of them go into one call, what a LoRA's strength adds to it, and which engine takes
+gradients is decided here alone.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from engines.base import Engine
+from engines.bundle import Bundle
+from engines.contract import LORA_STRENGTH, NETWORKS, Dims, NetworkName, contract
+from engines.eager import EagerEngine, torch_networks
+from engines.lora import LoraWeights
+from engines.runtime_lora import RuntimeUnet
+from smooth_rt.errors import EngineError, InputError, SmoothRTError
+from smooth_rt.lora import lora_weights
+from smooth_rt.model import Model
+from smooth_rt.opening import reopen_model
+from smooth_rt.ranges import check
+
+__all__ = ["CELLS_PER_CALL", "Networks", "eager_engines"]
+
+LOG = logging.getLogger("smooth_rt")
+
+# batch_size="auto": the latent cells (h * w a row; tokens for the text encoder) and the rows that one call may hold.
+# Cells bound memory: at 64x64, four rows of the UNet (two guided images) and one image of the VAE go into a call. Rows
+# stay below 64, where exported graphs end. One image always goes.
+CELLS_PER_CALL: dict[NetworkName, int] = {
+    "text_encoder": 16_384,
+    "unet": 16_384,
+    "vae_encoder": 4_096,
+    "vae_decoder": 4_096,
+}
+ROWS_PER_CALL = 62
+
+
+class Networks:
+    """The networks of one model; a context manager that closes their engines.
+
+    Args:
+        engines: one for each network.
+        dims: the model's sizes.
+        batch_size: images in one call of a network (both halves of guidance go along), or "auto": CELLS_PER_CALL.
+
+    Attributes: `bundle` is what the engines are from (None for eager), `lora` the LoRA of engines that are refitted,
+    `digests` what tells the weights that run from others, the LoRA and its strength among them, `evaluations` those of
+    the UNet so far, by kind, a row of a call each; `dims` and `batch_size` are as given.
+    """
+
+    def __init__(self, engines: Mapping[NetworkName, Engine], dims: Dims, batch_size: int | str = "auto") -> None:
+        self._engines = dict(engines)
+        self._eager_unet: EagerEngine | None = None  # of gradients that no engine was built for
+        self._lora_strength = 1.0
+        self.dims = dims
+        self.batch_size = batch_size
+        self.bundle: Bundle | None = None
+        self.lora: LoraWeights | None = None
+        self.digests: Mapping[str, str] = {}
+        self.evaluations = {"forward": 0, "gradient": 0}
+
+    def set_lora_strength(self, strength: float) -> None:
+        """Set the LoRA's strength: 1 is as trained, 0 is none. A, B and A again gives the same images bit for bit.
+
+        Of engines that were built with `lora_mode="runtime"` it is an input, so that this takes no time; into those
+        with "refit" the weights are put that the base model's become at that strength.
+
+        Raises:
+            InputError: the strength is out of its range, or the LoRA is fused into the engines, or there is none.
+            EngineError: the engine cannot take the weights.
+        """
+        (strength,) = check(lora_strength=strength)
+        unet = self._engines["unet"]
+        if self.lora is not None:
+            unet.refit(self.lora.at(strength))
+        elif not _takes_strength(unet):
+            raise InputError(
+                f"lora_strength={strength:g}: the engines hold their LoRA fused, or none; build with --lora-mode "
+                "runtime or refit to set it at run time"
+            )
+        self._lora_strength = strength
+        self.digests = {**self.digests, "lora_strength": f"{strength:g}"}
+
+    @property
+    def batch_size(self) -> int | str:
+        """Images in one call of a network, or "auto"."""
+        return self._batch_size
+
+    @batch_size.setter
+    def batch_size(self, value: int | str) -> None:
+        self._batch_size: int | str = check(batch_size=value)[0]
+
+    def predict(
+        self,
+        latents: Tensor,
+        timestep: int,
+        prompt_embeds: Tensor,
+        negative_prompt_embeds: Tensor | None = None,
+        guidance_scale: float = 1.0,
+    ) -> Tensor:
+        """The UNet's output [N, C, h, w], guided: `uncond + guidance_scale * (cond - uncond)`.
+
+        Both halves go into one call. The unconditional one is left out where it cannot matter: at a scale of 1, or
+        where its embeddings are those of the prompt. Embeddings are [N, L, D].
+        """
+        negative = negative_prompt_embeds
+        if guidance_scale == 1 or (negative is not None and torch.equal(negative, prompt_embeds)):
+            negative = None
+        outputs, rows = [], 1 if negative is None else 2
+        for part in self._calls("unet", len(latents), latents.shape[2:], rows):
+            sample, text = latents[part], prompt_embeds[part]
+            if negative is not None:
+                sample, text = torch.cat([sample, sample]), torch.cat([negative[part], text])
+            when = torch.full((len(sample),), timestep, dtype=torch.int64)
+            output = self._run("unet", sample=sample, timestep=when, encoder_hidden_states=text)
+            self.evaluations["forward"] += len(sample)
+            if negative is not None:
+                uncond, cond = output.chunk(2)
+                output = uncond + guidance_scale * (cond - uncond)
+            outputs.append(output)
+        return torch.cat(outputs)
+
+    def vjp(
+        self,
+        latents: Tensor,
+        timestep: int,
+        prompt_embeds: Tensor,
+        wrt: Collection[str],
+        cotangent: Tensor,
+        cotangent_scale: Tensor | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The UNet's output and gradients of N images; see `Engine.vjp`.
+
+        An engine without gradients leaves them to eager autograd on the torch weights that it was made from; that is
+        logged once, with the reason.
+
+        Args:
+            latents: [N, C, h, w], `prompt_embeds`: [N, L, D].
+            timestep: of all of them.
+            wrt: "sample" (the latents), "encoder_hidden_states" (the embeddings) or both.
+            cotangent: [N, C, h, w], `cotangent_scale`: [N], [1] or None.
+
+        Returns:
+            The output [N, C, h, w], and the gradients by name.
+
+        Raises:
+            InputError: a tensor is of another shape, or `wrt` names no such input.
+            EngineError: the engine has no gradients, and its torch weights are out of reach.
+        """
+        count = len(latents)
+        for name, tensor in (("prompt_embeds", prompt_embeds), ("cotangent", cotangent)):
+            if len(tensor) != count:
+                raise InputError(f"{name}: {len(tensor)} rows for latents of {count}; give one for each image")
+        scale = torch.zeros(1) if cotangent_scale is None else cotangent_scale
+        if scale.shape not in ((1,), (count,)):
+            raise InputError(
+                f"cotangent_scale: shape {list(scale.shape)}, not [{count}] or [1]; give one for each image"
+            )
+        engine = self._differentiable(wrt)
+        outputs, grads = [], []
+        for part in self._calls("unet", count, latents.shape[2:]):
+            sample = latents[part]
+            output, grad = engine.vjp(
+                wrt,
+                cotangent[part],
+                scale.expand(count)[part],
+                sample=sample,
+                timestep=torch.full((len(sample),), timestep, dtype=torch.int64),
+                encoder_hidden_states=prompt_embeds[part],
+                **self._strength(engine),
+            )
+            self.evaluations["gradient"] += len(sample)
+            outputs.append(output["noise_pred"])
+            grads.append(grad)
+        return torch.cat(outputs), {name: torch.cat([grad[name] for grad in grads]) for name in grads[0]}
+
+    def _differentiable(self, wrt: Collection[str]) -> Engine:
+        """The engine that takes gradients: the UNet's own, or else eager on the weights that it was made from."""
+        engine = self._engines["unet"]
+        fault = engine.lacks_gradient(wrt)
+        if fault is None:
+            return engine
+        if self._eager_unet is None:
+            if self.bundle is None:
+                raise EngineError(fault)
+            try:
+                model = reopen_model(self.bundle)
+            except SmoothRTError as error:
+                raise EngineError(f"{fault} (nor can eager autograd take it: {error})") from error
+            LOG.warning("gradients: taken by eager autograd, not by the engine (%s)", fault)
+            self._eager_unet = eager_engines(model)["unet"]
+        return self._eager_unet
+
+    def _calls(
+        self, network: NetworkName, count: int, sides: Sequence[int] | None = None, rows: int = 1
+    ) -> Iterator[slice]:
+        """Which of `count` images each call takes, where an image is so many rows of latents of these sides."""
+        cells = self.dims.tokens if sides is None else sides[0] * sides[1]
+        most = self._engines[network].most_rows(**dict(zip(("height", "width"), sides or (), strict=False)))
+        size = max(1, min(CELLS_PER_CALL[network] // cells, ROWS_PER_CALL) // rows)
+        if isinstance(self._batch_size, int):
+            size = self._batch_size
+        if most is not None:
+            size = max(1, min(size, most // rows))
+        return (slice(first, first + size) for first in range(0, count, size))
+
+    def _run(self, network: NetworkName, **inputs: Tensor) -> Tensor:
+        """The network's first output."""
+        engine = self._engines[network]
+        return engine.infer(**inputs, **self._strength(engine))[engine.network.outputs[0].name]
+
+    def _strength(self, engine: Engine) -> dict[str, Tensor]:
+        """The LoRA's strength, for a network that takes it."""
+        return {LORA_STRENGTH: torch.tensor([self._lora_strength])} if _takes_strength(engine) else {}
+
+    def close(self) -> None:
+        """Free the engines. Closing twice is fine."""
+        for engine in self._engines.values():
+            engine.close()
+        if self._eager_unet is not None:
+            self._eager_unet.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def eager_engines(model: Model) -> dict[NetworkName, EagerEngine]:
+    """On the model's own modules; a LoRA that is not fused takes its strength as an input of the UNet."""
+    networks = torch_networks(model.text_encoder, model.unet, model.vae)
+    if model.lora is not None:
+        networks["unet"] = RuntimeUnet(networks["unet"], lora_weights(model.unet, model.lora))
+    apart = model.lora is not None
+    return {name: EagerEngine(contract(name, model.dims, lora_strength=apart), networks[name]) for name in NETWORKS}
+
+
+def _takes_strength(engine: Engine) -> bool:
+    return any(spec.name == LORA_STRENGTH for spec in engine.network.inputs)
