@@ -11,7 +11,15 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PositiveInt, model_serializer, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    PositiveInt,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from engines.contract import WRT, Dims, Network, NetworkName, contract
 from engines.errors import InputError
@@ -54,11 +62,25 @@ class Record(BaseModel):
 
 
 class Span(Record):
-    """The sizes from `min` to `max` (None: without end), fastest at `opt`. In a manifest it is "min:opt:max"."""
+    """The sizes from `min` to `max` (None: without end), fastest at `opt`. In a manifest it is "min:opt:max".
+
+    Raises:
+        InputError: one is missing or no whole number above 0, or they are out of order.
+    """
 
     min: PositiveInt
     opt: PositiveInt
     max: PositiveInt | None
+
+    def __init__(self, **sizes: int | None) -> None:
+        try:
+            super().__init__(**sizes)
+        except ValidationError as error:
+            given = ", ".join(f"{name}={value!r}" for name, value in sizes.items())
+            raise InputError(
+                f"Span({given:.80}): min, opt and max must rise, from 1 on (max None: without end); give for example "
+                "Span(min=1, opt=4, max=8)"
+            ) from error
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

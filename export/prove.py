@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -12,10 +13,10 @@ from torch import nn
 from engines.bundle import Bundle
 from engines.contract import NetworkName
 from engines.lora import LoraWeights
-from engines.manifest import Manifest, VariantRecord
+from engines.manifest import EngineRecord, Manifest, VariantRecord
 from engines.select import availability, runs_here
 from export.bisect import RUNNERS, Divergence, first_divergence
-from export.graphs import cases, random_inputs
+from export.graphs import Case, cases, random_inputs
 from export.reference import Reference
 from export.to_onnx import to_onnx
 from export.verify import TOLERANCES
@@ -41,7 +42,7 @@ def prove(
         bundle: an open bundle.
         networks: the torch modules that it was made from, fused as it says.
         seed: of the inputs.
-        progress: called before each engine.
+        progress: called before each engine and after each comparison of it with torch.
         lora: of a bundle whose LoRA is set as it runs; `networks` are then those of the base model.
 
     Raises:
@@ -50,24 +51,40 @@ def prove(
     """
     reference = Reference(networks, lora)
     found: dict[str, VariantRecord | str] = {}
-    total = sum(len(built.engines) for built in bundle.variants)
+    faults = {
+        built.variant.name: availability(built.backend) or runs_here(built.variant.architecture)
+        for built in bundle.variants
+    }
+    total = sum(
+        len(_tried(bundle, built, record)) * reference.rounds(built.variant, record.network)
+        for built in bundle.variants
+        if faults[built.variant.name] is None
+        for record in built.engines
+    )
     done = 0
+
+    def tell(what: str, more: int) -> None:
+        nonlocal done
+        done += more
+        if progress is not None:
+            progress(what, done, total)
+
     for built in bundle.variants:
         name = built.variant.name
-        fault = availability(built.backend) or runs_here(built.variant.architecture)
+        fault = faults[name]
         if fault is not None:
             found[name] = fault
-            done += len(built.engines)
             continue
         records = []
         for record in built.engines:
-            if progress is not None:
-                progress(f"{name}: {record.network}", done, total)
-            done += 1
+            what = f"{name}: {record.network}"
+            tell(what, 0)
             network = built.variant.network(record.network, bundle.dims)
             with bundle.open_network(record.network, built, proved=False) as engine:
-                tried = cases(network, bundle.dims, record.bounds)
-                parity = reference.verify(engine, built.variant, network, bundle.dims, record.precision, seed, tried)
+                tried = _tried(bundle, built, record)
+                parity = reference.verify(
+                    engine, built.variant, network, bundle.dims, record.precision, seed, tried, partial(tell, what, 1)
+                )
             records.append(record.model_copy(update={"parity": parity}))
         found[name] = built.model_copy(update={"engines": records})
     _note(bundle, found)
@@ -106,6 +123,11 @@ def bisect(
                 graph, inputs, runner, SHARE * TOLERANCES[record.precision], progress=progress
             )
     return found
+
+
+def _tried(bundle: Bundle, built: VariantRecord, record: EngineRecord) -> tuple[Case, ...]:
+    """What an engine is compared at."""
+    return cases(built.variant.network(record.network, bundle.dims), bundle.dims, record.bounds)
 
 
 def _note(bundle: Bundle, found: Mapping[str, VariantRecord | str]) -> None:

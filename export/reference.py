@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -52,15 +52,24 @@ class Reference:
         precision: str,
         seed: int,
         tried: Sequence[Case],
+        compared: Callable[[], None] | None = None,
     ) -> list[Parity]:
         """As `verify.verify`, at several strengths of the LoRA where an engine takes any: the worst error of each
         output."""
         module = self.module(variant, network.name)
-        replaced = self.lora if variant.lora_mode == "refit" and network.name == "unet" else None
         found = [
-            verify(engine, module, network, dims, precision, seed, tried) for _ in _strengths(engine, module, replaced)
+            verify(engine, module, network, dims, precision, seed, tried, compared)
+            for _ in _strengths(engine, module, self._replaced(variant, network.name))
         ]
         return [max(errors, key=lambda one: one.relative) for errors in zip(*found, strict=True)]
+
+    def rounds(self, variant: Variant, name: NetworkName) -> int:
+        """How often `verify` goes through its cases."""
+        return 1 if self._replaced(variant, name) is None else len(STRENGTHS)
+
+    def _replaced(self, variant: Variant, name: NetworkName) -> LoraWeights | None:
+        """The LoRA whose weights are put into an engine."""
+        return self.lora if variant.lora_mode == "refit" and name == "unet" else None
 
 
 def _strengths(engine: Engine, module: nn.Module, lora: LoraWeights | None) -> Iterator[float]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -41,6 +41,7 @@ def verify(
     precision: str,
     seed: int,
     tried: Sequence[Case] = (),
+    compared: Callable[[], None] | None = None,
 ) -> list[Parity]:
     """Compare `engine` with `module` in fp32; one Parity for each output, the worst over all cases.
 
@@ -52,6 +53,7 @@ def verify(
         precision: of the graph; it chooses the tolerance.
         seed: of the inputs.
         tried: the cases; none stands for `graphs.cases`, those that a bundle is built with.
+        compared: called after each case.
 
     Raises:
         ParityError: an output is over its tolerance or not finite; the message names it, the error and the sizes.
@@ -78,6 +80,8 @@ def verify(
             worse = parity if parity.relative > before.relative else before
             largest = max(parity.max_abs, before.max_abs)
             found[spec.name] = worse.model_copy(update={"cases": len(tried), "max_abs": largest})
+        if compared is not None:
+            compared()
     return list(found.values())
 
 

@@ -64,8 +64,13 @@ def test_proved_where_it_runs_and_then_used(
     bundle: Bundle, tiny_model: Path, as_on_a_gpu: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("SMOOTH_RT_CACHE", str(tmp_path))
-    found = prove_engines(bundle, load_model(tiny_model))
+    told: list[tuple[str, int, int]] = []
+    found = prove_engines(bundle, load_model(tiny_model), progress=lambda *step: told.append(step))
     assert not any(isinstance(one, str) for one in found.values())
+    # What is done grows with every comparison, and each engine takes several.
+    done = [one for _, one, _ in told]
+    assert (done[0], done == sorted(done), told[-1][1]) == (0, True, told[-1][2])
+    assert len({what for what, *_ in told}) * 2 < told[-1][2] == len(set(done)) - 1
     opened = Bundle.open(bundle.path)
     assert all(one.proved for one in opened.variants)
     settings: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}

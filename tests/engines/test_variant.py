@@ -45,6 +45,17 @@ def test_sizes_that_are_none(text: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    "sizes", [{"min": 4, "opt": 1}, {"min": 4, "opt": 1, "max": 8}, {"min": 0, "opt": 1, "max": 1}, {"min": "a"}, {}]
+)
+def test_sizes_that_are_none_in_python(sizes: dict[str, Any]) -> None:
+    given = ", ".join(f"{name}={size!r}" for name, size in sizes.items())
+    with pytest.raises(InputError) as caught:
+        Span(**sizes)
+    assert str(caught.value).startswith(f"Span({given}): min, opt and max must rise, from 1 on")
+    assert "\n" not in str(caught.value)
+
+
 def test_a_profile_survives_the_manifest() -> None:
     for one in (profile("1:4:32", "512", "512:512:768"), every_size(Dims(7, 16, 50, 4, 3, 2, 2, 8))):
         assert Profile.model_validate_json(one.model_dump_json(), strict=True) == one
