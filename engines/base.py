@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, ClassVar, Self
 
-from engines.contract import WRT, Network, NetworkName
+from engines.contract import FEATURES, OF, WRT, Network, NetworkName
 from engines.errors import EngineError, InputError, reason
 from engines.variant import Bounds, Place, fitting
 
@@ -28,8 +28,8 @@ class Engine(abc.ABC):
             fewer rows than the tightest of them takes is filled up with copies of its last row.
 
     Attributes: `wider` says how to come by an engine for sizes that this one does not take, `places` where in the graph
-    the weights lie that `refit` replaces, `gradients` opens the networks that `vjp` runs, by name; who opens it may set
-    them. Eager alone has gradients so far.
+    the weights lie that `refit` replaces, `gradients` opens the networks that `vjp` and `features` run, by name; who
+    opens it may set them. Eager alone has gradients so far.
     """
 
     backend: ClassVar[str]
@@ -130,61 +130,95 @@ class Engine(abc.ABC):
         """
 
     def vjp(
-        self, wrt: Collection[str], cotangent: Tensor, cotangent_scale: Tensor | None = None, **inputs: Tensor
+        self,
+        wrt: Collection[str],
+        cotangent: Tensor,
+        cotangent_scale: Tensor | None = None,
+        *,
+        of: str = "noise_pred",
+        **inputs: Tensor,
     ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         """The UNet's vector-Jacobian product: one forward and one backward pass.
 
         Args:
-            wrt: the inputs that gradients are taken with respect to: "sample", "encoder_hidden_states" or both.
-            cotangent: [B, C, h, w].
+            wrt: the inputs that gradients are taken with respect to: "sample", "encoder_hidden_states" or both; of
+                features, "sample".
+            cotangent: shaped as what the gradients are of: [B, C, h, w].
             cotangent_scale: [B], or [1] for the whole batch; None is 0. The gradients are those of the sum of
-                `noise_pred * c`, where `c = cotangent + cotangent_scale * noise_pred` is held constant. So that of
-                |a * noise_pred + b|^2 takes one call: `cotangent = 2a * b`, `cotangent_scale = 2a^2`.
+                `y * c`, where `y` is what they are of and `c = cotangent + cotangent_scale * y` is held constant. So
+                that of |a * y + b|^2 takes one call: `cotangent = 2a * b`, `cotangent_scale = 2a^2`.
+            of: "noise_pred", or "features" for those of `features`; what comes after them is not computed.
             inputs: as of `infer`.
 
         Returns:
-            The outputs by name, and the gradients by the input's name, each in that input's shape.
+            What the gradients are of, by name, and the gradients by the input's name, each in that input's shape.
 
         Raises:
-            InputError: `wrt` names none or no such input, or a tensor contradicts the contract.
+            InputError: `wrt` names none or no such input, `of` nothing that gradients are taken of, or a tensor
+                contradicts the contract.
             EngineError: the engine has no such gradients, or as `infer` raises it.
         """
         import torch
 
-        fault = self.lacks_gradient(wrt)
+        fault = self.lacks_gradient(wrt, of)
         if fault is not None:
             raise EngineError(fault)
         scale = torch.zeros(1) if cotangent_scale is None else cotangent_scale
-        outputs = self._gradient(wrt).infer(**inputs, cotangent=cotangent, cotangent_scale=scale)
-        grads = {name: outputs[f"grad_{name}"] for name in WRT["unet_vjp"] if name in wrt}
-        return {spec.name: outputs[spec.name] for spec in self.network.outputs}, grads
+        engine = self._derived(self._enough(wrt, of)[0])
+        outputs = engine.infer(**inputs, cotangent=cotangent, cotangent_scale=scale)
+        return {of: outputs[of]}, {name: outputs[f"grad_{name}"] for name in WRT["unet_vjp"] if name in wrt}
 
-    def lacks_gradient(self, wrt: Collection[str]) -> str | None:
-        """None if `vjp` takes gradients with respect to `wrt`, else one line: why not, and what mends it.
+    def features(self, **inputs: Tensor) -> Tensor:
+        """The features of the UNet that drag editing follows, [B, F, h, w]: the output of its last up block but one.
+
+        What comes after them is not computed. `vjp` takes their gradient.
+
+        Args:
+            inputs: as of `infer`.
 
         Raises:
-            InputError: `wrt` names none or no such input.
+            InputError: a tensor contradicts the contract.
+            EngineError: the engine has no such features, or as `infer` raises it.
         """
-        able = WRT["unet_vjp"]
+        fault = self.lacks_features()
+        if fault is not None:
+            raise EngineError(fault)
+        return self._derived(FEATURES).infer(**inputs)["features"]
+
+    def lacks_gradient(self, wrt: Collection[str], of: str = "noise_pred") -> str | None:
+        """None if `vjp` takes gradients of `of` with respect to `wrt`, else one line: why not, and what mends it.
+
+        Raises:
+            InputError: `wrt` names none or no such input, or `of` nothing that gradients are taken of.
+        """
+        if of not in OF.values():
+            raise InputError(f"of: {of}; name {' or '.join(dict.fromkeys(OF.values()))}")
+        able = max((WRT[name] for name in WRT if OF[name] == of), key=len)
         if not set(wrt) or not set(wrt) <= set(able):
-            raise InputError(f"wrt: {', '.join(sorted(set(wrt))) or 'nothing'}; name {' or '.join(able)}, or both")
+            choice = f"{' or '.join(able)}{', or both' if len(able) > 1 else f', the input of the gradient of {of}'}"
+            raise InputError(f"wrt: {', '.join(sorted(set(wrt))) or 'nothing'}; name {choice}")
+        asked = f"gradient of {of}" if of != "noise_pred" else "gradient"
+        asked += f" with respect to {' and '.join(name for name in able if name in wrt)}"
+        return self._lacks("gradients are those", asked, bool(self._enough(wrt, of)))
+
+    def lacks_features(self) -> str | None:
+        """None if `features` gives them, else one line: why not, and what mends it."""
+        return self._lacks("features are those", "graph up to its features", FEATURES in self.gradients)
+
+    def _lacks(self, what: str, asked: str, found: bool) -> str | None:
         if self.closed:
             return f"{self.network.name}: the {self.backend} engine is closed; open it again"
         if self.network.name != "unet":
-            return f"{self.network.name}: gradients are those of the UNet; open that"
-        if self._enough(wrt):
-            return None
-        asked = " and ".join(name for name in able if name in wrt)
-        return f"unet: the {self.backend} engine has no gradient with respect to {asked}; use the engine eager"
+            return f"{self.network.name}: {what} of the UNet; open that"
+        return None if found else f"unet: the {self.backend} engine has no {asked}; use the engine eager"
 
-    def _enough(self, wrt: Collection[str]) -> list[NetworkName]:
+    def _enough(self, wrt: Collection[str], of: str) -> list[NetworkName]:
         """The gradient networks at hand that cover `wrt`, the smallest first."""
-        names = (name for name in self.gradients if set(wrt) <= set(WRT[name]))
+        names = (name for name in self.gradients if OF.get(name) == of and set(wrt) <= set(WRT[name]))
         return sorted(names, key=lambda name: len(WRT[name]))
 
-    def _gradient(self, wrt: Collection[str]) -> Engine:
-        """The engine of the smallest gradient network for `wrt`; it is opened once."""
-        name = self._enough(wrt)[0]
+    def _derived(self, name: NetworkName) -> Engine:
+        """The engine of a network of `gradients`; it is opened once."""
         if name not in self._gradient_engines:
             engine = self.gradients[name]()
             if self._replaced_weights:

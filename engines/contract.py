@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "FEATURES",
     "LARGEST_STRENGTH",
     "LORA_STRENGTH",
     "NETWORKS",
+    "OF",
     "WRT",
     "Axis",
     "Dims",
@@ -26,11 +28,20 @@ __all__ = [
     "NetworkName",
     "TensorSpec",
     "contract",
+    "features_contract",
     "gradient_contract",
 ]
 
 NetworkName = Literal[
-    "text_encoder", "unet", "vae_encoder", "vae_decoder", "unet_vjp_text", "unet_vjp_sample", "unet_vjp"
+    "text_encoder",
+    "unet",
+    "vae_encoder",
+    "vae_decoder",
+    "unet_features",
+    "unet_vjp_text",
+    "unet_vjp_sample",
+    "unet_vjp",
+    "unet_features_vjp",
 ]
 # Those that every bundle has.
 NETWORKS: tuple[NetworkName, ...] = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
@@ -40,7 +51,11 @@ WRT: dict[NetworkName, tuple[str, ...]] = {
     "unet_vjp_text": ("encoder_hidden_states",),
     "unet_vjp_sample": ("sample",),
     "unet_vjp": ("sample", "encoder_hidden_states"),
+    "unet_features_vjp": ("sample",),
 }
+# What those gradients are of: the UNet's output, or features within it; what comes after those is not computed.
+OF: dict[NetworkName, str] = {name: "features" if name == "unet_features_vjp" else "noise_pred" for name in WRT}
+FEATURES: NetworkName = "unet_features"  # the features alone
 LORA_STRENGTH = "lora_strength"  # the input of a UNet whose LoRA takes its strength as it runs
 LARGEST_STRENGTH = 100.0  # of a LoRA: beyond it nothing of the model is left
 
@@ -58,6 +73,8 @@ class Dims:
         vae_factor: f, pixels of the image a side of a latent cell.
         latent_multiple: the UNet halves the latent this many-fold, so latent sides are multiples of it.
         sample_size: the latent side that the model was trained at; the default.
+        feature_channels: of the features that drag editing follows, the output of the last up block but one: 640 for
+            SD1.x. None where they are not known.
     """
 
     tokens: int
@@ -68,11 +85,13 @@ class Dims:
     vae_factor: int
     latent_multiple: int
     sample_size: int
+    feature_channels: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            if getattr(self, field.name) < 1:
-                raise ValueError(f"{field.name}={getattr(self, field.name)}: a size is at least 1")
+            size = getattr(self, field.name)
+            if size is not None and size < 1:
+                raise ValueError(f"{field.name}={size}: a size is at least 1")
 
     @property
     def image_multiple(self) -> int:
@@ -123,12 +142,14 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class Network:
-    """One network's inputs, in order, and outputs, in order. `multiples`: what each symbol's size is a multiple of."""
+    """One network's inputs, in order, and outputs, in order. `multiples`: what each symbol's size is a multiple of.
+    `within` are tensors on the way to the outputs that other networks are cut off at."""
 
     name: NetworkName
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     multiples: Mapping[str, int]
+    within: tuple[TensorSpec, ...] = ()
 
     @property
     def symbols(self) -> tuple[str, ...]:
@@ -186,9 +207,14 @@ def contract(name: NetworkName, dims: Dims, *, lora_strength: bool = False) -> N
     Args:
         lora_strength: whether the LoRA's strength is an input of the UNet: 1 is as trained, 0 is none, each row's own
             or one for all.
+
+    Raises:
+        InputError: the network is cut off at the UNet's features, and `dims` does not know those.
     """
     if name in WRT:
         return gradient_contract(contract("unet", dims, lora_strength=lora_strength), name)
+    if name == FEATURES:
+        return features_contract(contract("unet", dims, lora_strength=lora_strength))
     batch, height, width = Axis("batch"), Axis("height"), Axis("width")
     latent: tuple[int | Axis, ...] = (batch, dims.latent_channels, height, width)
     pixels = (Axis("height", dims.vae_factor), Axis("width", dims.vae_factor))
@@ -222,19 +248,42 @@ def contract(name: NetworkName, dims: Dims, *, lora_strength: bool = False) -> N
         "vae_decoder": ((TensorSpec("latent_sample", f32, latent),), (TensorSpec("sample", f32, image),)),
     }
     inputs, outputs = tensors[name]
-    multiples = {"height": dims.latent_multiple, "width": dims.latent_multiple} if name == "unet" else {}
-    return Network(name, inputs, outputs, multiples)
+    if name != "unet":
+        return Network(name, inputs, outputs, {})
+    channels = dims.feature_channels
+    within = () if channels is None else (TensorSpec("features", f32, (batch, channels, height, width)),)
+    return Network(name, inputs, outputs, {"height": dims.latent_multiple, "width": dims.latent_multiple}, within)
+
+
+def features_contract(unet: Network) -> Network:
+    """The tensors of the network that ends at the features of the UNet whose tensors `unet` are.
+
+    Raises:
+        InputError: they are not known.
+    """
+    return Network(FEATURES, unet.inputs, (_differentiated(unet, FEATURES, "features"),), unet.multiples)
 
 
 def gradient_contract(unet: Network, name: NetworkName) -> Network:
     """The tensors of the gradient network `name`, a key of `WRT`, of the UNet whose tensors `unet` are.
 
-    Its gradients are those of the sum of `noise_pred * c`, where `c = cotangent + cotangent_scale * noise_pred` is held
-    constant.
+    Its gradients are those of the sum of `y * c`, where `y` is the output `OF[name]` and
+    `c = cotangent + cotangent_scale * y` is held constant.
+
+    Raises:
+        InputError: they are those of features that are not known.
     """
-    (predicted,) = unet.outputs
+    output = _differentiated(unet, name, OF[name])
     inputs = {spec.name: spec for spec in unet.inputs}
     grads = (replace(inputs[of], name=f"grad_{of}") for of in WRT[name])
-    cotangent = replace(predicted, name="cotangent")
-    scale = TensorSpec("cotangent_scale", predicted.dtype, predicted.axes[:1], shared=True)
-    return Network(name, (*unet.inputs, cotangent, scale), (predicted, *grads), unet.multiples)
+    cotangent = replace(output, name="cotangent")
+    scale = TensorSpec("cotangent_scale", output.dtype, output.axes[:1], shared=True)
+    return Network(name, (*unet.inputs, cotangent, scale), (output, *grads), unet.multiples)
+
+
+def _differentiated(unet: Network, name: NetworkName, of: str) -> TensorSpec:
+    """The tensor `of` that the network `name` ends at."""
+    for spec in (*unet.outputs, *unet.within):
+        if spec.name == of:
+            return spec
+    raise InputError(f"{name}: the sizes of the UNet's {of} are not known; load the model, or build its bundle, again")

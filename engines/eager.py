@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Mapping
 from functools import partial
 from typing import Any, ClassVar
@@ -10,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Engine
-from engines.contract import WRT, Network, NetworkName, gradient_contract
+from engines.contract import FEATURES, OF, WRT, Network, NetworkName, features_contract, gradient_contract
 from engines.errors import EngineError
 from engines.lora import put
 
@@ -18,6 +19,7 @@ __all__ = [
     "EagerEngine",
     "TextEncoder",
     "Unet",
+    "UnetFeatures",
     "UnetVjp",
     "VaeDecoder",
     "VaeEncoder",
@@ -48,15 +50,43 @@ class Unet(nn.Module):
         return (self.unet(sample, timestep, encoder_hidden_states, return_dict=False)[0],)
 
 
+class UnetFeatures(nn.Module):
+    """The UNet up to the features that drag editing follows: its inputs -> `features` [B, F, h, w].
+
+    They are the output of the last up block but one, which has the latent's sides: of SD1.x that is `up_blocks.2`, the
+    "UNet feature 3" of DragDiffusion (arXiv 2306.14435). What comes after is neither computed nor held.
+
+    Args:
+        unet: the network "unet" in torch, in whatever form. It stays as it is: this is a copy, which shares its
+            weights.
+    """
+
+    def __init__(self, unet: nn.Module) -> None:
+        super().__init__()
+        # deepcopy takes from the memo what it finds there: the tensors themselves, in new modules.
+        self.network: nn.Module = copy.deepcopy(unet, {id(t): t for t in (*unet.parameters(), *unet.buffers())})
+        cut: Any = next(one for one in self.network.modules() if isinstance(getattr(one, "up_blocks", None), nn.Module))
+        cut.up_blocks = cut.up_blocks[:-1]
+        cut.conv_norm_out, cut.conv_out = None, nn.Identity()
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor]:
+        outputs: tuple[Tensor] = self.network(*inputs)
+        return outputs
+
+
 class UnetVjp(nn.Module):
-    """The UNet and its vector-Jacobian product, by autograd.
+    """The UNet, or the start of it, and its vector-Jacobian product, by autograd.
 
-    The UNet's inputs in order, then `cotangent` [B, C, h, w] and `cotangent_scale` [B] or [1] -> `noise_pred` and, for
-    each name in `wrt`, the gradient with respect to it of the sum of `noise_pred * c`, where
-    `c = cotangent + cotangent_scale * noise_pred` is held constant.
+    The UNet's inputs in order, then `cotangent`, shaped as the output `y`, and `cotangent_scale` [B] or [1] -> `y` and,
+    for each name in `wrt`, the gradient with respect to it of the sum of `y * c`, where
+    `c = cotangent + cotangent_scale * y` is held constant.
 
-    With a scale, the gradient of a quadratic loss takes one call, for its cotangent is linear in the `noise_pred` of
-    that same call: of |a * noise_pred + b|^2 it is 2a * b with a scale of 2a^2.
+    With a scale, the gradient of a quadratic loss takes one call, for its cotangent is linear in the `y` of that same
+    call: of |a * y + b|^2 it is 2a * b with a scale of 2a^2.
+
+    Args:
+        module: the network "unet" in torch, or `UnetFeatures` of it.
+        wrt: names of its inputs.
     """
 
     def __init__(self, module: nn.Module, wrt: Collection[str]) -> None:
@@ -122,9 +152,13 @@ def gradient_networks(unet: nn.Module, names: Collection[NetworkName] = tuple(WR
 
     Args:
         unet: the network "unet" of `torch_networks`.
-        names: keys of `contract.WRT`.
+        names: keys of `contract.WRT`, or `contract.FEATURES`: the forward pass up to the features.
     """
-    return {name: UnetVjp(unet, WRT[name]).eval() for name in names}
+    features = UnetFeatures(unet).eval() if any(name == FEATURES or OF[name] == "features" for name in names) else unet
+    return {
+        name: features if name == FEATURES else UnetVjp(features if OF[name] == "features" else unet, WRT[name]).eval()
+        for name in names
+    }
 
 
 class EagerEngine(Engine):
@@ -141,10 +175,11 @@ class EagerEngine(Engine):
         super().__init__(network)
         self._module: nn.Module | None = module
         if network.name == "unet":
-            modules = gradient_networks(module)
-            self.gradients = {
-                name: partial(EagerEngine, gradient_contract(network, name), one) for name, one in modules.items()
-            }
+            known = {spec.name for spec in (*network.outputs, *network.within)}
+            derived = {name: gradient_contract(network, name) for name in WRT if OF[name] in known}
+            if "features" in known:
+                derived[FEATURES] = features_contract(network)
+            self.gradients = {name: partial(_derived, one, module) for name, one in derived.items()}
 
     def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:  # noqa: ARG002
         if self._module is None:
@@ -168,3 +203,8 @@ class EagerEngine(Engine):
         """Let go of the module; its owner may still hold it."""
         self._module, self.gradients = None, {}
         super().close()
+
+
+def _derived(network: Network, unet: nn.Module) -> EagerEngine:
+    """The engine of a network of `gradient_networks`."""
+    return EagerEngine(network, gradient_networks(unet, [network.name])[network.name])

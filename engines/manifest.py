@@ -249,7 +249,8 @@ def key_parts(
         backend_version: of the backend's library.
     """
     return {
-        "dims": asdict(dims),
+        # Sizes that are not known are left out, as they were before there was such a size.
+        "dims": {name: size for name, size in asdict(dims).items() if size is not None},
         "graph": graph,
         "weights": sorted(weights.values()),
         "model": source.digests,

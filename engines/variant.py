@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from engines.contract import WRT, Dims, Network, NetworkName, contract
+from engines.contract import FEATURES, WRT, Dims, Network, NetworkName, contract
 from engines.errors import InputError
 
 __all__ = [
@@ -210,7 +210,7 @@ class Variant(Record):
 
     def takes_strength(self, name: NetworkName) -> bool:
         """Whether the LoRA's strength is an input of that network."""
-        return self.lora_mode == "runtime" and name in ("unet", *WRT)
+        return self.lora_mode == "runtime" and name in ("unet", FEATURES, *WRT)
 
     def network(self, name: NetworkName, dims: Dims) -> Network:
         """The tensors of a network as this variant has it."""

@@ -1,4 +1,5 @@
-"""The UNet's vector-Jacobian product as a plain graph, its sizes as free as those of the forward pass.
+"""The vector-Jacobian product of the UNet, or of its features, as a plain graph, its sizes as free as those of the
+forward pass.
 
 torch's exporters refuse what differentiates within a graph, so the forward pass is exported first, and the pull-back
 through that graph is traced: `torch.func.vjp` of it, functionalised, runs once on tensors that have free sizes and no
@@ -30,8 +31,7 @@ from torch.export.graph_signature import (
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten
 
-from engines.contract import Dims, NetworkName, gradient_contract
-from engines.contract import contract as contract_of
+from engines.contract import Dims, Network
 from engines.eager import UnetVjp
 from export.decompositions import RULES, WRITTEN_OUT
 from export.graphs import dynamic_shapes, example_inputs
@@ -46,24 +46,31 @@ class _WrittenOut(fx.Interpreter):
         return super().call_function(WRITTEN_OUT.get(target, target), args, kwargs)
 
 
-def traced(module: UnetVjp, name: NetworkName, dims: Dims) -> ExportedProgram:
-    """The gradient network `name` that `module` is, as a program without autograd, on the same weights.
+def traced(module: UnetVjp, network: Network, dims: Dims) -> ExportedProgram:
+    """The gradient network that `module` is, as a program without autograd, on the same weights.
 
-    Its inputs and outputs are the contract's, in order.
+    Args:
+        module: of `engines.eager.gradient_networks`.
+        network: its contract; the program's inputs and outputs are those, in order.
+        dims: the model's sizes.
 
     Raises:
         NotImplementedError: an operator of the forward pass has a form that there is no rule for.
         Exception: whatever torch raises at what it cannot export.
     """
-    unet = contract_of("unet", dims)
+    *taken, _, _ = network.inputs  # but for the cotangent and its scale
+    undifferentiated = Network("unet", tuple(taken), network.outputs[:1], network.multiples)
     with torch.no_grad():
         forward = torch.export.export(
-            module.module, example_inputs(unet, dims), dynamic_shapes=dynamic_shapes(unet), strict=False
+            module.module,
+            example_inputs(undifferentiated, dims),
+            dynamic_shapes=dynamic_shapes(undifferentiated, module.module),
+            strict=False,
         )
     specs = forward.graph_signature.input_specs
     values = [node.meta["val"] for node in forward.graph.nodes if node.op == "placeholder"]
     users = [index for index, spec in enumerate(specs) if spec.kind is InputKind.USER_INPUT]
-    named = dict(zip((spec.name for spec in unet.inputs), users, strict=True))
+    named = dict(zip((spec.name for spec in taken), users, strict=True))
     mode = values[named["sample"]].fake_mode
     with torch.no_grad(), mode, enable_python_dispatcher():
         (predicted,) = (node.meta["val"] for node in forward.graph.output_node().args[0])
@@ -76,7 +83,6 @@ def traced(module: UnetVjp, name: NetworkName, dims: Dims) -> ExportedProgram:
         if node.target is torch.ops.aten._assert_tensor_metadata.default:
             graph.erase_node(node)
     graph.eliminate_dead_code()
-    network = gradient_contract(unet, name)
     return _program(forward, graph_module, graph, [spec.name for spec in network.inputs])
 
 

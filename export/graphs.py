@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.export import Dim
 
 from engines.contract import LORA_STRENGTH, Axis, Dims, Network
@@ -33,8 +34,9 @@ class Case:
     rows_before: int = 0
 
 
-def dynamic_shapes(network: Network) -> tuple[dict[int, Any], ...]:
-    """For each input in order, the symbolic dimension of each axis that a caller chooses.
+def dynamic_shapes(network: Network, module: nn.Module) -> tuple[Any, ...]:
+    """For each input in order, the symbolic dimension of each axis that a caller chooses, as torch takes it for
+    `module`: one tuple of them all where its `forward` takes any number of inputs.
 
     A side that must be a multiple of m is the derived dimension m * Dim: diffusers then sees that every halving comes
     out even and takes the branch that hands no sizes to its upsamplers. A shared input has its one row.
@@ -46,12 +48,14 @@ def dynamic_shapes(network: Network) -> tuple[dict[int, Any], ...]:
         multiple = axis.factor * network.multiples.get(axis.symbol, 1)
         return roots[axis.symbol] if multiple == 1 else multiple * roots[axis.symbol]
 
-    return tuple(
+    shapes = tuple(
         {index: dimension(axis) for index, axis in enumerate(spec.axes) if isinstance(axis, Axis)}
         if not spec.shared
         else {}
         for spec in network.inputs
     )
+    taken = inspect.signature(module.forward).parameters.values()
+    return (shapes,) if any(one.kind is one.VAR_POSITIONAL for one in taken) else shapes
 
 
 def _unit(network: Network) -> int:

@@ -11,7 +11,6 @@ from torch import nn
 from engines.contract import Dims, Network
 from engines.errors import EngineError, reason
 from export.graphs import dynamic_shapes, example_inputs
-from export.half import Cast
 from export.quiet import quiet
 from export.rewrites.named_weights import named_weights
 
@@ -37,7 +36,6 @@ def to_onnx(module: nn.Module, network: Network, dims: Dims, path: Path) -> None
         OSError: the files cannot be written.
     """
     inputs = [spec.name for spec in network.inputs]
-    shapes = dynamic_shapes(network)
     outputs = [spec.name for spec in network.outputs]
     try:
         with quiet(), torch.no_grad():
@@ -48,7 +46,7 @@ def to_onnx(module: nn.Module, network: Network, dims: Dims, path: Path) -> None
                 opset_version=OPSET,
                 input_names=inputs,
                 output_names=outputs,
-                dynamic_shapes=(shapes,) if isinstance(module, Cast) else shapes,  # which takes any number of inputs
+                dynamic_shapes=dynamic_shapes(network, module),
                 verbose=False,
             )
     except Exception as error:

@@ -55,6 +55,7 @@ def dims() -> Dims:
         vae_factor=2,
         latent_multiple=4,
         sample_size=8,
+        feature_channels=32,
     )
 
 

@@ -8,19 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
-from engines.contract import contract, gradient_contract
-from engines.eager import UnetVjp, gradient_networks, torch_networks
+from engines.contract import Dims, NetworkName, contract
+from engines.eager import UnetVjp, gradient_networks
 from export.decompositions.attention import attention
 from export.decompositions.convolution_backward import convolution_backward
 from export.decompositions.group_norm import group_norm, group_norm_backward
 from export.decompositions.layer_norm import layer_norm, layer_norm_backward
 from export.decompositions.linear import linear
 from export.decompositions.upsample_nearest import upsample_nearest
+from export.graphs import Case, random_inputs
 from export.quiet import quiet
-from smooth_rt.model import load_model
 
 
 def drawn(*shape: int) -> Tensor:
@@ -104,20 +104,21 @@ def test_what_is_written_out(
 
 
 @pytest.mark.slow
-def test_the_graph_gives_autograds_gradients_on_onnxruntime(tiny_model: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", ["unet_vjp", "unet_features_vjp"])
+def test_the_graph_gives_autograds_gradients_on_onnxruntime(
+    networks: dict[NetworkName, nn.Module], dims: Dims, tmp_path: Path, name: NetworkName
+) -> None:
     import onnxruntime
 
     from export.gradient import traced
 
-    model = load_model(tiny_model)
-    unet = contract("unet", model.dims)
-    module: Any = gradient_networks(torch_networks(model.text_encoder, model.unet, model.vae)["unet"])["unet_vjp"]
+    module: Any = gradient_networks(networks["unet"], [name])[name]
     assert isinstance(module, UnetVjp)
-    network = gradient_contract(unet, "unet_vjp")
+    network = contract(name, dims)
     inputs, outputs = ([spec.name for spec in specs] for specs in (network.inputs, network.outputs))
     with quiet(), torch.no_grad():
         program = torch.onnx.export(
-            traced(module, "unet_vjp", model.dims),
+            traced(module, network, dims),
             dynamo=True,
             opset_version=20,
             input_names=inputs,
@@ -129,19 +130,9 @@ def test_the_graph_gives_autograds_gradients_on_onnxruntime(tiny_model: Path, tm
         program.save(str(tmp_path / "model.onnx"))
     session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
     for rows, height, width in ((1, 8, 8), (2, 12, 16), (3, 8, 4)):  # of one graph, whose sizes are free
-        generator = torch.Generator().manual_seed(rows)
-        latent, text = (
-            (rows, model.dims.latent_channels, height, width),
-            (rows, model.dims.tokens, model.dims.text_width),
-        )
-        given = {
-            "sample": torch.randn(latent, generator=generator),
-            "timestep": torch.randint(0, 1000, (1,), generator=generator),
-            "encoder_hidden_states": torch.randn(text, generator=generator),
-            "cotangent": torch.randn(latent, generator=generator),
-            "cotangent_scale": torch.rand(1, generator=generator),
-        }
-        got = session.run(outputs, {name: tensor.numpy() for name, tensor in given.items()})
-        for name, found, wanted in zip(outputs, got, module(*given.values()), strict=True):
+        case = Case({"batch": rows, "height": height, "width": width}, 1.0)
+        given = random_inputs(network, dims, case, torch.Generator().manual_seed(rows))
+        got = session.run(outputs, {spec: tensor.numpy() for spec, tensor in given.items()})
+        for output, found, wanted in zip(outputs, got, module(*given.values()), strict=True):
             error = float((torch.from_numpy(found) - wanted).norm() / wanted.norm())
-            assert error < 1e-4, (name, rows, error)  # rounding in fp32 gives 1e-6 to 1e-5
+            assert error < 1e-4, (output, rows, error)  # rounding in fp32 gives 1e-6 to 1e-5

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from engines.contract import contract
-from engines.eager import EagerEngine, Unet, VaeDecoder
+from engines.eager import EagerEngine, Unet, UnetFeatures, VaeDecoder
 from smooth_rt.errors import EngineError, InputError
 from smooth_rt.pipeline import SmoothPipeline
 
@@ -48,6 +48,39 @@ def test_gradients_are_those_of_the_loss_in_float64(pipe: SmoothPipeline, drawn:
     assert list(grads) == list(BOTH)
     for got, reference in zip((found, *grads.values()), (output, *wanted), strict=True):
         assert float((got - reference).detach().norm() / reference.detach().norm()) < 1e-5
+
+
+def test_features_are_those_of_the_block_and_so_is_their_gradient(
+    pipe: SmoothPipeline, drawn: dict[str, Tensor]
+) -> None:
+    module: Any = copy.deepcopy(engine_of(pipe)._module).double()
+    x, text, _, s = (one.double() for one in drawn.values())
+    seen: list[Tensor] = []
+    module.unet.up_blocks[-2].register_forward_hook(lambda _, __, output: seen.append(output))
+    x.requires_grad_()
+    module(x, torch.tensor([500]), text)
+    (features,) = seen
+    c = torch.randn(features.shape, generator=torch.Generator().manual_seed(3))
+    loss = (features * c.double()).sum() + 0.5 * (s[:, None, None, None] * features**2).sum()
+    (wanted,) = torch.autograd.grad(loss, x)
+    alone = pipe.features(drawn["latents"], 500, drawn["prompt_embeds"])
+    found, grads = pipe.vjp(
+        drawn["latents"], 500, drawn["prompt_embeds"], ["sample"], c, s.float(), of="features"
+    )  # fmt: skip
+    assert list(grads) == ["sample"]
+    torch.testing.assert_close(alone, found, rtol=0, atol=0)
+    for got, reference in ((found, features), (grads["sample"], wanted)):
+        assert float((got - reference).detach().norm() / reference.detach().norm()) < 1e-5
+
+
+def test_what_comes_after_the_features_is_not_held(pipe: SmoothPipeline) -> None:
+    whole: Any = engine_of(pipe)._module
+    module: Any = UnetFeatures(whole)
+    held = {id(one) for one in module.parameters()}
+    left_out = {name for name, one in whole.named_parameters() if id(one) not in held}
+    assert {name.split(".")[1] for name in left_out} == {"up_blocks", "conv_norm_out", "conv_out"}
+    assert len(held) + len(left_out) == len(list(whole.parameters()))
+    assert len(whole.unet.up_blocks) == len(module.network.unet.up_blocks) + 1
 
 
 def test_one_gradient_is_that_of_both(pipe: SmoothPipeline, drawn: dict[str, Tensor]) -> None:
@@ -93,6 +126,9 @@ def test_inputs_and_weights_are_left_as_they_are(pipe: SmoothPipeline, drawn: di
         ({"prompt_embeds": torch.zeros(1, 12, 32)}, "prompt_embeds: 1 rows for latents of 3"),
         ({"wrt": []}, "wrt: nothing; name sample or encoder_hidden_states, or both"),
         ({"wrt": ["timestep"]}, "wrt: timestep; name sample or encoder_hidden_states"),
+        ({"of": "eps"}, "of: eps; name noise_pred or features"),
+        ({"of": "features"}, "wrt: .*; name sample, the input of the gradient of features"),
+        ({"of": "features", "wrt": ["sample"]}, r"cotangent has shape \[3, 4, 8, 16\], not .*; 4 should be 32"),
     ],
 )
 def test_what_does_not_fit_is_named(
@@ -111,6 +147,8 @@ def test_only_the_unet_has_gradients_and_only_while_open(pipe: SmoothPipeline, d
     unet.close()
     with pytest.raises(EngineError, match="unet: the eager engine is closed; open it again"):
         unet.vjp(["sample"], drawn["cotangent"])
+    with pytest.raises(EngineError, match="unet: the eager engine is closed; open it again"):
+        unet.features()
 
 
 def test_an_engine_without_gradients_says_which_has_them(pipe: SmoothPipeline, drawn: dict[str, Tensor]) -> None:
@@ -123,3 +161,7 @@ def test_an_engine_without_gradients_says_which_has_them(pipe: SmoothPipeline, d
         EngineError, match=r"unet: the without engine has no gradient with .* sample; use the engine eager"
     ):
         unet.vjp(["sample"], drawn["cotangent"])
+    with pytest.raises(EngineError, match=r"has no gradient of features with respect to sample; use the engine eager"):
+        unet.vjp(["sample"], drawn["cotangent"], of="features")
+    with pytest.raises(EngineError, match=r"unet: the without engine has no graph up to its features; use the engine"):
+        unet.features()

@@ -13,7 +13,7 @@ from torch import Generator, Tensor, nn
 from torch.nn import functional as F
 
 from engines.base import Engine
-from engines.contract import NETWORKS, WRT, Dims, Network, contract
+from engines.contract import NETWORKS, OF, WRT, Dims, Network, contract
 from engines.eager import UnetVjp
 from smooth_rt.model import PipelineConfig
 from smooth_rt.pipeline import SmoothPipeline
@@ -40,7 +40,8 @@ class FakeEngine(Engine):
     def __init__(self, network: Network, dims: Dims, noise: Noise) -> None:
         super().__init__(network)
         if network.name == "unet":
-            self.gradients = {name: partial(FakeEngine, contract(name, dims), dims, noise) for name in WRT}
+            names = [name for name in WRT if OF[name] == "noise_pred"]
+            self.gradients = {name: partial(FakeEngine, contract(name, dims), dims, noise) for name in names}
         self.dims = dims
         self.noise = noise
         self.batches: list[int] = []
