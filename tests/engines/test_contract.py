@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
 
-from engines.contract import NETWORKS, Dims, contract
+from engines.contract import NETWORKS, Dims, NetworkName, contract
 from engines.errors import InputError
 
 
@@ -61,3 +63,17 @@ def test_token_ids_outside_the_vocabulary(dims: Dims, stray: int) -> None:
     ids[1, 3] = stray
     with pytest.raises(InputError, match=f"holds {stray}, outside 0..10"):
         contract("text_encoder", dims).bind({"input_ids": ids})
+
+
+def test_networks_that_end_at_the_features(dims: Dims) -> None:
+    known = replace(dims, feature_channels=5)
+    sizes = {"batch": 3, "height": 8, "width": 16}
+    (features,) = contract("unet_features", known).outputs
+    gradients = contract("unet_features_vjp", known)
+    assert features.shape(sizes) == (3, 5, 8, 16)
+    assert [spec.name for spec in gradients.outputs] == ["features", "grad_sample"]
+    assert gradients.inputs[-2].shape(sizes) == features.shape(sizes)
+    names: tuple[NetworkName, ...] = ("unet_features", "unet_features_vjp")
+    for name in names:
+        with pytest.raises(InputError, match=rf"{name}: the sizes of the UNet's features are not known; load the"):
+            contract(name, dims)
