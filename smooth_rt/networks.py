@@ -134,8 +134,10 @@ class Networks:
         wrt: Collection[str],
         cotangent: Tensor,
         cotangent_scale: Tensor | None = None,
+        *,
+        of: str = "noise_pred",
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The UNet's output and gradients of N images; see `Engine.vjp`.
+        """The UNet's output, or its features, and gradients of N images; see `Engine.vjp`.
 
         An engine without gradients leaves them to eager autograd on the torch weights that it was made from; that is
         logged once, with the reason.
@@ -144,13 +146,14 @@ class Networks:
             latents: [N, C, h, w], `prompt_embeds`: [N, L, D].
             timestep: of all of them.
             wrt: "sample" (the latents), "encoder_hidden_states" (the embeddings) or both.
-            cotangent: [N, C, h, w], `cotangent_scale`: [N], [1] or None.
+            cotangent: shaped as the result, `cotangent_scale`: [N], [1] or None.
+            of: what the gradients are of: "noise_pred", or the "features" that `features` gives.
 
         Returns:
-            The output [N, C, h, w], and the gradients by name.
+            The output [N, C, h, w], or the features [N, F, h, w], and the gradients by name.
 
         Raises:
-            InputError: a tensor is of another shape, or `wrt` names no such input.
+            InputError: a tensor is of another shape, or `wrt` or `of` names no such thing.
             EngineError: the engine has no gradients, and its torch weights are out of reach.
         """
         count = len(latents)
@@ -162,7 +165,7 @@ class Networks:
             raise InputError(
                 f"cotangent_scale: shape {list(scale.shape)}, not [{count}] or [1]; give one for each image"
             )
-        engine = self._differentiable(wrt)
+        engine = self._differentiable(self._engines["unet"].lacks_gradient(wrt, of))
         outputs, grads = [], []
         for part in self._calls("unet", count, latents.shape[2:]):
             sample = latents[part]
@@ -170,22 +173,45 @@ class Networks:
                 wrt,
                 cotangent[part],
                 scale.expand(count)[part],
+                of=of,
                 sample=sample,
                 timestep=torch.full((len(sample),), timestep, dtype=torch.int64),
                 encoder_hidden_states=prompt_embeds[part],
                 **self._strength(engine),
             )
             self.evaluations["gradient"] += len(sample)
-            outputs.append(output["noise_pred"])
+            outputs.append(output[of])
             grads.append(grad)
         return torch.cat(outputs), {name: torch.cat([grad[name] for grad in grads]) for name in grads[0]}
 
-    def _differentiable(self, wrt: Collection[str]) -> Engine:
-        """The engine that takes gradients: the UNet's own, or else eager on the weights that it was made from."""
-        engine = self._engines["unet"]
-        fault = engine.lacks_gradient(wrt)
+    def features(self, latents: Tensor, timestep: int, prompt_embeds: Tensor) -> Tensor:
+        """The UNet's features of N images that drag editing follows, [N, F, h, w]; see `Engine.features`.
+
+        An engine without them leaves them to eager, as `vjp` does.
+
+        Args:
+            latents: [N, C, h, w], `prompt_embeds`: [N, L, D].
+            timestep: of all of them.
+
+        Raises:
+            InputError: a tensor is of another shape.
+            EngineError: the engine has no features, and its torch weights are out of reach.
+        """
+        engine = self._differentiable(self._engines["unet"].lacks_features())
+        found = []
+        for part in self._calls("unet", len(latents), latents.shape[2:]):
+            sample, text = latents[part], prompt_embeds[part]
+            when = torch.full((len(sample),), timestep, dtype=torch.int64)
+            inputs = {"sample": sample, "timestep": when, "encoder_hidden_states": text}
+            found.append(engine.features(**inputs, **self._strength(engine)))
+            self.evaluations["forward"] += len(sample)
+        return torch.cat(found)
+
+    def _differentiable(self, fault: str | None) -> Engine:
+        """The engine that takes gradients: the UNet's own unless it has that fault, or else eager on the weights that
+        it was made from."""
         if fault is None:
-            return engine
+            return self._engines["unet"]
         if self._eager_unet is None:
             if self.bundle is None:
                 raise EngineError(fault)
