@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from engines.contract import FEATURES, OF, WRT, Network, NetworkName
 from engines.errors import EngineError, InputError, reason
@@ -211,6 +211,17 @@ class Engine(abc.ABC):
         if self.network.name != "unet":
             return f"{self.network.name}: {what} of the UNet; open that"
         return None if found else f"unet: the {self.backend} engine has no {asked}; use the engine eager"
+
+    def attentions(self) -> list[Any]:
+        """The UNet's self-attention layers, from its input to its output: diffusers' `Attention` modules, whose
+        processors may be replaced for a while.
+
+        Raises:
+            EngineError: what is inside this engine cannot be reached, or it is closed.
+        """
+        raise EngineError(
+            f"{self.network.name}: the {self.backend} engine does not expose its attention; use the engine eager"
+        )
 
     def _enough(self, wrt: Collection[str], of: str) -> list[NetworkName]:
         """The gradient networks at hand that cover `wrt`, the smallest first."""

@@ -193,6 +193,14 @@ class EagerEngine(Engine):
             spec.name: output.cpu().contiguous() for spec, output in zip(self.network.outputs, outputs, strict=True)
         }
 
+    def attentions(self) -> list[Any]:
+        if self._module is None:
+            raise EngineError(f"{self.network.name}: the eager engine is closed; open it again")
+        found = [module for name, module in self._module.named_modules() if name.endswith(".attn1")]
+        if not found:
+            raise EngineError(f"{self.network.name}: this UNet has no self-attention; leave out what asks for it")
+        return found
+
     def refit(self, weights: Mapping[str, Tensor]) -> None:
         """Write weights into the module's parameters, in place; see `Engine.refit`."""
         if self._module is None:

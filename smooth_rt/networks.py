@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -113,7 +113,7 @@ class Networks:
         if guidance_scale == 1 or (negative is not None and torch.equal(negative, prompt_embeds)):
             negative = None
         outputs, rows = [], 1 if negative is None else 2
-        for part in self._calls("unet", len(latents), latents.shape[2:], rows):
+        for part in self.calls("unet", len(latents), latents.shape[2:], rows):
             sample, text = latents[part], prompt_embeds[part]
             if negative is not None:
                 sample, text = torch.cat([sample, sample]), torch.cat([negative[part], text])
@@ -167,7 +167,7 @@ class Networks:
             )
         engine = self._differentiable(self._engines["unet"].lacks_gradient(wrt, of))
         outputs, grads = [], []
-        for part in self._calls("unet", count, latents.shape[2:]):
+        for part in self.calls("unet", count, latents.shape[2:]):
             sample = latents[part]
             output, grad = engine.vjp(
                 wrt,
@@ -199,7 +199,7 @@ class Networks:
         """
         engine = self._differentiable(self._engines["unet"].lacks_features())
         found = []
-        for part in self._calls("unet", len(latents), latents.shape[2:]):
+        for part in self.calls("unet", len(latents), latents.shape[2:]):
             sample, text = latents[part], prompt_embeds[part]
             when = torch.full((len(sample),), timestep, dtype=torch.int64)
             inputs = {"sample": sample, "timestep": when, "encoder_hidden_states": text}
@@ -223,7 +223,11 @@ class Networks:
             self._eager_unet = eager_engines(model)["unet"]
         return self._eager_unet
 
-    def _calls(
+    def attentions(self) -> list[Any]:
+        """The UNet's self-attention layers; see `Engine.attentions`."""
+        return self._engines["unet"].attentions()
+
+    def calls(
         self, network: NetworkName, count: int, sides: Sequence[int] | None = None, rows: int = 1
     ) -> Iterator[slice]:
         """Which of `count` images each call takes, where an image is so many rows of latents of these sides."""

@@ -247,7 +247,7 @@ class SmoothPipeline(Networks):
             if len(ids) > self.dims.tokens:
                 cut = shown(self.tokenizer.decode(ids[self.dims.tokens - 1 : -1]))
                 LOG.warning("prompt %s: longer than %d tokens; left out: %s", shown(prompt), self.dims.tokens, cut)
-        parts = self._calls("text_encoder", len(distinct))
+        parts = self.calls("text_encoder", len(distinct))
         embeds = torch.cat([self._run("text_encoder", input_ids=tokens.input_ids[part].int()) for part in parts])
         return embeds[[distinct.index(prompt) for prompt in prompts]]
 
@@ -257,7 +257,7 @@ class SmoothPipeline(Networks):
         """Latents [N, C, H/f, W/f] of images scaled and centre-cropped to `height` x `width`: the posterior's mean."""
         height, width = self.image_size(height, width)
         pixels = read(images, height, width) * 2 - 1
-        parts = self._calls("vae_encoder", len(pixels), (height // self.dims.vae_factor, width // self.dims.vae_factor))
+        parts = self.calls("vae_encoder", len(pixels), (height // self.dims.vae_factor, width // self.dims.vae_factor))
         return torch.cat([self._run("vae_encoder", sample=pixels[part]) for part in parts]) * self.scaling_factor
 
     def decode(self, latents: Tensor, output_type: OutputType = "pil") -> Images:
@@ -265,7 +265,7 @@ class SmoothPipeline(Networks):
         if output_type == "latent":
             return latents
         scaled = latents / self.scaling_factor
-        parts = self._calls("vae_decoder", len(scaled), scaled.shape[2:])
+        parts = self.calls("vae_decoder", len(scaled), scaled.shape[2:])
         pixels = torch.cat([self._run("vae_decoder", latent_sample=scaled[part]) for part in parts])
         if not bool(torch.isfinite(pixels).all()):
             raise EngineError(f"decode: the VAE's images are not finite on {self.engine}; its weights may be damaged")

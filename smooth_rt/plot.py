@@ -1,4 +1,4 @@
-"""Small plots as inline SVG that take their colours from the page: classes `base` and `smooth`."""
+"""Small line plots as inline SVG that take their colours from the page: classes `base` and `smooth`."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from html import escape
 
-__all__ = ["Curve", "Point", "line_plot", "scatter_plot", "ticks"]
+__all__ = ["LEFT", "RIGHT", "WIDTH", "Curve", "line_plot", "ticks"]
 
 WIDTH, HEIGHT = 720, 280
 LEFT, RIGHT, TOP, BOTTOM = 58, 170, 18, 44
@@ -22,17 +22,6 @@ class Curve:
     label: str
     name: str
     values: Sequence[float]
-
-
-@dataclass(frozen=True)
-class Point:
-    """One point: its CSS class, the label beside it, the name that is read out, and its place (x above 0)."""
-
-    style: str
-    label: str
-    name: str
-    x: float
-    y: float
 
 
 def ticks(highest: float) -> list[float]:
@@ -78,68 +67,6 @@ def line_plot(curves: Sequence[Curve], name_of: Callable[[int], str]) -> str:
     return (
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(" ".join(said))}">{"".join(marks)}</svg>'
     )
-
-
-def scatter_plot(points: Sequence[Point], along: str, up: str, level: float | None = None, level_name: str = "") -> str:
-    """The points over a logarithmic axis named `along` and an even one named `up`, with a line at `level` if given.
-
-    Of points of the same label that lie nearly on one another, the first alone is labelled.
-    """
-    wide, high = WIDTH - LEFT - RIGHT, HEIGHT - TOP - BOTTOM
-    heights = [point.y for point in points if math.isfinite(point.y)] + ([] if level is None else [level])
-    least, most = min(heights, default=0.0), max(heights, default=1.0)
-    marked = _even(least, most)
-    first, last = (math.log10(f(point.x for point in points)) for f in (min, max)) if points else (0.0, 1.0)
-    first, last = first - 0.05, max(last, first + 0.1) + 0.05
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        across = (math.log10(x) - first) / (last - first)
-        return LEFT + wide * across, TOP + high * (1 - (y - marked[0]) / (marked[-1] - marked[0]))
-
-    marks, said = [], []
-    for tick in marked:
-        y = at(10**first, tick)[1]
-        marks.append(f'<line class="grid" x1="{LEFT}" x2="{LEFT + wide}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        marks.append(f'<text x="{LEFT - 12}" y="{y + 4:.1f}" text-anchor="end">{tick:g}</text>')
-    for power in range(math.floor(first), math.ceil(last) + 1):
-        for tick in (m * 10.0**power for m in (1, 2, 5)):
-            if first <= math.log10(tick) <= last:
-                x = at(tick, marked[0])[0]
-                marks.append(f'<text x="{x:.1f}" y="{HEIGHT - BOTTOM + 18}" text-anchor="middle">{tick:g}</text>')
-    marks.append(f'<text x="{LEFT + wide / 2:.1f}" y="{HEIGHT - 6}" text-anchor="middle">{escape(along)}</text>')
-    marks.append(f'<text x="4" y="{TOP - 6}">{escape(up)}</text>')
-    if level is not None:
-        y = at(10**first, level)[1]
-        marks.append(f'<line class="level" x1="{LEFT}" x2="{LEFT + wide}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        marks.append(f'<text x="{LEFT + wide + 14}" y="{y + 4:.1f}">{escape(level_name)}</text>')
-        said.append(f"{level_name}: {level:.1f}.")
-    labels: list[tuple[float, float, str]] = []
-    for point in points:
-        if not math.isfinite(point.y):
-            continue
-        x, y = at(point.x, point.y)
-        tip = escape(f"{point.name}: {point.x:.4g}, {point.y:.2f}")
-        marks.append(
-            f'<circle class="dot {point.style}" cx="{x:.1f}" cy="{y:.1f}" r="3.2"><title>{tip}</title></circle>'
-        )
-        said.append(f"{point.name}: {point.x:.0f}, {point.y:.1f}.")
-        if any(name == point.label and math.hypot(x - a, y - b) < LABEL_GAP for a, b, name in labels):
-            continue
-        # A label goes under what is written there already.
-        while any(abs(y - b) < LABEL_GAP - 4 and abs(x - a) < 8 * max(len(name), 6) for a, b, name in labels):
-            y += LABEL_GAP - 4
-        labels.append((x, y, point.label))
-        marks.append(f'<text x="{x + 7:.1f}" y="{y + 4:.1f}">{escape(point.label)}</text>')
-    return (
-        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(" ".join(said))}">{"".join(marks)}</svg>'
-    )
-
-
-def _even(least: float, most: float) -> list[float]:
-    """Equal round steps from at or below `least` to at or above `most`."""
-    step = ticks(max(most - least, 1e-6))[1]
-    first = math.floor(least / step + 1e-9)
-    return [i * step for i in range(first, max(first + 1, math.ceil(most / step - 1e-9)) + 1)]
 
 
 def _apart(ends: list[tuple[float, Curve]]) -> list[tuple[float, Curve]]:

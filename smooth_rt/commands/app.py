@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from smooth_rt.commands import bundles, demo, evaluate, models, tasks, train
+from smooth_rt.commands import bundles, demo, evaluate, models, paths, tasks, train
 from smooth_rt.commands.checked import CheckedCommand
 from smooth_rt.commands.options import flattened
 from smooth_rt.errors import SmoothRTError
@@ -70,9 +70,10 @@ _group(
 )
 _group(
     "evaluate",
-    "Measure smoothness, inversion, editing and the images' quality, with and without the LoRA.",
+    "Measure smoothness, paths, inversion, editing and the images' quality, with and without the LoRA.",
     [
         ("istd", evaluate.istd),
+        ("interpolation", paths.interpolation),
         ("inversion", evaluate.inversion),
         ("editing", evaluate.editing),
         ("quality", evaluate.quality),

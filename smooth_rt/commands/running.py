@@ -23,6 +23,7 @@ __all__ = [
     "Stopwatch",
     "described",
     "generators",
+    "need_attention",
     "open_pipeline",
     "opened_model",
     "run",
@@ -149,6 +150,12 @@ def refuse_strength(options: ModelOptions, bundle: Bundle) -> None:
             "--lora-strength: the bundle holds its LoRA fused, or none; leave it out, or build with --lora-mode "
             "runtime or refit"
         )
+
+
+def need_attention(options: RunOptions, asked: str) -> None:
+    """What looks into a network's attention runs on its torch modules alone: refuse it before an engine is built."""
+    if options.engine != "eager":
+        raise InputError(f"{asked}: built engines do not expose their attention; add --engine eager")
 
 
 def generators(seeds: range | tuple[int, ...]) -> list[Generator]:

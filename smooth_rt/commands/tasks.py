@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 import typer
 
 from smooth_rt.commands.options import RunOptions
-from smooth_rt.commands.running import generators, run
+from smooth_rt.commands.running import generators, need_attention, run
 from smooth_rt.errors import InputError, reason
 from smooth_rt.ranges import check_images, seeds_from
 
@@ -95,6 +95,10 @@ def interpolate(
             show_default=False,
         ),
     ] = None,
+    attention_blend: Annotated[
+        bool,
+        typer.Option("--attention-blend", help="Let each frame's attention look at both ends; takes --engine eager."),
+    ] = False,
     fps: Annotated[int, typer.Option(help="Frames a second of the films.", min=1, max=120)] = 12,
 ) -> dict[str, Any]:
     """Frames between two images, two seeds or two prompts, as PNG, MP4 and animated WebP."""
@@ -103,6 +107,8 @@ def interpolate(
     if images and seeds is not None:
         named = ", ".join(map(str, images))
         raise InputError(f"--seeds: takes two values and no images, got {named} too; give the images or the seeds")
+    if attention_blend:
+        need_attention(options, "--attention-blend")
     if images:
         if len(images) != 2:
             raise InputError(f"images: {len(images)}; give the two ends")
@@ -124,6 +130,7 @@ def interpolate(
             guidance_scale=options.guidance_scale,
             adain=adain,
             reschedule=reschedule,
+            attention_blend=attention_blend,
             **shared,
         ),
         names,

@@ -2,6 +2,7 @@
 
 from smooth_rt.evaluation.editing import EditCase, EditingTask, edit_cases, summarise_editing
 from smooth_rt.evaluation.inputs import Example, captioned, examples, read_prompts
+from smooth_rt.evaluation.interpolation import InterpolationTask, summarise_interpolation
 from smooth_rt.evaluation.inversion import InversionTask, measure_inversion
 from smooth_rt.evaluation.quality import ByNetworks, QualityTask, summarise_quality
 from smooth_rt.evaluation.rows import Rows, collect
@@ -12,6 +13,7 @@ __all__ = [
     "EditCase",
     "EditingTask",
     "Example",
+    "InterpolationTask",
     "InversionTask",
     "IstdTask",
     "QualityTask",
@@ -26,6 +28,7 @@ __all__ = [
     "measure_istd",
     "read_prompts",
     "summarise_editing",
+    "summarise_interpolation",
     "summarise_istd",
     "summarise_quality",
 ]

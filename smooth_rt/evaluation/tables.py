@@ -7,14 +7,15 @@ from typing import Any
 
 import numpy as np
 
-from smooth_rt.plot import Curve, Point, line_plot, scatter_plot
+from smooth_rt.plot import Curve, line_plot
+from smooth_rt.scatter import Point, scatter_plot
 
 __all__ = ["distances_plot", "inversion_plot", "markdown"]
 
 # The plot is a file of its own, with no page to take colours from.
 STYLE = (
     "svg{background:#fff;font:12px sans-serif}text{fill:#333}.grid{stroke:#ddd}.line{fill:none;stroke-width:2}"
-    ".level{stroke:#777;stroke-dasharray:4}"
+    ".lead{stroke:#aaa}.level{stroke:#777;stroke-dasharray:4}"
     "polyline.base{stroke:#b4552d}polyline.smooth{stroke:#1f6fb2}circle.base{fill:#b4552d}circle.smooth{fill:#1f6fb2}"
 )
 
@@ -60,15 +61,17 @@ def inversion_plot(rows: Sequence[Mapping[str, Any]]) -> str:
     Args:
         rows: of `evaluate inversion`; the VAE's bound, which takes no evaluations, is a line.
     """
-    points, bound = [], None
+    points, bound, styles = [], None, {}
     for row in rows:
         if row["evaluations"] == "":
             bound = row["psnr"]
             continue
         style = "smooth" if row["variant"] == "smooth" else "base"
+        styles[style] = row["variant"]
         took = row["evaluations"] + 3 * row["gradient_evaluations"]
         points.append(Point(style, row["method"], f"{row['variant']}, {row['method']}", took, row["psnr"]))
-    return _alone(scatter_plot(points, "evaluations of the UNet an image", "PSNR, dB", bound, "VAE's bound"))
+    along = "evaluations of the UNet an image"
+    return _alone(scatter_plot(points, along, "PSNR, dB", bound, "VAE's bound", styles))
 
 
 def _alone(plot: str) -> str:

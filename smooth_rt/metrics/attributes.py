@@ -76,12 +76,21 @@ class Attributes:
 
     def predict(self, images: NDArray[np.float32]) -> tuple[list[int], list[int]]:
         """The classes seen on pictures [N, H, W, 3] in 0..1: objects and backgrounds."""
+        objects, colours = self._logits(images)
+        return objects.argmax(1).tolist(), colours.argmax(1).tolist()
+
+    def certainty(self, images: NDArray[np.float32]) -> list[float]:
+        """How probable the likeliest object is on pictures [N, H, W, 3] in 0..1, 0 to 1: low where none is clear."""
+        found: list[float] = self._logits(images)[0].softmax(1).amax(1).tolist()
+        return found
+
+    def _logits(self, images: NDArray[np.float32]) -> tuple[Tensor, Tensor]:
         pixels = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2).float() * 2 - 1
         if pixels.shape[2:] != (64, 64):
             pixels = nn.functional.interpolate(pixels, (64, 64), mode="bilinear", antialias=True)
         with torch.no_grad():
-            objects, colours = self.network(pixels)
-        return objects.argmax(1).tolist(), colours.argmax(1).tolist()
+            found: tuple[Tensor, Tensor] = self.network(pixels)
+        return found
 
     def judge(self, images: NDArray[np.float32], captions: Sequence[str]) -> Judged:
         """Compare pictures [N, H, W, 3] in 0..1 with their captions.

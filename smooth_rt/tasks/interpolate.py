@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -20,6 +21,7 @@ from smooth_rt.errors import InputError
 from smooth_rt.images import ImageLike, Images, OutputType, as_list
 from smooth_rt.ranges import check, choice
 from smooth_rt.tasks import checks
+from smooth_rt.tasks.attention_blend import blended_back
 from smooth_rt.tasks.generate import embed_pair
 from smooth_rt.tasks.inversion import METHODS, Noise, between, invert
 from smooth_rt.tasks.inversion.base import ddim_back, guided_back
@@ -59,6 +61,7 @@ def interpolate(
     negative_prompt: str | None = None,
     adain: bool = False,
     reschedule: str | None = None,
+    attention_blend: bool = False,
     keep: bool = True,
     output_type: OutputType = "pil",
     callback_on_step_end: StepCallback | None = None,
@@ -84,17 +87,22 @@ def interpolate(
         adain: adapt the final latents of each frame to the ends' (`adapted`).
         reschedule: "pixels" or "lpips": sample the frames twice, the second time at places where neighbours should lie
             equally far apart in pixel L2, or in LPIPS where its weights are at hand (`evened`).
+        attention_blend: let the frames' self-attention look at both ends (`attention_blend.blended_back`); on the
+            engine "eager" alone.
         keep: as in `invert`.
         output_type: "pil", "np", "pt" or "latent".
         callback_on_step_end: as in `generate`, for every step taken, those of an inversion first.
 
     Raises:
         InputError: an argument is out of its range, an image cannot be read, or there are not two ends.
-        EngineError: a network failed, or the latents stopped being finite (the step is named).
+        EngineError: a network failed, the latents stopped being finite (the step is named), or the engine does not
+            expose the attention to blend.
     """
     (frames, *_) = check(frames=frames, output_type=output_type, callback_on_step_end=callback_on_step_end)
     (reschedule,) = check(reschedule=reschedule)
     schedule = pipe.schedule(num_inference_steps)
+    if attention_blend:
+        pipe.attentions()  # an engine without them is refused before the work
     ends: Noise
     if images is not None:
         if generator is not None or latents is not None or negative_prompt is not None:
@@ -121,7 +129,9 @@ def interpolate(
     def path(alphas: Sequence[float]) -> tuple[Tensor, Tensor]:
         """The noise and the final latents of the frames at these places."""
         some = between(ends, alphas)
-        final = sample(pipe, some, schedule, guided_back(pipe, some, scale), callback_on_step_end)
+        plain = nullcontext(guided_back(pipe, some, scale))
+        with blended_back(pipe, some, scale, alphas, len(schedule.steps)) if attention_blend else plain as predict:
+            final = sample(pipe, some, schedule, predict, callback_on_step_end)
         return some.latents, adapted(final, alphas) if adain else final
 
     alphas = tuple(i / (frames - 1) for i in range(frames))

@@ -113,6 +113,38 @@ def test_commands_write_json(tiny_model: Path, tmp_path: Path, capsys: pytest.Ca
     assert result["results"][0]["psnr"] != result["results"][1]["psnr"]
 
 
+def test_paths_by_every_way(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data, output = tmp_path / "data", tmp_path / "o"
+    data.mkdir()
+    for index in range(5):  # the fifth has no other end
+        Image.new("RGB", (16, 16), (9, 60 * index, 200)).save(data / f"{index}.png")
+        (data / f"{index}.txt").write_text("a dog")
+    common = ["evaluate", "interpolation", "--model", str(tiny_model), "--engine", "eager", "--frames", "4"]
+    common += ["--num-inference-steps", "2", "--json", "--data", str(data), "--output", str(output)]
+    ways = ["plain", "adain", "pixels", "adain+pixels", "attention+adain"]
+    assert cli.main([*common, "--ways", ",".join(ways)]) == 0
+    result = json.loads(capsys.readouterr().out)
+    plain, *rest = result["results"]
+    assert [row["way"] for row in result["results"]] == ways
+    assert (result["paths"], len(plain["per_prompt"])) == (2, 2)
+    assert plain["istd_over_mean_step"] == pytest.approx(plain["istd"] / plain["mean_step"])
+    assert plain["longest_step"] >= 1
+    assert plain["detour"] >= 1 - 1e-6
+    for row in rest:
+        assert row["istd"] != plain["istd"]
+        assert row["psnr"] == pytest.approx(plain["psnr"], abs=1e-3)  # the ends stay
+        assert row["certainty"] is None  # the classifier knows the default model's data alone
+    assert "adain+pixels" in (output / "interpolation.md").read_text()
+    for options, line in (
+        (["--ways", "magic"], "way='magic': of plain, adain"),
+        (["--ways", ","], "--ways=',': names none"),
+        (["--frames", "2"], "--frames=2: give at least 3"),
+        (["--ways", "attention", "--engine", "auto"], "--ways attention: built engines do not expose their attention"),
+    ):
+        assert cli.main([*common, *options]) == 2
+        assert line in capsys.readouterr().err
+
+
 def test_inversion_by_every_method(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     data = tmp_path / "data"
     data.mkdir()

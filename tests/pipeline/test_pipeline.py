@@ -101,7 +101,7 @@ def test_auto_bounds_a_call(pipe: SmoothPipeline, calls: dict[str, list[int]], m
     calls.clear()
     monkeypatch.undo()
     monkeypatch.setattr(networks, "CELLS_PER_CALL", dict.fromkeys(networks.CELLS_PER_CALL, 10**9))
-    assert [part.stop - part.start for part in pipe._calls("unet", 62, (8, 8), 2)] == [31, 31]
+    assert [part.stop - part.start for part in pipe.calls("unet", 62, (8, 8), 2)] == [31, 31]
 
 
 def test_guidance_is_the_formula(pipe: SmoothPipeline) -> None:
