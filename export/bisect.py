@@ -21,7 +21,6 @@ from torch import Tensor
 
 from engines.errors import EngineError, InputError, reason
 from export.quiet import quiet
-from export.rewrites.exact_timesteps import exact_timesteps
 
 __all__ = ["RUNNERS", "Divergence", "Run", "first_divergence"]
 
@@ -167,11 +166,12 @@ def _openvino(hint: str) -> Run:
         import openvino
 
         from engines.ov import core
+        from export.to_openvino import rewrite
 
         try:
             with quiet():
                 model = openvino.convert_model(str(graph))
-            exact_timesteps(model)
+            rewrite(model)
             compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
             results = compiled.create_infer_request().infer({name: value.numpy() for name, value in inputs.items()})
             return np.asarray(results[tensor])

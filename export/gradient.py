@@ -6,7 +6,7 @@ through that graph is traced: `torch.func.vjp` of it, functionalised, runs once 
 data, with the operators of `decompositions` in the place of their own. The weights are constants in it, so that their
 gradients are nowhere in the graph.
 
-The graph is right on ONNX Runtime. OpenVINO gives wrong gradients for it still, and no bundle is built of it yet.
+No bundle is built of it yet.
 """
 
 from __future__ import annotations

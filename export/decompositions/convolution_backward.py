@@ -26,8 +26,8 @@ def convolution_backward(
     """The convolution with the weight turned around.
 
     At stride 1 that is an ordinary convolution with the weight's two channel axes exchanged and its kernel reversed:
-    every backend has that fastest, and OpenVINO has the transposed one wrong for kernels of 1x1. At other strides it is
-    the transposed convolution, padded at the far ends by what the stride passed over.
+    every backend has that fastest. At other strides it is the transposed convolution, padded at the far ends by what
+    the stride passed over.
 
     Args:
         weight: [out, in, kh, kw]; `grad` is shaped as the output, the result as `x`.

@@ -105,12 +105,13 @@ def test_what_is_written_out(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["unet_vjp", "unet_features_vjp"])
-def test_the_graph_gives_autograds_gradients_on_onnxruntime(
+def test_the_graph_gives_autograds_gradients(
     networks: dict[NetworkName, nn.Module], dims: Dims, tmp_path: Path, name: NetworkName
 ) -> None:
-    import onnxruntime
-
+    from engines.ort import OrtEngine
+    from engines.ov import OvEngine
     from export.gradient import traced
+    from export.to_openvino import to_openvino
 
     module: Any = gradient_networks(networks["unet"], [name])[name]
     assert isinstance(module, UnetVjp)
@@ -128,11 +129,20 @@ def test_the_graph_gives_autograds_gradients_on_onnxruntime(
     assert program is not None
     with quiet():
         program.save(str(tmp_path / "model.onnx"))
-    session = onnxruntime.InferenceSession(str(tmp_path / "model.onnx"), providers=["CPUExecutionProvider"])
+    to_openvino(tmp_path / "model.onnx", tmp_path / "model.xml")
+    one_size = {symbol: (size, size, size) for symbol, size in {"batch": 2, "height": 12, "width": 16}.items()}
+    engines = {
+        "onnxruntime": OrtEngine(network, tmp_path / "model.onnx"),
+        "openvino": OvEngine(network, tmp_path / "model.xml"),
+        "openvino, one size fixed": OvEngine(network, tmp_path / "model.xml", [one_size]),
+    }
     for rows, height, width in ((1, 8, 8), (2, 12, 16), (3, 8, 4)):  # of one graph, whose sizes are free
         case = Case({"batch": rows, "height": height, "width": width}, 1.0)
         given = random_inputs(network, dims, case, torch.Generator().manual_seed(rows))
-        got = session.run(outputs, {spec: tensor.numpy() for spec, tensor in given.items()})
-        for output, found, wanted in zip(outputs, got, module(*given.values()), strict=True):
-            error = float((torch.from_numpy(found) - wanted).norm() / wanted.norm())
-            assert error < 1e-4, (output, rows, error)  # rounding in fp32 gives 1e-6 to 1e-5
+        wanted = dict(zip(outputs, module(*given.values()), strict=True))
+        for backend, engine in engines.items():
+            if "fixed" in backend and rows != 2:
+                continue
+            for output, found in engine.infer(**given).items():
+                error = float((found - wanted[output]).norm() / wanted[output].norm())
+                assert error < 1e-4, (backend, output, rows, error)  # rounding in fp32 gives 1e-6 to 1e-5
