@@ -28,8 +28,8 @@ class Engine(abc.ABC):
             fewer rows than the tightest of them takes is filled up with copies of its last row.
 
     Attributes: `wider` says how to come by an engine for sizes that this one does not take, `places` where in the graph
-    the weights lie that `refit` replaces, `gradients` opens the networks that `vjp` and `features` run, by name; who
-    opens it may set them. Eager alone has gradients so far.
+    the weights lie that `refit` replaces, `gradients` opens the networks that `vjp` and `features` run, by name, and
+    `without_gradient` says how to come by one that is lacking; who opens it may set them.
     """
 
     backend: ClassVar[str]
@@ -40,6 +40,7 @@ class Engine(abc.ABC):
         self.wider = "ask for one of these sizes"
         self.places: Mapping[str, Place] = {}
         self.gradients: Mapping[NetworkName, Callable[[], Engine]] = {}
+        self.without_gradient: Mapping[NetworkName, str] = {}
         self._gradient_engines: dict[NetworkName, Engine] = {}
         self._replaced_weights: dict[str, Tensor] = {}
         self.closed = False
@@ -160,12 +161,8 @@ class Engine(abc.ABC):
         """
         import torch
 
-        fault = self.lacks_gradient(wrt, of)
-        if fault is not None:
-            raise EngineError(fault)
         scale = torch.zeros(1) if cotangent_scale is None else cotangent_scale
-        engine = self._derived(self._enough(wrt, of)[0])
-        outputs = engine.infer(**inputs, cotangent=cotangent, cotangent_scale=scale)
+        outputs = self.gradient(wrt, of).infer(**inputs, cotangent=cotangent, cotangent_scale=scale)
         return {of: outputs[of]}, {name: outputs[f"grad_{name}"] for name in WRT["unet_vjp"] if name in wrt}
 
     def features(self, **inputs: Tensor) -> Tensor:
@@ -180,10 +177,7 @@ class Engine(abc.ABC):
             InputError: a tensor contradicts the contract.
             EngineError: the engine has no such features, or as `infer` raises it.
         """
-        fault = self.lacks_features()
-        if fault is not None:
-            raise EngineError(fault)
-        return self._derived(FEATURES).infer(**inputs)["features"]
+        return self.up_to_features().infer(**inputs)["features"]
 
     def lacks_gradient(self, wrt: Collection[str], of: str = "noise_pred") -> str | None:
         """None if `vjp` takes gradients of `of` with respect to `wrt`, else one line: why not, and what mends it.
@@ -199,18 +193,40 @@ class Engine(abc.ABC):
             raise InputError(f"wrt: {', '.join(sorted(set(wrt))) or 'nothing'}; name {choice}")
         asked = f"gradient of {of}" if of != "noise_pred" else "gradient"
         asked += f" with respect to {' and '.join(name for name in able if name in wrt)}"
-        return self._lacks("gradients are those", asked, bool(self._enough(wrt, of)))
+        able_ones = (name for name in WRT if OF[name] == of and set(wrt) <= set(WRT[name]))
+        least = min(able_ones, key=lambda name: len(WRT[name]))
+        return self._lacks("gradients are those", asked, bool(self._enough(wrt, of)), least)
 
     def lacks_features(self) -> str | None:
         """None if `features` gives them, else one line: why not, and what mends it."""
-        return self._lacks("features are those", "graph up to its features", FEATURES in self.gradients)
+        return self._lacks("features are those", "graph up to its features", FEATURES in self.gradients, FEATURES)
 
-    def _lacks(self, what: str, asked: str, found: bool) -> str | None:
+    def _lacks(self, what: str, asked: str, found: bool, least: NetworkName) -> str | None:
         if self.closed:
             return f"{self.network.name}: the {self.backend} engine is closed; open it again"
         if self.network.name != "unet":
             return f"{self.network.name}: {what} of the UNet; open that"
-        return None if found else f"unet: the {self.backend} engine has no {asked}; use the engine eager"
+        mend = self.without_gradient.get(least, "use the engine eager")
+        return None if found else f"unet: the {self.backend} engine has no {asked}; {mend}"
+
+    def gradient(self, wrt: Collection[str], of: str = "noise_pred") -> Engine:
+        """The engine that `vjp` runs; it is opened once, and closed with this one.
+
+        Raises:
+            InputError: as `lacks_gradient`.
+            EngineError: there is none, or it cannot be opened.
+        """
+        fault = self.lacks_gradient(wrt, of)
+        if fault is not None:
+            raise EngineError(fault)
+        return self._derived(self._enough(wrt, of)[0])
+
+    def up_to_features(self) -> Engine:
+        """The engine that `features` runs; as `gradient`."""
+        fault = self.lacks_features()
+        if fault is not None:
+            raise EngineError(fault)
+        return self._derived(FEATURES)
 
     def attentions(self) -> list[Any]:
         """The UNet's self-attention layers, from its input to its output: diffusers' `Attention` modules, whose

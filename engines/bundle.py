@@ -12,13 +12,15 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
-from engines.contract import Dims, NetworkName
-from engines.errors import BundleError
+from engines.contract import DERIVED, Dims, NetworkName, said_gradients
+from engines.errors import BundleError, InputError
 from engines.manifest import (
     FORMAT,
     EngineRecord,
@@ -33,6 +35,7 @@ from engines.manifest import (
     digest_json,
     key_parts,
 )
+from engines.recipes import check_gradients
 from engines.select import backend_version, check_backend, gpu, open_engine, runs_here
 from engines.staging import staging
 from engines.variant import PRECISIONS, LoraMode, Precision, Profile, Variant
@@ -173,10 +176,17 @@ class Bundle:
 
     def command(self, built: VariantRecord) -> str:
         """The command that builds a variant of this bundle again."""
-        return build_command(self.path, self.source, (), built.variant, built.profiles)
+        return build_command(self.path, self.source, (), built.variant, built.profiles, built.gradients)
 
-    def misfit(self, source: Source, variant: Variant | None = None, profiles: Sequence[Profile] = ()) -> str | None:
-        """None if the bundle can serve `source`, and by `variant` for `profiles`, else one line: what differs.
+    def misfit(
+        self,
+        source: Source,
+        variant: Variant | None = None,
+        profiles: Sequence[Profile] = (),
+        gradients: Sequence[NetworkName] = (),
+    ) -> str | None:
+        """None if the bundle can serve `source`, and by `variant` for `profiles` and with `gradients`, else one line:
+        what differs.
 
         Models and LoRAs are compared by digest, so a renamed folder still fits.
         """
@@ -196,7 +206,10 @@ class Bundle:
             if profile not in built.profiles:
                 return f"{self.path}: {variant.name} is not built for {profile}"
         reason = self.stale(built, elsewhere=True)
-        return None if reason is None else f"{self.path}: {reason}"
+        if reason is not None:
+            return f"{self.path}: {reason}"
+        lacking = said_gradients([name for name in gradients if name not in built.gradients])
+        return f"{self.path}: {variant.name} is not built with gradients {', '.join(lacking)}" if lacking else None
 
     def engine(self, network: NetworkName, backend: str, precision: Precision | None = None) -> Engine:
         """Open `network` on `backend`; the caller closes it.
@@ -233,6 +246,9 @@ class Bundle:
         )
         engine.places = record.places
         engine.wider = f"build a wider one with `{self._wider(built)}`"
+        if network == "unet":
+            engine.gradients = {name: partial(self.open_network, name, built, proved) for name in built.gradients}
+            engine.without_gradient = self._without_gradient(built)
         return engine
 
     def rewrite(self, manifest: Manifest) -> None:
@@ -251,6 +267,18 @@ class Bundle:
         finally:
             partial.unlink(missing_ok=True)
         self.manifest = manifest
+
+    def _without_gradient(self, built: VariantRecord) -> dict[NetworkName, str]:
+        """What mends the lack of each gradient that the variant can be built with."""
+        variant = built.variant
+        mends: dict[NetworkName, str] = {}
+        for name in DERIVED:
+            with suppress(InputError):
+                check_gradients(variant.backend, variant.precision, variant.lora_mode, [name])
+                gradients = (*built.gradients, name)
+                command = build_command(self.path, self.source, (), variant, built.profiles, gradients)
+                mends[name] = f"build it with `{command}`"
+        return mends
 
     def _wider(self, built: VariantRecord) -> str:
         options = "--batch MIN:OPT:MAX --height MIN:OPT:MAX --width MIN:OPT:MAX"

@@ -6,7 +6,7 @@ high where its latent is `height` high. Names follow diffusers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Literal
 
@@ -16,7 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "DERIVED",
     "FEATURES",
+    "GRADIENTS",
     "LARGEST_STRENGTH",
     "LORA_STRENGTH",
     "NETWORKS",
@@ -30,6 +32,8 @@ __all__ = [
     "contract",
     "features_contract",
     "gradient_contract",
+    "gradients_named",
+    "said_gradients",
 ]
 
 NetworkName = Literal[
@@ -46,7 +50,7 @@ NetworkName = Literal[
 # Those that every bundle has.
 NETWORKS: tuple[NetworkName, ...] = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
 # The UNet's gradients, each a network of its own so that one that is not asked for costs nothing: by the inputs that
-# they are taken with respect to. They are run by eager autograd; no bundle has them.
+# they are taken with respect to. Eager has them by autograd, a bundle those that it was built with.
 WRT: dict[NetworkName, tuple[str, ...]] = {
     "unet_vjp_text": ("encoder_hidden_states",),
     "unet_vjp_sample": ("sample",),
@@ -56,6 +60,15 @@ WRT: dict[NetworkName, tuple[str, ...]] = {
 # What those gradients are of: the UNet's output, or features within it; what comes after those is not computed.
 OF: dict[NetworkName, str] = {name: "features" if name == "unet_features_vjp" else "noise_pred" for name in WRT}
 FEATURES: NetworkName = "unet_features"  # the features alone
+# What is made of the UNet and a bundle may have beside `NETWORKS`, in the order that it is built in.
+DERIVED: tuple[NetworkName, ...] = (FEATURES, *WRT)
+# What a user calls them.
+GRADIENTS: dict[str, tuple[NetworkName, ...]] = {
+    "text": ("unet_vjp_text",),
+    "sample": ("unet_vjp_sample",),
+    "both": ("unet_vjp",),
+    "features": (FEATURES, "unet_features_vjp"),
+}
 LORA_STRENGTH = "lora_strength"  # the input of a UNet whose LoRA takes its strength as it runs
 LARGEST_STRENGTH = 100.0  # of a LoRA: beyond it nothing of the model is left
 
@@ -287,3 +300,21 @@ def _differentiated(unet: Network, name: NetworkName, of: str) -> TensorSpec:
         if spec.name == of:
             return spec
     raise InputError(f"{name}: the sizes of the UNet's {of} are not known; load the model, or build its bundle, again")
+
+
+def gradients_named(words: Collection[str]) -> tuple[NetworkName, ...]:
+    """The networks of `DERIVED` that a user calls so.
+
+    Raises:
+        InputError: a word is none of `GRADIENTS`.
+    """
+    for word in words:
+        if word not in GRADIENTS:
+            raise InputError(f"gradients={word}: unknown; choose from {', '.join(GRADIENTS)}")
+    named = {name for word in words for name in GRADIENTS[word]}
+    return tuple(name for name in DERIVED if name in named)
+
+
+def said_gradients(names: Collection[NetworkName]) -> list[str]:
+    """What a user calls the networks of `DERIVED` among `names`; the inverse of `gradients_named`."""
+    return [word for word, named in GRADIENTS.items() if set(named) & set(names)]

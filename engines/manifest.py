@@ -12,7 +12,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, FiniteFloat, NonNegativeInt, model_validator
 
-from engines.contract import NETWORKS, Dims, NetworkName
+from engines.contract import DERIVED, NETWORKS, Dims, NetworkName, said_gradients
 from engines.variant import Bounds, Place, Precision, Profile, Record, Variant
 
 __all__ = [
@@ -144,8 +144,13 @@ class VariantRecord(Record):
         """Whether every engine was compared with its torch module: not where it was built ahead of time."""
         return all(record.parity for record in self.engines)
 
+    @property
+    def gradients(self) -> tuple[NetworkName, ...]:
+        """The networks of gradients that it has."""
+        return tuple(record.network for record in self.engines if record.network in DERIVED)
+
     def engine(self, network: NetworkName) -> EngineRecord:
-        """The record of a network; every variant of a manifest has all of them."""
+        """The record of a network: every variant of a manifest has those of `NETWORKS`, and its `gradients`."""
         return next(record for record in self.engines if record.network == network)
 
     def expected_key(self, record: EngineRecord, source: Source, dims: Dims) -> str:
@@ -191,7 +196,8 @@ class Manifest(Record):
 
     def _check(self, built: VariantRecord, digests: Mapping[str, str]) -> None:
         name = built.variant.name
-        if [record.network for record in built.engines] != list(NETWORKS):
+        wanted = [*NETWORKS, *(network for network in DERIVED if network in built.gradients)]
+        if [record.network for record in built.engines] != wanted:
             raise ValueError(f"{name}: its engines are not {', '.join(NETWORKS)}")
         fused = self.source.lora is not None and self.source.lora.strength is not None
         if (built.variant.lora_mode != "fused") and (fused or self.source.lora is None):
@@ -204,8 +210,8 @@ class Manifest(Record):
                 if digests.get(path) != digest:
                     raise ValueError(f"{named}: {path} is not among the files with the same digest")
             network = built.variant.network(record.network, self.dims)
-            wanted = [bounds for profile in built.profiles for bounds in profile.bounds(network, self.dims)]
-            if record.bounds != wanted:
+            bounds = [one for profile in built.profiles for one in profile.bounds(network, self.dims)]
+            if record.bounds != bounds:
                 raise ValueError(f"{named}: its bounds do not follow from the profiles")
             if record.key != built.expected_key(record, self.source, self.dims):
                 raise ValueError(f"{named}: the key does not follow from the record")
@@ -268,6 +274,7 @@ def build_command(
     backends: Sequence[str] = (),
     variant: Variant | None = None,
     profiles: Sequence[Profile] = (),
+    gradients: Sequence[NetworkName] = (),
 ) -> str:
     """The command that builds a bundle like this one again.
 
@@ -277,6 +284,7 @@ def build_command(
         backends: what to build; those that `variant` does not say.
         variant: the backend, the precision and how the LoRA is held.
         profiles: the sizes; one that has no end is what a build without options is for.
+        gradients: the networks of gradients.
     """
     words = ["smooth-rt", "build-engine"]
     if source is not None:
@@ -294,6 +302,8 @@ def build_command(
         words += [] if variant.lora_mode == "fused" else ["--lora-mode", variant.lora_mode]
         if not variant.architecture.startswith("cpu-"):
             words += ["--gpu-arch", variant.architecture]
+    if gradients:
+        words += ["--gradients", ",".join(said_gradients(gradients))]
     for profile in profiles:
         if profile.height.max is not None:
             words += ["--batch", str(profile.batch), "--height", str(profile.height), "--width", str(profile.width)]

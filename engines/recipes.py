@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
-from engines.contract import NETWORKS, NetworkName
+from engines.contract import DERIVED, NETWORKS, NetworkName, said_gradients
 from engines.errors import InputError
 from engines.variant import Precision
 
-__all__ = ["RECIPES", "Recipe", "check_precision"]
+__all__ = ["RECIPES", "Recipe", "check_gradients", "check_precision"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Recipe:
 
 
 _ALL_FP32: dict[NetworkName, Recipe] = {name: Recipe("fp32") for name in NETWORKS}
+# The UNet's gradients and features, in the precisions that they are exported in.
+_GRADIENTS: dict[NetworkName, Recipe] = {name: Recipe("fp32") for name in DERIVED}
 _IN_HALF: dict[Precision, dict[NetworkName, Recipe]] = {
     "fp32": _ALL_FP32,
     "fp16": {name: Recipe("fp16") for name in NETWORKS},
@@ -28,20 +31,20 @@ _IN_HALF: dict[Precision, dict[NetworkName, Recipe]] = {
 # By backend and by the precision asked for: what each network is built in. The text encoder runs once a prompt and the
 # VAE's encoder once an image: they stay exact where that costs next to nothing.
 RECIPES: dict[str, dict[Precision, dict[NetworkName, Recipe]]] = {
-    "eager": {"fp32": _ALL_FP32},
+    "eager": {"fp32": _ALL_FP32 | _GRADIENTS},
     "onnxruntime": {
-        "fp32": _ALL_FP32,
+        "fp32": _ALL_FP32 | _GRADIENTS,
         "fp16": {name: Recipe("fp16") for name in NETWORKS},
         "int8": {**_ALL_FP32, "unet": Recipe("int8")},
     },
     # On GPUs without TF32, which CUDA can be told; ONNX Runtime's TensorRT cannot, and its fp32 would be none.
-    "onnxruntime-cuda": {"fp32": _ALL_FP32, "fp16": _IN_HALF["fp16"]},
+    "onnxruntime-cuda": {"fp32": _ALL_FP32 | _GRADIENTS, "fp16": _IN_HALF["fp16"]},
     "onnxruntime-tensorrt": {"fp16": _IN_HALF["fp16"]},
     "onnxruntime-tensorrt-rtx": {"fp32": _ALL_FP32, "fp16": _IN_HALF["fp16"]},
     # OpenVINO would compute in bf16 by itself where the processor can, so it is always told. fp16 weights are stored in
     # half the space and computed with in fp32.
     "openvino": {
-        "fp32": {name: Recipe("fp32", "f32") for name in NETWORKS},
+        "fp32": {name: Recipe("fp32", "f32") for name in (*NETWORKS, *DERIVED)},
         "fp16": {name: Recipe("fp16", "f32") for name in NETWORKS},
         "bf16": {name: Recipe("bf16", "bf16") for name in NETWORKS} | {"text_encoder": Recipe("fp32", "f32")},
         "int8": {
@@ -52,8 +55,8 @@ RECIPES: dict[str, dict[Precision, dict[NetworkName, Recipe]]] = {
         },
     },
     "inductor": _IN_HALF,
-    "tensorrt": _IN_HALF,
-    "tensorrt-rtx": _IN_HALF,
+    "tensorrt": _IN_HALF | {"fp32": _ALL_FP32 | _GRADIENTS},
+    "tensorrt-rtx": _IN_HALF | {"fp32": _ALL_FP32 | _GRADIENTS},
 }
 
 
@@ -64,3 +67,20 @@ def check_precision(backend: str, precision: str) -> None:
         others = [name for name, precisions in RECIPES.items() if precision in precisions]
         has = f"; that is what {', '.join(others)} can" if others else ""
         raise InputError(f"precision {precision!r}: {backend} is built in {', '.join(offered)}{has}")
+
+
+def check_gradients(backend: str, precision: str, lora_mode: str, gradients: Collection[NetworkName]) -> None:
+    """Raise InputError unless `backend` can be built in `precision` with these networks of gradients."""
+    said = ",".join(said_gradients(gradients))
+    if not said:
+        return
+    able = [one for one, networks in RECIPES[backend].items() if set(DERIVED) <= set(networks)]
+    if not able:
+        others = [name for name, precisions in RECIPES.items() if set(DERIVED) <= set(precisions.get("fp32", {}))]
+        raise InputError(f"gradients={said}: {backend} is not built with gradients; {', '.join(others)} are")
+    if precision not in able:
+        raise InputError(f"gradients={said}: {backend} has them in {', '.join(able)}, not in {precision}")
+    if lora_mode == "refit":
+        raise InputError(
+            f"gradients={said}: no new weights can be put into their graphs yet; choose --lora-mode fused or runtime"
+        )

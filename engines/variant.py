@@ -21,7 +21,7 @@ from pydantic import (
     model_validator,
 )
 
-from engines.contract import FEATURES, WRT, Dims, Network, NetworkName, contract
+from engines.contract import DERIVED, NETWORKS, Dims, Network, NetworkName, contract
 from engines.errors import InputError
 
 __all__ = [
@@ -210,7 +210,7 @@ class Variant(Record):
 
     def takes_strength(self, name: NetworkName) -> bool:
         """Whether the LoRA's strength is an input of that network."""
-        return self.lora_mode == "runtime" and name in ("unet", FEATURES, *WRT)
+        return self.lora_mode == "runtime" and name in ("unet", *DERIVED)
 
     def network(self, name: NetworkName, dims: Dims) -> Network:
         """The tensors of a network as this variant has it."""
@@ -218,10 +218,16 @@ class Variant(Record):
 
 
 class Order(Record):
-    """A variant to be built, and the requests that it shall take."""
+    """A variant to be built, the requests that it shall take, and what of `DERIVED` it shall have."""
 
     variant: Variant
     profiles: tuple[Profile, ...]
+    gradients: tuple[NetworkName, ...] = ()
+
+    @property
+    def networks(self) -> tuple[NetworkName, ...]:
+        """Everything that is to be built, in order."""
+        return (*NETWORKS, *(name for name in DERIVED if name in self.gradients))
 
 
 class Place(Record):

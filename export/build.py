@@ -15,11 +15,11 @@ import torch
 from torch import nn
 
 from engines.bundle import MANIFEST, Bundle
-from engines.contract import NETWORKS, Dims, Network, NetworkName
+from engines.contract import DERIVED, NETWORKS, Dims, Network, NetworkName
 from engines.errors import EngineError, InputError
 from engines.lora import LORA_FILE, LoraWeights
 from engines.manifest import EngineRecord, FileRecord, Manifest, Parity, Source, VariantRecord, digest_file
-from engines.recipes import RECIPES, Recipe, check_precision
+from engines.recipes import RECIPES, Recipe, check_gradients, check_precision
 from engines.select import availability, backend_version, buildable, check_lora_mode, open_engine, runs_here
 from engines.staging import staging
 from engines.variant import Bounds, Order, Place
@@ -66,7 +66,8 @@ def build_bundle(
         write_config: writes what the pipeline needs into the folder it is given.
         configs: of the networks and the scheduler; with them the variants that others can open get a layout of theirs,
             see `layout`. `write_config` must then write the tokenizer, into `tokenizer`.
-        keep: a bundle of the same source; its variants that are not built anew go into this one as they are.
+        keep: a bundle of the same source; its variants that are not built anew go into this one as they are, and so do
+            the networks of a variant to which another is added.
         calibration: real runs of the model, for int8.
         lora: for variants whose LoRA is set at run time; `networks` are then those of the base model.
         timing_caches: a folder for what TensorRT remembers from build to build.
@@ -85,7 +86,11 @@ def build_bundle(
     _check(networks, dims, orders, calibration, lora)
     check_memory(networks, orders, memory)
     kept = [] if keep is None else [b for b in keep.variants if b.variant not in [o.variant for o in orders]]
-    planned = {name: [*Stages.plan(orders, name), *["verify"] * len(orders)] for name in NETWORKS}
+    before = [_before(keep, order) for order in orders]
+    planned = {}
+    for name in (*NETWORKS, *DERIVED):
+        lacking = [one for one, has in zip(orders, before, strict=True) if name in one.networks and name not in has]
+        planned[name] = [*Stages.plan(lacking, name), *["verify"] * len(lacking)]
     steps = Steps(progress, networks, planned)
     with staging(target, needed=disk_needed(networks, orders)) as folder:
         ready = None if keep is None else keep.path
@@ -98,10 +103,13 @@ def build_bundle(
             _link_tree(keep, built.variant.name, folder)
         records: list[list[EngineRecord]] = [[] for _ in orders]
         seconds = [0.0 for _ in orders]
-        for name in NETWORKS:
+        for name in (*NETWORKS, *DERIVED):
             for index, order in enumerate(orders):
                 started = time.perf_counter()
-                records[index].append(build.engine(name, order))
+                if name in before[index] and keep is not None:
+                    records[index].append(_link_files(keep, before[index][name], folder))
+                elif name in order.networks:
+                    records[index].append(build.engine(name, order))
                 seconds[index] += time.perf_counter() - started
             build.stages.forget()
         if configs is not None:
@@ -159,6 +167,7 @@ def _check(
             profile.check(dims)
         if not order.profiles:
             raise InputError(f"{order.variant.name}: no profile is given; `every_size` is one")
+        check_gradients(backend, precision, order.variant.lora_mode, order.gradients)
     if len({order.variant for order in orders}) != len(orders):
         raise InputError("orders: a variant is named twice; give it all of its profiles at once")
     if set(networks) != set(NETWORKS):
@@ -254,6 +263,23 @@ class _Build:
             name = path.relative_to(self.folder).as_posix()
             self.files[path] = FileRecord(path=name, size=path.stat().st_size, sha256=digest_file(path))
         return self.files[path]
+
+
+def _before(keep: Bundle | None, order: Order) -> dict[NetworkName, EngineRecord]:
+    """What a bundle has of an order already, for the same sizes and by the installed version, by network."""
+    if keep is None:
+        return {}
+    same = [built for built in keep.variants if built.variant == order.variant and built.profiles == [*order.profiles]]
+    valid = [built for built in same if keep.stale(built, elsewhere=True) is None]
+    return {record.network: record for built in valid for record in built.engines}
+
+
+def _link_files(bundle: Bundle, record: EngineRecord, folder: Path) -> EngineRecord:
+    """Take a network's files over from a bundle, as `_link_tree` does with a variant's; its record."""
+    for path in (record.file, *record.weights):
+        (folder / path).parent.mkdir(parents=True, exist_ok=True)
+        _link(str(bundle.path / path), str(folder / path))
+    return record
 
 
 def _link_tree(bundle: Bundle | None, variant: str, folder: Path) -> None:

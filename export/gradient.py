@@ -5,8 +5,6 @@ torch's exporters refuse what differentiates within a graph, so the forward pass
 through that graph is traced: `torch.func.vjp` of it, functionalised, runs once on tensors that have free sizes and no
 data, with the operators of `decompositions` in the place of their own. The weights are constants in it, so that their
 gradients are nowhere in the graph.
-
-No bundle is built of it yet.
 """
 
 from __future__ import annotations
@@ -44,6 +42,13 @@ class _WrittenOut(fx.Interpreter):
 
     def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
         return super().call_function(WRITTEN_OUT.get(target, target), args, kwargs)
+
+
+class _Decomposed(ExportedProgram):
+    """A program of operators that the exporter knows. It would trace it anew to find that out, which takes minutes."""
+
+    def run_decompositions(self, *_: Any, **__: Any) -> ExportedProgram:
+        return self
 
 
 def traced(module: UnetVjp, network: Network, dims: Dims) -> ExportedProgram:
@@ -123,7 +128,7 @@ def _program(forward: ExportedProgram, root: fx.GraphModule, graph: fx.Graph, na
     _, taken = tree_flatten((tuple(names), {}))
     _, given = tree_flatten(tuple(spec.arg.name for spec in outputs))
     calls = ModuleCallSignature([], [], taken, given)
-    return ExportedProgram(
+    return _Decomposed(
         root=root,
         graph=graph,
         graph_signature=ExportGraphSignature(inputs, outputs),

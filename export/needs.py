@@ -11,7 +11,7 @@ from pathlib import Path
 
 from torch import nn
 
-from engines.contract import NetworkName
+from engines.contract import DERIVED, NetworkName
 from engines.errors import EngineError
 from engines.recipes import RECIPES
 from engines.select import ONNX
@@ -33,6 +33,7 @@ _IN_MEMORY: dict[str, Mapping[Precision, float]] = {
     "tensorrt": _IN_TENSORRT,
     "tensorrt-rtx": _IN_TENSORRT,
 }
+_GRADIENT = 1.5  # of a gradient graph, over the UNet's: it holds weights as they are and transposed
 _ALWAYS = 2**29  # bytes; libraries that are loaded on the way
 _MEMORY_V1 = "memory"
 
@@ -43,19 +44,23 @@ def disk_needed(networks: Mapping[NetworkName, nn.Module], orders: Sequence[Orde
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     onnx = {order.variant.precision for order in orders if order.variant.backend == "onnxruntime"}
     way = 0.0 if "fp32" in onnx else 1.0
-    return int(_GRAPH_SHARE * weights * (way + sum(_ON_DISK[order.variant.precision] for order in orders)))
+    forward = weights * (way + sum(_ON_DISK[order.variant.precision] for order in orders))
+    gradients = sum(len(order.gradients) for order in orders) * _GRADIENT * _bytes(networks["unet"])
+    return int(_GRAPH_SHARE * (forward + gradients))
 
 
-def memory_needed(networks: Mapping[NetworkName, nn.Module], variant: Variant) -> tuple[int, NetworkName]:
+def memory_needed(
+    networks: Mapping[NetworkName, nn.Module], variant: Variant, gradients: Sequence[NetworkName] = ()
+) -> tuple[int, NetworkName]:
     """Bytes that the build of a variant adds to the loaded model at its largest, and the network that it is for."""
     shares = _IN_MEMORY[variant.backend]
     recipes = RECIPES[variant.backend][variant.precision]
 
     def needed(name: NetworkName) -> int:
-        weights = sum(tensor.numel() * tensor.element_size() for tensor in networks[name].parameters())
+        weights = _GRADIENT * _bytes(networks["unet"]) if name in DERIVED else _bytes(networks[name])
         return int(shares.get(recipes[name].precision, shares["fp32"]) * weights)
 
-    largest = max(networks, key=needed)
+    largest = max([*networks, *gradients], key=needed)
     return _ALWAYS + needed(largest), largest
 
 
@@ -66,7 +71,7 @@ def check_memory(networks: Mapping[NetworkName, nn.Module], orders: Sequence[Ord
     """
     if available is None:
         return
-    needs = {order.variant: memory_needed(networks, order.variant) for order in orders}
+    needs = {order.variant: memory_needed(networks, order.variant, order.gradients) for order in orders}
     worst, (most, network) = max(needs.items(), key=lambda one: one[1][0])
     if most <= available:
         return
@@ -96,6 +101,10 @@ def available_memory(root: Path = Path("/")) -> int | None:
     """
     found = [*_machine(root), *_groups(root)]
     return max(0, min(found)) if found else None
+
+
+def _bytes(module: nn.Module) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in module.parameters())
 
 
 def _machine(root: Path) -> Iterator[int]:

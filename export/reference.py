@@ -9,7 +9,8 @@ from functools import cached_property
 from torch import nn
 
 from engines.base import Engine
-from engines.contract import Dims, Network, NetworkName
+from engines.contract import DERIVED, Dims, Network, NetworkName
+from engines.eager import gradient_networks
 from engines.lora import LoraWeights, put
 from engines.manifest import Parity
 from engines.runtime_lora import RuntimeUnet
@@ -41,6 +42,8 @@ class Reference:
 
     def module(self, variant: Variant, name: NetworkName) -> nn.Module:
         """The torch form of a network: `forward` takes the inputs of `variant.network(name, …)`."""
+        if name in DERIVED:
+            return gradient_networks(self.module(variant, "unet"), [name])[name]
         return self._runtime if variant.takes_strength(name) else self.networks[name]
 
     def verify(

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from engines.contract import Dims, Network, NetworkName
+from engines.contract import WRT, Dims, Network, NetworkName
 from engines.errors import EngineError, InputError
 from engines.inductor import package_of
 from engines.recipes import RECIPES
@@ -70,11 +70,12 @@ class Stages:
     @staticmethod
     def plan(orders: Sequence[Order], network: NetworkName) -> list[str]:
         """The kinds of the steps that a network's build begins."""
+        orders = [order for order in orders if network in order.networks]
         wanted = [(o.variant, RECIPES[o.variant.backend][o.variant.precision][network].precision) for o in orders]
         graphs = {(variant.takes_strength(network), _exported(variant, precision)) for variant, precision in wanted}
         exported = [precision for _, precision in graphs if precision is not None]
         conversions = [found[1] for one in wanted if (found := _conversion(*one)) is not None]
-        return [*(_export_kind(precision) for precision in exported), *conversions]
+        return [*(_export_kind(precision, network) for precision in exported), *conversions]
 
     def build(
         self,
@@ -128,7 +129,7 @@ class Stages:
         path = self.exported(network, precision)
         if not path.exists():
             what = f"{network.name}: export" + ("" if precision == "fp32" else f" in {precision}")
-            self._begin(what, _export_kind(precision), network.name)
+            self._begin(what, _export_kind(precision, network.name), network.name)
             ready = self._ready_made(network)
             if precision == "fp32" and ready is not None:
                 path.parent.mkdir(parents=True)
@@ -269,7 +270,9 @@ def _exported(variant: Variant, precision: Precision) -> Precision | None:
     return "fp32" if variant.backend == "openvino" or precision == "int8" else precision
 
 
-def _export_kind(precision: Precision) -> str:
+def _export_kind(precision: Precision, network: NetworkName) -> str:
+    if network in WRT:
+        return "export gradient"
     return "export" if precision == "fp32" else "export in half"
 
 

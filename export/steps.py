@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import nn
 
-from engines.contract import NETWORKS, NetworkName
+from engines.contract import DERIVED, NETWORKS, NetworkName
 
 __all__ = ["DETAIL_S", "Progress", "Steps"]
 
@@ -25,6 +25,7 @@ _SECONDS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
     "verify": ((0.2, 0.5, 0.5, 0.5), (1.5, 40, 30, 57)),
     "openvino": ((1, 1, 1, 1), (1.5, 7, 1, 1)),
     "tensorrt": ((1, 10, 2, 3), (5, 75, 7, 7)),
+    "export gradient": ((0, 120, 0, 0), (0, 120, 0, 0)),
     "export in half": ((8, 40, 7, 7), (1, 60, 20, 30)),
     "inductor": ((40, 120, 40, 40), (10, 100, 20, 20)),
     "int8": ((0, 120, 0, 0), (0, 1500, 0, 0)),
@@ -79,6 +80,7 @@ class Steps:
 
     def _units(self, kind: str, network: NetworkName | None = None) -> int:
         always, sized = _SECONDS[kind]
-        index = 0 if network is None else NETWORKS.index(network)
-        size = self._sizes["unet" if network is None else network]
+        of = "unet" if network in DERIVED else network
+        index = 0 if of is None else NETWORKS.index(of)
+        size = self._sizes["unet" if of is None else of]
         return max(1, round(_UNITS * (always[index] + size * sized[index])))

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from engines.contract import Dims, Network
+from engines.eager import UnetVjp
 from engines.errors import EngineError, reason
 from export.graphs import dynamic_shapes, example_inputs
 from export.quiet import quiet
@@ -26,7 +27,7 @@ def to_onnx(module: nn.Module, network: Network, dims: Dims, path: Path) -> None
     out.
 
     Args:
-        module: a module of `engines.eager.torch_networks`, on the CPU.
+        module: a module of `engines.eager.torch_networks` or `gradient_networks`, on the CPU.
         network: its contract.
         dims: the model's sizes.
         path: the .onnx file; its folder is created.
@@ -39,16 +40,7 @@ def to_onnx(module: nn.Module, network: Network, dims: Dims, path: Path) -> None
     outputs = [spec.name for spec in network.outputs]
     try:
         with quiet(), torch.no_grad():
-            program = torch.onnx.export(
-                module,
-                example_inputs(network, dims),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=inputs,
-                output_names=outputs,
-                dynamic_shapes=dynamic_shapes(network, module),
-                verbose=False,
-            )
+            program = _exported(module, network, dims)
     except Exception as error:
         raise EngineError(f"{network.name}: export to ONNX failed: {_cause(error)}") from error
     if program is None:
@@ -60,10 +52,55 @@ def to_onnx(module: nn.Module, network: Network, dims: Dims, path: Path) -> None
             raise EngineError(f"{network.name}: the ONNX graph's {kind} are {got}, not {names}; does the module fit?")
     _forget_origin(program.model)
     _name_axes(program.model, network)
-    named_weights(program.model, module)
+    named_weights(program.model, module.module if isinstance(module, UnetVjp) else module)
     path.parent.mkdir(parents=True, exist_ok=True)
     with quiet():
         program.save(str(path), external_data=True)
+
+
+def _exported(module: nn.Module, network: Network, dims: Dims) -> Any:
+    options: dict[str, Any] = {
+        "dynamo": True,
+        "opset_version": OPSET,
+        "input_names": [spec.name for spec in network.inputs],
+        "output_names": [spec.name for spec in network.outputs],
+        "verbose": False,
+    }
+    if isinstance(module, UnetVjp):
+        from export.gradient import traced
+
+        program = torch.onnx.export(traced(module, network, dims), optimize=False, **options)
+        if program is not None:
+            _tidy(program.model)
+        return program
+    shapes = dynamic_shapes(network, module)
+    return torch.onnx.export(module, example_inputs(network, dims), dynamic_shapes=shapes, **options)
+
+
+def _tidy(model: Any) -> None:
+    """What the exporter does to a graph by itself, but for its rewrites: they take longer by the square of the nodes,
+    which in a gradient graph are thousands, and are minutes there. Weights stay as they are, once for all who take them
+    transposed: backends compute that as they open the graph.
+    """
+    import onnx_ir.passes.common
+    from onnx_ir.passes import Sequential
+    from onnxscript.optimizer import fold_constants
+
+    passes: Any = onnx_ir.passes.common
+    passes.InlinePass()(model)
+    fold_constants(
+        model, onnx_shape_inference=True, should_fold=lambda node: False if node.op_type == "Transpose" else None
+    )
+    Sequential(
+        passes.RemoveUnusedNodesPass(),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.DeduplicateInitializersPass(),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    )(model)
 
 
 def _cause(error: BaseException) -> str:

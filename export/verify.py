@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Engine
-from engines.contract import Dims, Network
+from engines.contract import DERIVED, Dims, Network
 from engines.eager import EagerEngine
 from engines.errors import InputError, ModelError, ParityError
 from engines.manifest import Parity
@@ -89,12 +89,12 @@ def _compare(
     engine: Engine, network: Network, name: str, got: Tensor, wanted: Tensor, tolerance: float, sizes: dict[str, int]
 ) -> Parity:
     at = ", ".join(f"{symbol} {sizes[symbol]}" for symbol in network.symbols)
+    mend = "choose another backend" + (", or leave --gradients out" if network.name in DERIVED else "")
     if not wanted.isfinite().all():
         raise ModelError(f"{network.name}: the torch module's {name} is not finite ({at}); its weights are damaged")
     if not got.isfinite().all():
         raise ParityError(
-            f"{network.name}: {engine.backend}'s {name} is not finite ({at}) and torch's is; not published, "
-            "choose another backend"
+            f"{network.name}: {engine.backend}'s {name} is not finite ({at}) and torch's is; not published, {mend}"
         )
     difference = (got.double() - wanted.double()).flatten(1)
     norms = wanted.double().flatten(1).norm(dim=1)
@@ -104,7 +104,7 @@ def _compare(
     if relative > tolerance:
         raise ParityError(
             f"{network.name}: {engine.backend}'s {name} differs from torch's by {relative:.1e} ({at}), tolerance "
-            f"{tolerance:.0e}; not published, choose another backend"
+            f"{tolerance:.0e}; not published, {mend}"
         )
     return Parity(
         output=name,

@@ -68,10 +68,20 @@ def build_engines(
     precision: str = "fp32",
     profiles: Sequence[Profile] = (),
     lora_mode: str = "fused",
+    gradients: Sequence[str] = (),
 ) -> Bundle:
     """The bundle of `ensure_engines`, whether built or reused."""
     return ensure_engines(
-        model, lora, lora_strength, backends, output, progress, precision, profiles, lora_mode=lora_mode
+        model,
+        lora,
+        lora_strength,
+        backends,
+        output,
+        progress,
+        precision,
+        profiles,
+        lora_mode=lora_mode,
+        gradients=gradients,
     ).bundle
 
 
@@ -87,13 +97,14 @@ def ensure_engines(
     calibration_prompts: Sequence[str] = (),
     gpu_arch: str | None = None,
     lora_mode: str = "fused",
+    gradients: Sequence[str] = (),
 ) -> Built:
     """A bundle of the model's engines with the LoRA fused in; reused where one stands that is whole and still fits.
 
     A bundle in the place that is damaged, or made from other weights, another LoRA or strength, is built anew and
-    replaced. One of the same weights is added to: what it lacks or has from another version of a backend is built,
-    everything else in it stays. Which of it happened, and why, is logged on "smooth_rt". Of two processes that want the
-    same bundle one builds, and the other waits and uses it.
+    replaced. One of the same weights is added to: what it lacks or has from another version of a backend is built, be
+    it a variant or a network of gradients; everything else in it stays. Which of it happened, and why, is logged on
+    "smooth_rt". Of two processes that want the same bundle one builds, and the other waits and uses it.
 
     Args:
         model: as `load_model` takes it, or a model as it returned it (the LoRA is then fused into its UNet).
@@ -110,18 +121,23 @@ def ensure_engines(
         lora_mode: "fused"; "refit": the engines are those of the base model, and the LoRA's weights are put into them
             when they are opened, at any strength; or "runtime": the strength is an input of the UNet's graph.
             `lora_strength` is of no account here with either.
+        gradients: that the engines shall have beside those that they have already: "text" (of the UNet's output with
+            respect to the text embeddings), "sample" (to the latents), "both" (in one call) and "features" (those
+            features and their gradient); see `Engine.vjp` and `Engine.features`.
         calibration_prompts: of the images that int8 is calibrated on; none stands for `calibration.PROMPTS`.
 
     Raises:
-        InputError: no backend, a precision that one lacks, a profile that is none of the model's, or a strength out of
-            range.
+        InputError: no backend, a precision or gradients that one lacks, a profile that is none of the model's, or a
+            strength out of range.
         EngineError: a backend that cannot run here.
         ModelError: the model or the LoRA cannot be read or does not fit. ParityError: a graph is not exact enough.
         BundleError: `output` is in use by something else than a bundle, or cannot be written.
     """
+    from engines.contract import gradients_named
     from smooth_rt.cache import limit, make_room, used
 
-    variants = _variants(backends, precision, gpu_arch, lora_mode)
+    wrt = gradients_named(gradients)
+    variants = _variants(backends, precision, gpu_arch, lora_mode, wrt)
     most = limit() if output is None else None
     memory = _memory()
     (lora_strength,) = check(lora_strength=lora_strength)
@@ -146,7 +162,7 @@ def ensure_engines(
 
     with _alone(target):
         there = _open(target)
-        lacking = _lacking(there, source, variants, profiles, loaded.dims)
+        lacking = _lacking(there, source, variants, profiles, wrt, loaded.dims)
         if not lacking:
             reason = f"{target}: verified; made from the same weights by the installed versions"
             LOG.info("reusing engines: %s", reason)
@@ -200,9 +216,11 @@ def _apart(model: Model) -> LoraWeights | None:
     return None if model.lora is None else lora_weights(model.unet, model.lora)
 
 
-def _variants(backends: Sequence[str], precision: str, gpu_arch: str | None, lora_mode: str) -> list[Variant]:
+def _variants(
+    backends: Sequence[str], precision: str, gpu_arch: str | None, lora_mode: str, gradients: Sequence[NetworkName]
+) -> list[Variant]:
     """What is asked for, one variant a backend, each checked before anything is loaded."""
-    from engines.recipes import RECIPES, check_precision
+    from engines.recipes import RECIPES, check_gradients, check_precision
     from engines.select import buildable, check_lora_mode, target
     from engines.variant import Variant
 
@@ -217,6 +235,7 @@ def _variants(backends: Sequence[str], precision: str, gpu_arch: str | None, lor
         check_precision(name, precision)
     for name in backends:
         check_lora_mode(name, precision, lora_mode)
+        check_gradients(name, precision, lora_mode, gradients)
     exact, mode = cast("Precision", precision), cast("LoraMode", lora_mode)
     return [
         Variant(backend=name, precision=exact, lora_mode=mode, architecture=target(name, gpu_arch))
@@ -225,9 +244,14 @@ def _variants(backends: Sequence[str], precision: str, gpu_arch: str | None, lor
 
 
 def _lacking(
-    there: Bundle | str, source: Source, variants: Sequence[Variant], profiles: Sequence[Profile], dims: Dims
+    there: Bundle | str,
+    source: Source,
+    variants: Sequence[Variant],
+    profiles: Sequence[Profile],
+    gradients: tuple[NetworkName, ...],
+    dims: Dims,
 ) -> dict[Order, str]:
-    """What has to be built, and why. A variant that was built for other profiles keeps those."""
+    """What has to be built, and why. A variant that was built for other profiles or gradients keeps those."""
     from engines.select import BOUNDED
     from engines.variant import Order, every_size, few_images, merged
 
@@ -236,15 +260,19 @@ def _lacking(
 
     if isinstance(there, str) or there.misfit(source) is not None:
         fault = there if isinstance(there, str) else str(there.misfit(source))
-        return {Order(variant=variant, profiles=tuple(wanted(variant))): fault for variant in variants}
+        return {
+            Order(variant=variant, profiles=tuple(wanted(variant)), gradients=gradients): fault for variant in variants
+        }
     found = {}
     for variant in variants:
         # Who names no size takes what there is.
-        reason = there.misfit(source, variant, profiles)
+        reason = there.misfit(source, variant, profiles, gradients)
         if reason is not None:
-            before = next((built.profiles for built in there.variants if built.variant == variant), [])
+            same = next((built for built in there.variants if built.variant == variant), None)
+            before, has = ([], ()) if same is None else (same.profiles, same.gradients)
             asked = list(profiles) if profiles or before else wanted(variant)
-            found[Order(variant=variant, profiles=tuple(merged(before, asked)))] = reason
+            every = tuple(dict.fromkeys([*has, *gradients]))
+            found[Order(variant=variant, profiles=tuple(merged(before, asked)), gradients=every)] = reason
     return found
 
 

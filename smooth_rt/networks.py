@@ -167,7 +167,7 @@ class Networks:
             )
         engine = self._differentiable(self._engines["unet"].lacks_gradient(wrt, of))
         outputs, grads = [], []
-        for part in self.calls("unet", count, latents.shape[2:]):
+        for part in self.calls("unet", count, latents.shape[2:], runs=engine.gradient(wrt, of)):
             sample = latents[part]
             output, grad = engine.vjp(
                 wrt,
@@ -199,7 +199,7 @@ class Networks:
         """
         engine = self._differentiable(self._engines["unet"].lacks_features())
         found = []
-        for part in self.calls("unet", len(latents), latents.shape[2:]):
+        for part in self.calls("unet", len(latents), latents.shape[2:], runs=engine.up_to_features()):
             sample, text = latents[part], prompt_embeds[part]
             when = torch.full((len(sample),), timestep, dtype=torch.int64)
             inputs = {"sample": sample, "timestep": when, "encoder_hidden_states": text}
@@ -228,16 +228,23 @@ class Networks:
         return self._engines["unet"].attentions()
 
     def calls(
-        self, network: NetworkName, count: int, sides: Sequence[int] | None = None, rows: int = 1
+        self,
+        network: NetworkName,
+        count: int,
+        sides: Sequence[int] | None = None,
+        rows: int = 1,
+        runs: Engine | None = None,
     ) -> Iterator[slice]:
-        """Which of `count` images each call takes, where an image is so many rows of latents of these sides."""
+        """Which of `count` images each call takes, where an image is so many rows of latents of these sides. `runs` is
+        the engine where it is not the network's own; neither gets more than it takes."""
         cells = self.dims.tokens if sides is None else sides[0] * sides[1]
-        most = self._engines[network].most_rows(**dict(zip(("height", "width"), sides or (), strict=False)))
+        named = dict(zip(("height", "width"), sides or (), strict=False))
+        each = [engine.most_rows(**named) for engine in (self._engines[network], runs) if engine is not None]
         size = max(1, min(CELLS_PER_CALL[network] // cells, ROWS_PER_CALL) // rows)
         if isinstance(self._batch_size, int):
             size = self._batch_size
-        if most is not None:
-            size = max(1, min(size, most // rows))
+        for most in each:
+            size = size if most is None else max(1, min(size, most // rows))
         return (slice(first, first + size) for first in range(0, count, size))
 
     def _run(self, network: NetworkName, **inputs: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from export.decompositions.convolution_backward import convolution_backward
 from export.decompositions.group_norm import group_norm, group_norm_backward
 from export.decompositions.layer_norm import layer_norm, layer_norm_backward
 from export.decompositions.linear import linear
+from export.decompositions.squeeze import squeeze
 from export.decompositions.upsample_nearest import upsample_nearest
 
 __all__ = ["RULES", "WRITTEN_OUT"]
@@ -33,4 +34,5 @@ RULES: dict[Any, Callable[..., Any]] = {
     _aten.native_group_norm_backward.default: group_norm_backward,
     _aten.native_layer_norm.default: layer_norm,
     _aten.native_layer_norm_backward.default: layer_norm_backward,
+    _aten.squeeze.dims: squeeze,
 }

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, cast
 
 import typer
 
-from engines.contract import NETWORKS
+from engines.contract import NETWORKS, said_gradients
 from smooth_rt.commands.options import OutputOptions
 from smooth_rt.commands.progress import build_progress
 from smooth_rt.errors import InputError
@@ -270,13 +270,15 @@ def _short(value: Any) -> Any:
 
 def _row(entry: Entry) -> dict[str, Any]:
     source = entry.bundle.source if entry.bundle is not None else None
+    variants = entry.bundle.variants if entry.bundle is not None else ()
     lora = source.lora if source is not None else None
     return {
         "name": entry.path.name,
         "path": str(entry.path),
         "model": source.model if source is not None else None,
         "lora": str(lora) if lora is not None else None,
-        "engines": [built.variant.name for built in entry.bundle.variants] if entry.bundle is not None else [],
+        "engines": [built.variant.name for built in variants],
+        "gradients": {built.variant.name: said_gradients(built.gradients) for built in variants if built.gradients},
         "bytes": entry.size,
         "fault": entry.fault,
     }

@@ -71,6 +71,15 @@ def build_engine(
             "the engine anew) or runtime (a switch takes no time, each step a little more)."
         ),
     ] = "fused",
+    gradients: Annotated[
+        str | None,
+        typer.Option(
+            metavar="text,sample,both,features",
+            help="Also the UNet's gradients: to the text embeddings (null-text inversion), the latents (SPDInv), both "
+            "in one call, or those of its features (drag editing). A bundle that is there is added to.",
+            show_default=False,
+        ),
+    ] = None,
     gpu_arch: Annotated[
         str | None,
         typer.Option(
@@ -112,6 +121,7 @@ def build_engine(
             calibration_prompts=prompts,
             gpu_arch=gpu_arch,
             lora_mode=lora_mode,
+            gradients=listed(gradients or ""),
         )
     parity = [
         {

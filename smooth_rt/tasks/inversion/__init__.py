@@ -121,6 +121,7 @@ def invert(
     reconstruct: bool = True,
     return_trajectory: bool = False,
     shared: bool = False,
+    early_stop: bool = True,
     keep: bool = True,
     output_type: OutputType = "pil",
     callback_on_step_end: StepCallback | None = None,
@@ -141,6 +142,7 @@ def invert(
         reconstruct: False skips the way back.
         return_trajectory: keep the latents of every inversion step.
         shared: "null-text" fits one list of embeddings to all images together, as a morph between them wants it.
+        early_stop: False has "null-text" fit every step in all of its rounds.
         keep: what takes long ("null-text") is kept in the cache, and taken from there: a stopped one goes on.
         output_type: "pil", "np", "pt" or "latent".
         callback_on_step_end: as in `generate`, for the steps there and then for those back. "edict" and "belm" walk
@@ -171,7 +173,7 @@ def invert(
     names = image_names(pixels, texts) if keep and pipe.digests else ()
     image_latents = pipe.encode_image(pixels, height, width)
     job = Job(
-        pipe, image_latents, pipe.encode_prompt(texts), schedule, scale, callback_on_step_end, shared, names
+        pipe, image_latents, pipe.encode_prompt(texts), schedule, scale, callback_on_step_end, shared, early_stop, names
     )  # fmt: skip
     noise = chosen.invert(job)
     images_back: Images = []

@@ -33,6 +33,7 @@ class Job:
         prompt_embeds: what they show [N, L, D].
         guidance_scale: that of the way back.
         shared: the images share what is optimised (null-text alone optimises something that can be shared).
+        early_stop: what is fitted by rounds (null-text) ends them where it is close enough.
         names: what tells each image with its prompt from others, for keeping results; empty: nothing is kept.
     """
 
@@ -43,6 +44,7 @@ class Job:
     guidance_scale: float
     callback_on_step_end: StepCallback | None = None
     shared: bool = False
+    early_stop: bool = True
     names: tuple[str, ...] = ()
 
     def only(self, images: Sequence[int]) -> Job:

@@ -134,6 +134,8 @@ def keep_of(job: Job, method: str, images: Sequence[int]) -> Store:
         "engine": pipe.engine, "precision": pipe.precision, "guidance_scale": job.guidance_scale,
         "prediction_type": job.schedule.prediction_type, "steps": [list(step) for step in job.schedule.steps],
     }  # fmt: skip
+    if not job.early_stop:
+        decides["early_stop"] = False
     return Store(cache_root() / "inversions" / f"{digest_json(decides)[:32]}.safetensors", sizes, steps)
 
 

@@ -134,7 +134,7 @@ def _rounds(
 ) -> Tensor:
     """The embeddings [G, L, D] after the rounds of one step; those of a fit that is done are left alone."""
     at = index * SCHEDULED / len(job.schedule.steps)
-    threshold = 1e-5 + at * 2e-5
+    threshold = 1e-5 + at * 2e-5 if job.early_stop else 0.0
     adam = Adam(embeds, 1e-2 * (1 - at / 100))
     size = latents[0].numel()
     active = torch.ones(len(embeds), dtype=torch.bool)
