@@ -31,23 +31,40 @@ from engines.contract import Dims, Network, contract
 from engines.eager import EagerEngine, Unet
 from engines.recipes import RECIPES
 from engines.select import gpu, open_engine
-from engines.variant import Bounds
+from engines.variant import Bounds, Convolution, Precision
 from export.graphs import Case, random_inputs
 from export.to_int8 import quantise_at
 from export.to_onnx import to_onnx
-from export.to_openvino import to_openvino
+from export.to_openvino import to_openvino, to_winograd
 from smooth_rt.errors import EngineError
 
 __all__ = ["CANDIDATES", "Row", "main", "measure", "work_folder"]
 
 PEER = "diffusers, eager fp32"
-# What is timed: the name, the backend, the precision, and whether the size is fixed.
-CANDIDATES: dict[str, tuple[str, str, bool]] = {
-    "onnxruntime fp32": ("onnxruntime", "fp32", False),
-    "openvino fp32": ("openvino", "fp32", False),
-    "openvino fp32, one size": ("openvino", "fp32", True),
-    "openvino bf16, one size": ("openvino", "bf16", True),
-    "openvino int8, one size": ("openvino", "int8", True),
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """What is timed: whether for one size alone, and whether 3x3 convolutions were rewritten for it."""
+
+    backend: str
+    precision: Precision
+    fixed: bool
+    convolution: Convolution = "direct"
+
+    @property
+    def graph(self) -> tuple[str, str, str]:
+        """What its graph is called among those that were made."""
+        return self.backend, self.precision, self.convolution
+
+
+CANDIDATES: dict[str, Candidate] = {
+    "onnxruntime fp32": Candidate("onnxruntime", "fp32", fixed=False),
+    "openvino fp32": Candidate("openvino", "fp32", fixed=False),
+    "openvino fp32, one size": Candidate("openvino", "fp32", fixed=True),
+    "openvino fp32 winograd, one size": Candidate("openvino", "fp32", fixed=True, convolution="winograd"),
+    "openvino bf16, one size": Candidate("openvino", "bf16", fixed=True),
+    "openvino int8, one size": Candidate("openvino", "int8", fixed=True),
 }
 
 
@@ -92,30 +109,30 @@ def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None])
     options.side = options.side or dims.sample_size * dims.vae_factor
     side = options.side // dims.vae_factor
     rows = 2 * options.batch_size
-    inputs = random_inputs(
-        network, dims, Case({"batch": rows, "height": side, "width": side}, 1.0), torch.Generator().manual_seed(0)
-    )
+    sizes = {"batch": rows, "height": side, "width": side}
+    one_size: list[Bounds] = [{symbol: (size, size, size) for symbol, size in sizes.items()}]
+    inputs = random_inputs(network, dims, Case(sizes, 1.0), torch.Generator().manual_seed(0))
     say("matrix rate and FLOPs")
     rate = max(matrix_rates(2048, 3), key=lambda one: one.gflop_per_s)
     flop = count_flop(module, list(inputs.values()))
     peer = EagerEngine(network, module)
     wanted = peer.infer(**inputs)["noise_pred"]
     seconds = {PEER: _timed(peer, inputs, options.repeats)}
-    graphs = _graphs(module, network, dims, work, options, say)
+    graphs = _graphs(module, network, dims, work, options, one_size, say)
     candidates = CANDIDATES
     left_out: list[str] = []
     if gpu() is not None:
         on_gpu, left_out = _on_gpu(module, dims, work, options, say)
-        graphs |= {f"{backend} {precision}": path for backend, precision, path in on_gpu.values()}
-        candidates = CANDIDATES | {name: (backend, exact, True) for name, (backend, exact, _) in on_gpu.items()}
+        graphs |= {candidate.graph: path for candidate, path in on_gpu.values()}
+        candidates = CANDIDATES | {name: candidate for name, (candidate, _) in on_gpu.items()}
     found: list[Row] = []
-    for name, (backend, precision, fixed) in candidates.items():
+    for name, one in candidates.items():
         say(f"times of {name}")
-        recipe = RECIPES[backend][precision]["unet"]  # type: ignore[index]
-        bounds: list[Bounds] = [{"batch": (rows,) * 3, "height": (side,) * 3, "width": (side,) * 3}] if fixed else []
+        recipe = RECIPES[one.backend][one.precision]["unet"]
+        bounds = one_size if one.fixed else []
         started = time.perf_counter()
         try:
-            with open_engine(backend, network, graphs[f"{backend} {precision}"], recipe.hint, bounds) as engine:
+            with open_engine(one.backend, network, graphs[one.graph], recipe.hint, bounds) as engine:
                 opened = time.perf_counter() - started
                 got = engine.infer(**inputs)["noise_pred"]
                 times = _timed(engine, inputs, options.repeats)
@@ -155,17 +172,22 @@ def _graphs(
     dims: Dims,
     work: Path,
     options: argparse.Namespace,
+    one_size: Sequence[Bounds],
     say: Callable[[str], None],
-) -> dict[str, Path]:
-    """The graph of each backend and precision, made in `work` unless it is there from a run before."""
+) -> dict[tuple[str, str, str], Path]:
+    """The graph of each candidate on the processor, made in `work` unless it is there from a run before."""
     onnx, fp32 = work / "onnx" / "model.onnx", work / "fp32" / "openvino_model.xml"
     int8 = work / f"int8-{options.rung}" / "openvino_model.xml"
+    rewritten = work / f"winograd-{options.side}-{options.batch_size}" / "openvino_model.xml"
     if not onnx.exists():
         say("export")
         to_onnx(module, network, dims, onnx)
     if not fp32.exists():
         say("convert")
         to_openvino(onnx, fp32)
+    if not rewritten.exists():
+        say("rewrite")
+        to_winograd(onnx, rewritten, network, one_size)
     if not int8.exists():
         say("quantise")
         # Of random weights nothing can be learnt; a few rows set the scales.
@@ -174,24 +196,28 @@ def _graphs(
         samples = [random_inputs(network, dims, Case(sizes, 1.0), generator) for _ in range(options.samples)]
         quantise_at(options.rung, onnx, int8, network, "openvino", samples)
     gc.collect()
-    return {"onnxruntime fp32": onnx, "openvino fp32": fp32, "openvino bf16": fp32, "openvino int8": int8}
+    paths = {"onnxruntime": {"fp32": onnx}, "openvino": {"fp32": fp32, "bf16": fp32, "int8": int8}}
+    return {
+        one.graph: paths[one.backend][one.precision] if one.convolution == "direct" else rewritten
+        for one in CANDIDATES.values()
+    }
 
 
 def _on_gpu(
     module: nn.Module, dims: Dims, work: Path, options: argparse.Namespace, say: Callable[[str], None]
-) -> tuple[dict[str, tuple[str, str, Path]], list[str]]:
-    """By name, the backend, the precision and the graph of what runs on the GPU; a line for what does not."""
+) -> tuple[dict[str, tuple[Candidate, Path]], list[str]]:
+    """By name, what runs on the GPU and its graph; a line for what does not."""
     from bench import gpu as bench_gpu
 
     able, left_out = bench_gpu.runnable(bench_gpu.CANDIDATES)
     sizes = argparse.Namespace(batch_sizes=(options.batch_size,), side=options.side)
     subject = bench_gpu.Subject({"unet": module}, dims, None)
-    found: dict[str, tuple[str, str, Path]] = {}
+    found: dict[str, tuple[Candidate, Path]] = {}
     for name, (backend, precision) in able.items():
         say(f"build of {name}")
         try:
             path = bench_gpu.built(backend, precision, subject, "unet", sizes, work / name.replace(" ", "-"))
-            found[f"{name}, one size"] = (backend, precision, path)
+            found[f"{name}, one size"] = (Candidate(backend, precision, fixed=True), path)
         except EngineError as error:
             left_out.append(f"{name} is left out: {error}")
     return found, left_out

@@ -38,7 +38,7 @@ from engines.manifest import (
 from engines.recipes import check_gradients
 from engines.select import backend_version, check_backend, gpu, open_engine, runs_here
 from engines.staging import staging
-from engines.variant import PRECISIONS, LoraMode, Precision, Profile, Variant
+from engines.variant import CONVOLUTIONS, PRECISIONS, Convolution, LoraMode, Precision, Profile, Variant
 
 if TYPE_CHECKING:
     from engines.base import Engine
@@ -132,12 +132,17 @@ class Bundle:
         return tuple(self.manifest.variants)
 
     def find(
-        self, backend: str, precision: Precision | None = None, lora_mode: LoraMode | None = None
+        self,
+        backend: str,
+        precision: Precision | None = None,
+        lora_mode: LoraMode | None = None,
+        convolution: Convolution | None = None,
     ) -> VariantRecord:
         """The variant of `backend`; of several precisions the named one, or else the most exact.
 
-        Of several that differ in how they hold the LoRA, the one that holds it as named; of those that differ in this
-        or in architecture still, the first that was built.
+        Of several that differ in their convolutions, the one with the named ones, or else the direct ones, which are
+        of more sizes. Of several that differ in how they hold the LoRA, the one that holds it as named; of those that
+        differ in this or in architecture still, the first that was built.
 
         Raises:
             BundleError: there is none. EngineError: the backend is unknown.
@@ -149,15 +154,22 @@ class Bundle:
             if built.backend == backend
             and precision in (None, built.variant.precision)
             and lora_mode in (None, built.variant.lora_mode)
+            and convolution in (None, built.variant.convolution)
         ]
         if not fitting:
             wanted = backend if precision is None else f"{backend} in {precision}"
             there = ", ".join(built.variant.name for built in self.variants)
             options = [] if precision in (None, "fp32") else ["--precision", str(precision)]
             options += [] if lora_mode in (None, "fused") else ["--lora-mode", str(lora_mode)]
+            options += [] if convolution in (None, "direct") else ["--convolution", str(convolution)]
             command = " ".join([build_command(self.path, self.source, [backend]), *options])
             raise BundleError(f"{self.path}: not built for {wanted} (there is {there}); run `{command}`")
-        return min(fitting, key=lambda built: PRECISIONS.index(built.variant.precision))
+
+        def order(built: VariantRecord) -> tuple[int, int]:
+            variant = built.variant
+            return PRECISIONS.index(variant.precision), CONVOLUTIONS.index(variant.convolution)
+
+        return min(fitting, key=order)
 
     def stale(self, built: VariantRecord, elsewhere: bool = False) -> str | None:
         """None if a variant is valid here, else one line: what has changed and how to mend it.

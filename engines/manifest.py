@@ -299,6 +299,7 @@ def build_command(
         words += ["--backend", ",".join(backends)]
     if variant is not None:
         words += [] if variant.precision == "fp32" else ["--precision", variant.precision]
+        words += [] if variant.convolution == "direct" else ["--convolution", variant.convolution]
         words += [] if variant.lora_mode == "fused" else ["--lora-mode", variant.lora_mode]
         if not variant.architecture.startswith("cpu-"):
             words += ["--gpu-arch", variant.architecture]

@@ -1,15 +1,16 @@
-"""What each backend is built in: by the precision that is asked for, the precision of every network's graph."""
+"""What each backend is built in: by the precision that is asked for, the precision of every network's graph; and which
+can be built with which convolutions."""
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from engines.contract import DERIVED, NETWORKS, NetworkName, said_gradients
 from engines.errors import InputError
-from engines.variant import Precision
+from engines.variant import Precision, Profile, Variant
 
-__all__ = ["RECIPES", "Recipe", "check_gradients", "check_precision"]
+__all__ = ["RECIPES", "Recipe", "check_convolution", "check_gradients", "check_precision"]
 
 
 @dataclass(frozen=True)
@@ -83,4 +84,22 @@ def check_gradients(backend: str, precision: str, lora_mode: str, gradients: Col
     if lora_mode == "refit":
         raise InputError(
             f"gradients={said}: no new weights can be put into their graphs yet; choose --lora-mode fused or runtime"
+        )
+
+
+def check_convolution(variant: Variant, profiles: Sequence[Profile]) -> None:
+    """Raise InputError unless `variant` can be built with its convolutions, for these profiles together."""
+    if variant.convolution == "direct":
+        return
+    asked = f"convolution={variant.convolution}"
+    if variant.backend != "openvino" or variant.precision != "fp32":
+        raise InputError(f"{asked}: openvino has it, in fp32, not {variant.backend} in {variant.precision}")
+    if variant.lora_mode == "refit":
+        raise InputError(f"{asked}: its weights are transformed and cannot be replaced; choose fused or runtime")
+    sides = {(profile.height, profile.width) for profile in profiles}
+    if len(sides) != 1 or not all(span.static for pair in sides for span in pair):
+        built = " or ".join(f"height {height}, width {width}" for height, width in sorted(sides, key=str))
+        raise InputError(
+            f"{asked}: a graph is for one height and one width, not {built or 'every size'}; give both with --batch, "
+            "and another --output for another size"
         )

@@ -16,6 +16,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     PositiveInt,
+    SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
     model_validator,
@@ -25,9 +26,11 @@ from engines.contract import DERIVED, NETWORKS, Dims, Network, NetworkName, cont
 from engines.errors import InputError
 
 __all__ = [
+    "CONVOLUTIONS",
     "LORA_MODES",
     "PRECISIONS",
     "Bounds",
+    "Convolution",
     "LoraMode",
     "Order",
     "Place",
@@ -48,6 +51,8 @@ Precision = Literal["fp32", "fp16", "bf16", "int8"]
 PRECISIONS: tuple[Precision, ...] = ("fp32", "fp16", "bf16", "int8")
 LoraMode = Literal["fused", "refit", "runtime"]
 LORA_MODES: tuple[LoraMode, ...] = ("fused", "refit", "runtime")
+Convolution = Literal["direct", "winograd"]
+CONVOLUTIONS: tuple[Convolution, ...] = ("direct", "winograd")
 
 # By symbol of the contract (batch, height, width): the least size, the one to be fastest at, the greatest (None: any).
 Bounds = dict[str, tuple[int, int, int | None]]
@@ -193,17 +198,26 @@ class Variant(Record):
         lora_mode: "fused" (into the weights, or no LoRA at all), "refit" (new weights put into the same engine) or
             "runtime" (the strength is an input of the UNet).
         architecture: what the engines run on: `select.architecture`, or a GPU's such as "sm89".
+        convolution: "direct", or "winograd": in the graph, 3x3 convolutions take fewer multiplications.
     """
 
     backend: str
     precision: Precision
     lora_mode: LoraMode
     architecture: str
+    convolution: Convolution = "direct"
+
+    @model_serializer(mode="wrap")
+    def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        """Without the convolution where it is the direct one, so that older keys hold."""
+        fields: dict[str, Any] = write(self)
+        return {name: value for name, value in fields.items() if (name, value) != ("convolution", "direct")}
 
     @property
     def name(self) -> str:
         """Of the folder that holds its graphs."""
         parts = [self.backend, self.precision]
+        parts += [] if self.convolution == "direct" else [self.convolution]
         parts += [] if self.lora_mode == "fused" else [self.lora_mode]
         parts += [] if self.architecture.startswith("cpu-") else [self.architecture.replace(",", "_")]
         return "-".join(parts)

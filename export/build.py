@@ -19,7 +19,7 @@ from engines.contract import DERIVED, NETWORKS, Dims, Network, NetworkName
 from engines.errors import EngineError, InputError
 from engines.lora import LORA_FILE, LoraWeights
 from engines.manifest import EngineRecord, FileRecord, Manifest, Parity, Source, VariantRecord, digest_file
-from engines.recipes import RECIPES, Recipe, check_gradients, check_precision
+from engines.recipes import RECIPES, Recipe, check_convolution, check_gradients, check_precision
 from engines.select import availability, backend_version, buildable, check_lora_mode, open_engine, runs_here
 from engines.staging import staging
 from engines.variant import Bounds, Order, Place
@@ -114,11 +114,12 @@ def build_bundle(
             build.stages.forget()
         if configs is not None:
             for order in orders:
-                kind = KINDS.get(order.variant.backend)
-                # Nobody else feeds a strength.
-                if kind is not None and order.variant.lora_mode != "runtime":
+                variant = order.variant
+                kind = KINDS.get(variant.backend)
+                # Nobody else feeds a strength, or keeps to one size.
+                if kind is not None and variant.lora_mode != "runtime" and variant.convolution == "direct":
                     tokenizer = folder / "config" / "tokenizer"
-                    write_layout(folder / order.variant.name, kind, configs.networks, tokenizer, configs.scheduler)
+                    write_layout(folder / variant.name, kind, configs.networks, tokenizer, configs.scheduler)
         steps.begin("manifest", "manifest")
         shutil.rmtree(folder / _WORK, ignore_errors=True)
         made = [build.variant(o, r, s) for o, r, s in zip(orders, records, seconds, strict=True)]
@@ -159,6 +160,7 @@ def _check(
         if fault is not None:
             raise EngineError(f"engine {backend!r}: {fault}")
         check_lora_mode(backend, precision, order.variant.lora_mode)
+        check_convolution(order.variant, order.profiles)
         if order.variant.lora_mode != "fused" and lora is None:
             raise InputError(f"lora_mode={order.variant.lora_mode}: needs a LoRA whose strength can be set; name one")
         if precision == "int8" and calibration is None:

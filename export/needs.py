@@ -34,6 +34,10 @@ _IN_MEMORY: dict[str, Mapping[Precision, float]] = {
     "tensorrt-rtx": _IN_TENSORRT,
 }
 _GRADIENT = 1.5  # of a gradient graph, over the UNet's: it holds weights as they are and transposed
+# With weights that are transformed for 3x3 convolutions, over those that are not: SD1.5's UNet as it is written, and as
+# two sizes of it are opened, the file mapped.
+_TRANSFORMED = 2.2
+_TRANSFORMED_IN_MEMORY = 1.6
 _ALWAYS = 2**29  # bytes; libraries that are loaded on the way
 _MEMORY_V1 = "memory"
 
@@ -44,9 +48,13 @@ def disk_needed(networks: Mapping[NetworkName, nn.Module], orders: Sequence[Orde
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     onnx = {order.variant.precision for order in orders if order.variant.backend == "onnxruntime"}
     way = 0.0 if "fp32" in onnx else 1.0
-    forward = weights * (way + sum(_ON_DISK[order.variant.precision] for order in orders))
+    forward = weights * (way + sum(_on_disk(order.variant) for order in orders))
     gradients = sum(len(order.gradients) for order in orders) * _GRADIENT * _bytes(networks["unet"])
     return int(_GRAPH_SHARE * (forward + gradients))
+
+
+def _on_disk(variant: Variant) -> float:
+    return _ON_DISK[variant.precision] * (1.0 if variant.convolution == "direct" else _TRANSFORMED)
 
 
 def memory_needed(
@@ -58,7 +66,8 @@ def memory_needed(
 
     def needed(name: NetworkName) -> int:
         weights = _GRADIENT * _bytes(networks["unet"]) if name in DERIVED else _bytes(networks[name])
-        return int(shares.get(recipes[name].precision, shares["fp32"]) * weights)
+        larger = 1.0 if variant.convolution == "direct" else _TRANSFORMED_IN_MEMORY
+        return int(shares.get(recipes[name].precision, shares["fp32"]) * larger * weights)
 
     largest = max([*networks, *gradients], key=needed)
     return _ALWAYS + needed(largest), largest

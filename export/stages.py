@@ -108,7 +108,7 @@ class Stages:
             take = _take if variant.backend == "onnxruntime" else shutil.copyfile
             return self._as_onnx(network, precision, onnx, folder / "model.onnx", take)
         if variant.backend == "openvino" and onnx is not None:
-            return self._as_openvino(network, precision, onnx, folder / "openvino_model.xml")
+            return self._as_openvino(network, variant, precision, onnx, bounds, folder / "openvino_model.xml")
         if variant.backend == "inductor":
             return self._as_inductor(network, module, variant, precision, bounds, folder / "model.pt2")
         if variant.backend in TENSORRT and onnx is not None:
@@ -167,13 +167,24 @@ class Stages:
             take(part, path.parent / part.name)
         return Graph(path, {} if precision == "fp32" else {"fp32_islands": self._islands})
 
-    def _as_openvino(self, network: Network, precision: Precision, onnx: Path, path: Path) -> Graph:
-        from export.to_openvino import to_openvino  # a build for another backend needs no openvino
+    def _as_openvino(
+        self,
+        network: Network,
+        variant: Variant,
+        precision: Precision,
+        onnx: Path,
+        bounds: Sequence[Bounds],
+        path: Path,
+    ) -> Graph:
+        from export.to_openvino import to_openvino, to_winograd  # a build for another backend needs no openvino
 
         if precision == "int8":
             from export.to_int8 import quantise_openvino
 
             return Graph(path, quantise_openvino(onnx, path, network, self._real(), self._within))
+        if variant.convolution == "winograd":
+            hits = to_winograd(onnx, path, network, bounds)
+            return Graph(path, {f"winograd_{size}x{size}": count for size, count in sorted(hits.items())})
         to_openvino(onnx, path, compress=precision == "fp16")
         return Graph(path)
 

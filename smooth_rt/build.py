@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from engines.bundle import Bundle, Source, VariantRecord
     from engines.contract import Dims, NetworkName
     from engines.lora import LoraWeights
-    from engines.variant import LoraMode, Order, Precision, Profile, Variant
+    from engines.variant import Convolution, LoraMode, Order, Precision, Profile, Variant
     from export.bisect import Divergence
     from smooth_rt.lora import Lora
     from smooth_rt.model import Model
@@ -98,6 +98,7 @@ def ensure_engines(
     gpu_arch: str | None = None,
     lora_mode: str = "fused",
     gradients: Sequence[str] = (),
+    convolution: str = "direct",
 ) -> Built:
     """A bundle of the model's engines with the LoRA fused in; reused where one stands that is whole and still fits.
 
@@ -124,6 +125,8 @@ def ensure_engines(
         gradients: that the engines shall have beside those that they have already: "text" (of the UNet's output with
             respect to the text embeddings), "sample" (to the latents), "both" (in one call) and "features" (those
             features and their gradient); see `Engine.vjp` and `Engine.features`.
+        convolution: "direct"; or "winograd": on OpenVINO in fp32, for profiles of one height and one width, 3x3
+            convolutions are rewritten to take fewer multiplications. The weights take twice the space.
         calibration_prompts: of the images that int8 is calibrated on; none stands for `calibration.PROMPTS`.
 
     Raises:
@@ -137,7 +140,7 @@ def ensure_engines(
     from smooth_rt.cache import limit, make_room, used
 
     wrt = gradients_named(gradients)
-    variants = _variants(backends, precision, gpu_arch, lora_mode, wrt)
+    variants = _variants(backends, precision, gpu_arch, lora_mode, wrt, convolution, profiles)
     most = limit() if output is None else None
     memory = _memory()
     (lora_strength,) = check(lora_strength=lora_strength)
@@ -217,10 +220,16 @@ def _apart(model: Model) -> LoraWeights | None:
 
 
 def _variants(
-    backends: Sequence[str], precision: str, gpu_arch: str | None, lora_mode: str, gradients: Sequence[NetworkName]
+    backends: Sequence[str],
+    precision: str,
+    gpu_arch: str | None,
+    lora_mode: str,
+    gradients: Sequence[NetworkName],
+    convolution: str,
+    profiles: Sequence[Profile],
 ) -> list[Variant]:
     """What is asked for, one variant a backend, each checked before anything is loaded."""
-    from engines.recipes import RECIPES, check_gradients, check_precision
+    from engines.recipes import RECIPES, check_convolution, check_gradients, check_precision
     from engines.select import buildable, check_lora_mode, target
     from engines.variant import Variant
 
@@ -236,11 +245,15 @@ def _variants(
     for name in backends:
         check_lora_mode(name, precision, lora_mode)
         check_gradients(name, precision, lora_mode, gradients)
-    exact, mode = cast("Precision", precision), cast("LoraMode", lora_mode)
-    return [
-        Variant(backend=name, precision=exact, lora_mode=mode, architecture=target(name, gpu_arch))
+    (convolution,) = check(convolution=convolution)
+    exact, mode, form = cast("Precision", precision), cast("LoraMode", lora_mode), cast("Convolution", convolution)
+    variants = [
+        Variant(backend=name, precision=exact, lora_mode=mode, architecture=target(name, gpu_arch), convolution=form)
         for name in dict.fromkeys(backends)
     ]
+    for variant in variants:
+        check_convolution(variant, profiles)
+    return variants
 
 
 def _lacking(

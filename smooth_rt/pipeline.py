@@ -37,7 +37,7 @@ from smooth_rt.tasks.interpolate import interpolate
 from smooth_rt.tasks.inversion import invert
 
 if TYPE_CHECKING:
-    from engines.variant import LoraMode, Precision
+    from engines.variant import Convolution, LoraMode, Precision
 
 __all__ = ["Move", "Predict", "SmoothPipeline", "StepCallback"]
 
@@ -163,6 +163,7 @@ class SmoothPipeline(Networks):
         lora_strength: float = 1.0,
         lora_mode: str | None = None,
         provider: str | None = None,
+        convolution: str | None = None,
     ) -> Self:
         """Open a bundle that `smooth-rt build-engine` wrote.
 
@@ -175,6 +176,7 @@ class SmoothPipeline(Networks):
             lora_strength: of a bundle whose LoRA is set at run time; see `set_lora_strength`.
             lora_mode: "refit" or "runtime", of a bundle that has both; None is the one that was built first.
             provider: as in `from_pretrained`.
+            convolution: "direct" or "winograd", of a bundle that has both; None is "direct".
 
         Raises:
             InputError: an option is out of its range.
@@ -183,11 +185,11 @@ class SmoothPipeline(Networks):
         """
         engine, batch_size, config = check(engine=engine, batch_size=batch_size, config=config)
         (lora_strength,) = check(lora_strength=lora_strength)
-        precision, lora_mode = check(precision=precision, lora_mode=lora_mode)
+        precision, lora_mode, convolution = check(precision=precision, lora_mode=lora_mode, convolution=convolution)
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(*check(bundle=bundle)))
         choice = choose(joined(engine, provider), opened.backends)
         if choice.backend != "eager":
-            return cls._open(opened, choice, batch_size, precision, lora_strength, lora_mode)
+            return cls._open(opened, choice, batch_size, precision, lora_strength, lora_mode, convolution)
         return cls._eager(reopen_model(opened, config), choice, batch_size, lora_strength)
 
     @classmethod
@@ -199,9 +201,15 @@ class SmoothPipeline(Networks):
         precision: str | None,
         lora_strength: float,
         lora_mode: str | None,
+        convolution: str | None = "direct",
     ) -> Self:
         config = read_config(bundle.config)
-        built = bundle.find(choice.backend, cast("Precision | None", precision), cast("LoraMode | None", lora_mode))
+        built = bundle.find(
+            choice.backend,
+            cast("Precision | None", precision),
+            cast("LoraMode | None", lora_mode),
+            cast("Convolution | None", convolution),
+        )
         if choice.backend in BOUNDED:
             from smooth_rt.build import compiled
 

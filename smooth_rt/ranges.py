@@ -16,7 +16,7 @@ from typing import Any
 
 from engines.contract import LARGEST_STRENGTH
 from engines.select import check_backend
-from engines.variant import LORA_MODES, PRECISIONS
+from engines.variant import CONVOLUTIONS, LORA_MODES, PRECISIONS
 from smooth_rt.errors import InputError
 
 __all__ = [
@@ -247,6 +247,7 @@ RANGES: dict[str, Callable[[str, Any], Any]] = {
     "bundle": _source,
     "callback_on_step_end": _callback,
     "config": partial(_or_none, kind=_source),
+    "convolution": partial(_or_none, kind=partial(choice, known=CONVOLUTIONS)),
     "edit_method": partial(choice, known=EDIT_METHODS),
     "edit_strength": _fraction,
     "engine": _engine,

@@ -177,7 +177,11 @@ def _images(bundle: Bundle, model: Model, count: int, progress: Progress) -> lis
         pipes = [
             stack.enter_context(
                 SmoothPipeline.from_engines(
-                    bundle, built.backend, precision=built.variant.precision, lora_mode=built.variant.lora_mode
+                    bundle,
+                    built.backend,
+                    precision=built.variant.precision,
+                    lora_mode=built.variant.lora_mode,
+                    convolution=built.variant.convolution,
                 )
             )
             for built in runnable

@@ -80,6 +80,12 @@ def build_engine(
             show_default=False,
         ),
     ] = None,
+    convolution: Annotated[
+        str,
+        typer.Option(
+            help="direct, or winograd: faster 3x3 convolutions, for openvino in fp32 and one height and width; larger."
+        ),
+    ] = "direct",
     gpu_arch: Annotated[
         str | None,
         typer.Option(
@@ -122,6 +128,7 @@ def build_engine(
             gpu_arch=gpu_arch,
             lora_mode=lora_mode,
             gradients=listed(gradients or ""),
+            convolution=convolution,
         )
     parity = [
         {

@@ -269,10 +269,16 @@ BASE: dict[str, Any] = {
         {"variant": VARIANT.model_copy(update={"precision": "int8"})},
         {"variant": VARIANT.model_copy(update={"lora_mode": "runtime"})},
         {"variant": VARIANT.model_copy(update={"architecture": "cpu-aarch64"})},
+        {"variant": VARIANT.model_copy(update={"convolution": "winograd"})},
     ],
 )
 def test_all_that_can_change_the_numbers_changes_the_key(change: dict[str, Any]) -> None:
     assert digest_json(key_parts(**{**BASE, **change})) != digest_json(key_parts(**BASE))
+
+
+def test_direct_convolutions_leave_older_keys_as_they_are() -> None:
+    assert "convolution" not in key_parts(**BASE)["variant"]
+    assert Variant(**VARIANT.model_dump()) == VARIANT
 
 
 def test_names_and_places_do_not_change_the_key() -> None:

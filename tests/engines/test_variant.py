@@ -113,6 +113,7 @@ def test_folders_are_told_apart() -> None:
     cpu = Variant(backend="openvino", precision="int8", lora_mode="fused", architecture="cpu-x86_64")
     gpu = Variant(backend="tensorrt-rtx", precision="fp16", lora_mode="refit", architecture="sm80,sm89")
     assert (cpu.name, gpu.name) == ("openvino-int8", "tensorrt-rtx-fp16-refit-sm80_sm89")
+    assert cpu.model_copy(update={"convolution": "winograd"}).name == "openvino-int8-winograd"
 
 
 def bounds_of(*batches: tuple[int, int, int | None]) -> list[Bounds]:
