@@ -34,6 +34,7 @@ __all__ = [
     "gradient_contract",
     "gradients_named",
     "said_gradients",
+    "undifferentiated",
 ]
 
 NetworkName = Literal[
@@ -292,6 +293,12 @@ def gradient_contract(unet: Network, name: NetworkName) -> Network:
     cotangent = replace(output, name="cotangent")
     scale = TensorSpec("cotangent_scale", output.dtype, output.axes[:1], shared=True)
     return Network(name, (*unet.inputs, cotangent, scale), (output, *grads), unet.multiples)
+
+
+def undifferentiated(network: Network) -> Network:
+    """The tensors of the forward pass that a gradient network differentiates."""
+    name: NetworkName = FEATURES if OF[network.name] == "features" else "unet"
+    return Network(name, network.inputs[:-2], network.outputs[:1], network.multiples)
 
 
 def _differentiated(unet: Network, name: NetworkName, of: str) -> TensorSpec:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from functools import partial
 from typing import Any, ClassVar
 
@@ -24,6 +24,7 @@ __all__ = [
     "VaeDecoder",
     "VaeEncoder",
     "gradient_networks",
+    "pulled_back",
     "torch_networks",
 ]
 
@@ -74,6 +75,32 @@ class UnetFeatures(nn.Module):
         return outputs
 
 
+# What the largest number of a cotangent becomes in half precision. Measured on the default model and SD1.5's shape, the
+# error of fp16 is the same from 2^0 to 2^10; far below, gradients within attention vanish, far above they overflow.
+LARGEST_COTANGENT = 2.0**4
+
+
+def pulled_back(
+    pull: Callable[[Tensor], tuple[Tensor, ...]], cotangent: Tensor, module: nn.Module
+) -> tuple[Tensor, ...]:
+    """`pull(cotangent)`, in which nothing vanishes where the weights of `module` are in half precision.
+
+    A gradient is linear in its cotangent, row by row. So each row is scaled to the range that fp16 is exact in, and its
+    gradients are scaled back in fp32: cotangents of any size have the same relative error.
+
+    Args:
+        pull: from the cotangent to the gradients.
+        cotangent: float32 [B, C, h, w].
+    """
+    if all(one.dtype.itemsize > 2 for one in module.parameters()):
+        return pull(cotangent)
+    # A row of zeros stays one, and so does what is next to nothing.
+    largest = cotangent.abs().amax((1, 2, 3), keepdim=True).clamp(min=1e-30)
+    scale = LARGEST_COTANGENT / largest
+    grads = pull(cotangent * scale)
+    return tuple(grad / scale.reshape(-1, *[1] * (grad.ndim - 1)) for grad in grads)
+
+
 class UnetVjp(nn.Module):
     """The UNet, or the start of it, and its vector-Jacobian product, by autograd.
 
@@ -106,8 +133,8 @@ class UnetVjp(nn.Module):
             given = (inputs["sample"], timestep, inputs["encoder_hidden_states"], *more)
             (output,) = torch.func.functional_call(self.module, weights, given)
         found = output.detach()
-        grads = torch.autograd.grad(output, leaves, cotangent + cotangent_scale[:, None, None, None] * found)
-        return found, *grads
+        held = cotangent + cotangent_scale[:, None, None, None] * found
+        return found, *pulled_back(lambda c: torch.autograd.grad(output, leaves, c), held, self.module)
 
 
 class VaeEncoder(nn.Module):

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch._decomp import core_aten_decompositions
 from torch._dispatch.python import enable_python_dispatcher
 from torch._functorch.compile_utils import fx_graph_cse
@@ -29,8 +29,8 @@ from torch.export.graph_signature import (
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._pytree import tree_flatten
 
-from engines.contract import Dims, Network
-from engines.eager import UnetVjp
+from engines.contract import Dims, Network, undifferentiated
+from engines.eager import UnetVjp, pulled_back
 from export.decompositions import RULES, WRITTEN_OUT
 from export.graphs import dynamic_shapes, example_inputs
 
@@ -63,24 +63,23 @@ def traced(module: UnetVjp, network: Network, dims: Dims) -> ExportedProgram:
         NotImplementedError: an operator of the forward pass has a form that there is no rule for.
         Exception: whatever torch raises at what it cannot export.
     """
-    *taken, _, _ = network.inputs  # but for the cotangent and its scale
-    undifferentiated = Network("unet", tuple(taken), network.outputs[:1], network.multiples)
+    plain = undifferentiated(network)
     with torch.no_grad():
         forward = torch.export.export(
             module.module,
-            example_inputs(undifferentiated, dims),
-            dynamic_shapes=dynamic_shapes(undifferentiated, module.module),
+            example_inputs(plain, dims),
+            dynamic_shapes=dynamic_shapes(plain, module.module),
             strict=False,
         )
     specs = forward.graph_signature.input_specs
     values = [node.meta["val"] for node in forward.graph.nodes if node.op == "placeholder"]
     users = [index for index, spec in enumerate(specs) if spec.kind is InputKind.USER_INPUT]
-    named = dict(zip((spec.name for spec in taken), users, strict=True))
+    named = dict(zip((spec.name for spec in plain.inputs), users, strict=True))
     mode = values[named["sample"]].fake_mode
     with torch.no_grad(), mode, enable_python_dispatcher():
         (predicted,) = (node.meta["val"] for node in forward.graph.output_node().args[0])
         cotangents = [torch.empty(predicted.shape), torch.empty(1)]
-        joint = torch.func.functionalize(_joint(forward, [named[name] for name in module.wrt]))
+        joint = torch.func.functionalize(_joint(forward, [named[name] for name in module.wrt], module.module))
         tables = {**core_aten_decompositions(), **RULES}
         graph_module = make_fx(joint, decomposition_table=tables)(*values, *cotangents)
     graph = fx_graph_cse(graph_module.graph)
@@ -91,7 +90,7 @@ def traced(module: UnetVjp, network: Network, dims: Dims) -> ExportedProgram:
     return _program(forward, graph_module, graph, [spec.name for spec in network.inputs])
 
 
-def _joint(forward: ExportedProgram, wrt: list[int]) -> Callable[..., tuple[Tensor, ...]]:
+def _joint(forward: ExportedProgram, wrt: list[int], module: nn.Module) -> Callable[..., tuple[Tensor, ...]]:
     """(the forward graph's inputs, weights among them, cotangent, scale) -> (prediction, the gradients by `wrt`)."""
     interpreter = _WrittenOut(forward.graph_module)
 
@@ -107,7 +106,7 @@ def _joint(forward: ExportedProgram, wrt: list[int]) -> Callable[..., tuple[Tens
 
         differentiated: Any = torch.func.vjp(predict, *(rest[index] for index in wrt))
         output, pull = differentiated
-        return output, *pull(cotangent + scale[:, None, None, None] * output)
+        return output, *pulled_back(pull, cotangent + scale[:, None, None, None] * output, module)
 
     return joint
 

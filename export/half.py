@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from engines.contract import Dims, Network
+from engines.contract import Dims, Network, undifferentiated
+from engines.eager import UnetVjp
 from engines.errors import EngineError, InputError
 from engines.variant import Precision
 from export.graphs import Case, random_inputs
@@ -38,7 +39,8 @@ def in_half(module: nn.Module, network: Network, dims: Dims, precision: Precisio
     Inputs and outputs stay the contract's. The fp32 weights are not copied; those in half take half their space.
 
     Args:
-        module: a module of `engines.eager.torch_networks`, in fp32 on the CPU.
+        module: a module of `engines.eager.torch_networks` or of `gradient_networks`, in fp32 on the CPU; a gradient
+            has the islands of the forward pass that it is of.
         network: its contract.
         dims: the model's sizes.
         precision: "fp16" or "bf16".
@@ -49,6 +51,9 @@ def in_half(module: nn.Module, network: Network, dims: Dims, precision: Precisio
     """
     if precision not in ("fp16", "bf16"):
         raise InputError(f"precision {precision!r}: a module is converted to fp16 or bf16")
+    if isinstance(module, UnetVjp):
+        forward, islands = in_half(module.module, undifferentiated(network), dims, precision)
+        return UnetVjp(forward, module.wrt).eval(), islands
     dtype = DTYPES[precision]
     inputs = list(_inputs(network, dims).values())
     large = _large(module, inputs) if dtype is torch.float16 else []

@@ -1,7 +1,8 @@
 """Group normalisation written out, and its gradient with respect to the input.
 
 With `y = (x - mean) * rstd` over each group of N values, and `g` the gradient with respect to `y`:
-`rstd * (g - mean(g) - y * mean(g * y))`.
+`rstd * (g - mean(g) - y * mean(g * y))`. Half precision is computed in fp32, as torch does it: sums of
+squares outgrow fp16.
 """
 
 from __future__ import annotations
@@ -10,6 +11,8 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from export.decompositions.wide import wide
 
 __all__ = ["group_norm", "group_norm_backward"]
 
@@ -25,7 +28,7 @@ def group_norm(
     eps: float,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """[B, C, h, w] normalised over each of `groups` groups of channels; also their mean and 1/std, [B, groups]."""
-    parts = x.reshape(batch, groups, -1)
+    parts = wide(x).reshape(batch, groups, -1)
     mean = parts.mean(2, keepdim=True)
     centred = parts - mean
     rstd = torch.rsqrt((centred * centred).mean(2, keepdim=True) + eps)
@@ -34,7 +37,7 @@ def group_norm(
         y = y * weight.reshape(channels, 1, 1)
     if bias is not None:
         y = y + bias.reshape(channels, 1, 1)
-    return y, mean.reshape(batch, groups), rstd.reshape(batch, groups)
+    return y.to(x.dtype), mean.reshape(batch, groups), rstd.reshape(batch, groups)
 
 
 def group_norm_backward(
@@ -58,9 +61,9 @@ def group_norm_backward(
         raise NotImplementedError("a group norm's gradient is taken with respect to the input alone")
     if not output_mask[0]:
         return None, None, None
-    weighted = grad if weight is None else grad * weight.reshape(channels, 1, 1)
+    weighted = wide(grad) if weight is None else wide(grad) * weight.reshape(channels, 1, 1)
     g = weighted.reshape(batch, groups, -1)
     scale = rstd.reshape(batch, groups, 1)
-    y = (x.reshape(batch, groups, -1) - mean.reshape(batch, groups, 1)) * scale
+    y = (wide(x).reshape(batch, groups, -1) - mean.reshape(batch, groups, 1)) * scale
     made = (g - g.mean(2, keepdim=True) - y * (g * y).mean(2, keepdim=True)) * scale
-    return made.reshape(x.shape), None, None
+    return made.reshape(x.shape).to(x.dtype), None, None

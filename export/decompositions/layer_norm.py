@@ -1,5 +1,5 @@
 """Layer normalisation written out with mean and rsqrt (TensorRT takes one output only from LayerNormalization), and its
-gradient with respect to the input; the formula is that of `group_norm`.
+gradient with respect to the input; the formula is that of `group_norm`, and so is fp32 within half precision.
 """
 
 from __future__ import annotations
@@ -9,6 +9,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from export.decompositions.wide import wide
+
 __all__ = ["layer_norm", "layer_norm_backward"]
 
 
@@ -17,12 +19,12 @@ def layer_norm(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`x` normalised over its last axes, those of `shape`; also mean and 1/std, of size 1 there."""
     axes = list(range(x.ndim - len(shape), x.ndim))
-    mean = x.mean(axes, keepdim=True)
-    centred = x - mean
+    mean = wide(x).mean(axes, keepdim=True)
+    centred = wide(x) - mean
     rstd = torch.rsqrt((centred * centred).mean(axes, keepdim=True) + eps)
     y = centred * rstd
     y = y if weight is None else y * weight
-    return y if bias is None else y + bias, mean, rstd
+    return (y if bias is None else y + bias).to(x.dtype), mean, rstd
 
 
 def layer_norm_backward(
@@ -45,6 +47,7 @@ def layer_norm_backward(
     if not output_mask[0]:
         return None, None, None
     axes = list(range(x.ndim - len(shape), x.ndim))
-    g = grad if weight is None else grad * weight
-    y = (x - mean) * rstd
-    return (g - g.mean(axes, keepdim=True) - y * (g * y).mean(axes, keepdim=True)) * rstd, None, None
+    g = wide(grad) if weight is None else wide(grad) * weight
+    y = (wide(x) - mean) * rstd
+    made = (g - g.mean(axes, keepdim=True) - y * (g * y).mean(axes, keepdim=True)) * rstd
+    return made.to(x.dtype), None, None
