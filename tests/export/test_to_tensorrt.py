@@ -16,9 +16,10 @@ from onnx import TensorProto, helper
 from torch import nn
 
 from engines.contract import NETWORKS, Dims, Network, NetworkName, contract
+from engines.eager import gradient_networks
 from engines.errors import EngineError, InputError
 from engines.trt import TrtEngine
-from engines.variant import Bounds, Variant
+from engines.variant import Bounds, Precision, Variant
 
 pytest.importorskip("tensorrt_rtx", reason="builds the engines; pip install 'smooth-rt[tensorrt-rtx]'")
 
@@ -118,6 +119,20 @@ def test_a_graph_in_half_precision(networks: dict[NetworkName, nn.Module], dims:
         to_onnx(module, network, dims, path)
         sizes.append(to_tensorrt(path, tmp_path / f"{name}.engine", network, [bounded(network)], **RTX).bytes)
     assert sizes[1] < sizes[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_a_graph_of_gradients(
+    networks: dict[NetworkName, nn.Module], dims: Dims, tmp_path: Path, precision: Precision
+) -> None:
+    network = contract("unet_vjp", dims)
+    module = gradient_networks(networks["unet"], [network.name])[network.name]
+    if precision != "fp32":
+        module, _ = in_half(module, network, dims, precision)
+    to_onnx(module, network, dims, tmp_path / "model.onnx")
+    facts = to_tensorrt(tmp_path / "model.onnx", tmp_path / "model.engine", network, [bounded(network)], **RTX)
+    assert facts.layers > 1000
 
 
 @pytest.mark.parametrize("by", ["progress", "Ctrl-C"])
