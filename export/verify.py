@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import copy
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from engines.base import Engine
-from engines.contract import DERIVED, Dims, Network
+from engines.contract import DERIVED, WRT, Dims, Network
 from engines.eager import EagerEngine
 from engines.errors import InputError, ModelError, ParityError
 from engines.manifest import Parity
@@ -31,6 +32,9 @@ TOLERANCES: dict[str, float] = {
     # and 5e-2 on SD1.5 with random weights.
     "int8": 2.5e-1,
 }
+# Here and there a gradient is ill-conditioned: torch's own in fp32 lies up to 1e-2 from its own in float64 on the
+# default model, where most lie within 1e-5. Of such an item this many times torch's own error is let pass.
+ROUNDING = 10
 
 
 def verify(
@@ -71,8 +75,13 @@ def verify(
         inputs = random_inputs(network, dims, case, generator)
         wanted = reference.infer(**inputs)
         got = engine.infer(**inputs)
+        exact: dict[str, Tensor] = {}
         for spec in network.outputs:
-            parity = _compare(engine, network, spec.name, got[spec.name], wanted[spec.name], tolerance, case.sizes)
+            limits = torch.full((len(wanted[spec.name]),), tolerance, dtype=torch.float64)
+            if network.name in WRT and bool((_errors(got[spec.name], wanted[spec.name]) > tolerance).any()):
+                exact = exact or _in_double(module, network, inputs)
+                limits = limits.maximum(ROUNDING * _errors(wanted[spec.name], exact[spec.name]))
+            parity = _compare(engine, network, spec.name, got[spec.name], wanted[spec.name], limits, case.sizes)
             before = found.get(spec.name)
             if before is None:
                 found[spec.name] = parity.model_copy(update={"cases": len(tried)})
@@ -85,8 +94,21 @@ def verify(
     return list(found.values())
 
 
+def _errors(got: Tensor, wanted: Tensor) -> Tensor:
+    """The relative L2 error of each item."""
+    difference, norms = (one.double().flatten(1).norm(dim=1) for one in (got.double() - wanted, wanted))
+    # An output of zeros alone is met by zeros alone.
+    return torch.where(norms > 0, difference / norms.clamp(min=1e-300), difference)
+
+
+def _in_double(module: nn.Module, network: Network, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    given = (inputs[spec.name] for spec in network.inputs)
+    outputs = copy.deepcopy(module).double()(*(one.double() if one.is_floating_point() else one for one in given))
+    return {spec.name: output for spec, output in zip(network.outputs, outputs, strict=True)}
+
+
 def _compare(
-    engine: Engine, network: Network, name: str, got: Tensor, wanted: Tensor, tolerance: float, sizes: dict[str, int]
+    engine: Engine, network: Network, name: str, got: Tensor, wanted: Tensor, limits: Tensor, sizes: dict[str, int]
 ) -> Parity:
     at = ", ".join(f"{symbol} {sizes[symbol]}" for symbol in network.symbols)
     mend = "choose another backend" + (", or leave --gradients out" if network.name in DERIVED else "")
@@ -96,11 +118,10 @@ def _compare(
         raise ParityError(
             f"{network.name}: {engine.backend}'s {name} is not finite ({at}) and torch's is; not published, {mend}"
         )
-    difference = (got.double() - wanted.double()).flatten(1)
-    norms = wanted.double().flatten(1).norm(dim=1)
-    # An output of zeros alone is met by zeros alone.
-    errors = torch.where(norms > 0, difference.norm(dim=1) / norms.clamp(min=1e-300), difference.norm(dim=1))
-    relative = float(errors.max())
+    errors = _errors(got, wanted)
+    # Of the item that is furthest over its tolerance, or nearest to it.
+    item = int((errors / limits).argmax())
+    relative, tolerance = float(errors[item]), float(limits[item])
     if relative > tolerance:
         raise ParityError(
             f"{network.name}: {engine.backend}'s {name} differs from torch's by {relative:.1e} ({at}), tolerance "
@@ -109,7 +130,7 @@ def _compare(
     return Parity(
         output=name,
         relative=relative,
-        max_abs=float(difference.abs().max()),
+        max_abs=float((got.double() - wanted.double()).abs().max()),
         tolerance=tolerance,
         cases=1,
         worst={symbol: sizes[symbol] for symbol in network.symbols},

@@ -117,3 +117,32 @@ def test_an_unknown_precision(networks: Networks, dims: Dims) -> None:
     engine = Altered("unet", networks, dims, lambda _: None)
     with pytest.raises(InputError, match="'fp8': unknown; choose from fp32"):
         verify(engine, networks["unet"], engine.network, dims, "fp8", seed=0)
+
+
+class Cancelling(nn.Module):
+    """Gradients that float32 has wrong by more than the tolerance, since they are what is left of large numbers."""
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, text: Tensor, cotangent: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return sample, (text + 1e5) - 1e5
+
+
+@pytest.mark.parametrize(("factor", "fine"), [(1.0, True), (1.0005, True), (1.2, False)])
+def test_a_gradient_is_held_to_what_torch_itself_keeps(dims: Dims, factor: float, fine: bool) -> None:
+    class Exact(Engine):
+        backend = "exact"
+
+        def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:
+            grad = factor * inputs["encoder_hidden_states"]
+            return {"noise_pred": inputs["sample"].clone(), "grad_encoder_hidden_states": grad}
+
+    network = contract("unet_vjp_text", dims)
+    module = Cancelling()
+    module.anchor = nn.Parameter(torch.zeros(1))  # for the device that it is on
+    if fine:
+        _, parity = verify(Exact(network), module, network, dims, "fp32", seed=3)
+        assert 1e-4 < parity.relative < parity.tolerance < 0.1
+    else:
+        with pytest.raises(ParityError, match=r"exact's grad_encoder_hidden_states differs .*leave --gradients out"):
+            verify(Exact(network), module, network, dims, "fp32", seed=3)
