@@ -38,7 +38,7 @@ from export.to_onnx import to_onnx
 from export.to_openvino import to_openvino, to_winograd
 from smooth_rt.errors import EngineError
 
-__all__ = ["CANDIDATES", "Row", "main", "measure", "work_folder"]
+__all__ = ["CANDIDATES", "Row", "main", "measure", "unet", "work_folder"]
 
 PEER = "diffusers, eager fp32"
 
@@ -104,7 +104,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None]) -> tuple[list[Row], dict[str, Any]]:
     """Each candidate opened, warmed up, timed and closed in turn; the peer first and last, so that drift shows."""
-    module, dims = _unet(options.model)
+    module, dims = unet(options.model)
     network = contract("unet", dims)
     options.side = options.side or dims.sample_size * dims.vae_factor
     side = options.side // dims.vae_factor
@@ -223,7 +223,8 @@ def _on_gpu(
     return found, left_out
 
 
-def _unet(model: str) -> tuple[nn.Module, Dims]:
+def unet(model: str) -> tuple[nn.Module, Dims]:
+    """The UNet of a model and its sizes; of sd15, at full size with random weights."""
     from smooth_rt.model import load_model
 
     if model != "sd15":

@@ -19,6 +19,10 @@ from smooth_rt import cli
         (["engines", "--repeats", "0"], "--repeats=0: give a whole number of at least 1"),
         (["engines", "--rung", "x"], "bench: argument --rung: invalid int value: 'x'; see --help"),
         (["engines", "--model", "nothing/here.safetensors"], "nothing/here.safetensors: no such folder or file"),
+        (["gradients", "--repeats", "0"], "--repeats=0: give a whole number of at least 1"),
+        (["gradients", "--task", "x"], "--task=x: unknown; choose from vjp, null-text"),
+        (["gradients", "--engine", "inductor"], "gradients=text,sample,both: inductor is not built with gradients"),
+        (["gradients", "--task", "null-text", "--model", "sd15"], "--task=null-text: sd15 has random weights"),
         (["gpu", "--repeats", "0"], "--repeats=0: give a whole number of at least 1"),
         (["gpu", "--batch-sizes", "0"], "bench: argument --batch-sizes: '0' is not a list of whole numbers"),
         (["starts", "--num-inference-steps", "0"], "--num-inference-steps=0: give a whole number of at least 1"),
@@ -41,6 +45,31 @@ def test_a_gpu_is_asked_for_in_a_line(capsys: pytest.CaptureFixture[str]) -> Non
     # inductor runs on a processor too.
     assert set(able) == {"inductor fp16"}
     assert len(left_out) == len(gpu.CANDIDATES) - 1
+
+
+@pytest.mark.slow
+def test_gradients_are_compared_timed_and_inverted_with(
+    cache: Path, tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "gradients.json"
+    arguments = ["--model", str(tiny_model), "--side", "16", "--batch-sizes", "1,2", "--repeats", "1"]
+    arguments += ["--gradients", "text", "--task", "vjp,null-text", "--num-inference-steps", "2"]
+    assert cli.main(["bench", "gradients", *arguments, "--output", str(output)]) == 0
+    found = json.loads(output.read_text())
+    assert [(row["network"], row["engine"]) for row in found["rows"]] == [
+        ("unet_vjp_text", "eager"),
+        ("unet_vjp_text", "onnxruntime"),
+    ]
+    for row in found["rows"]:
+        assert set(row["errors"]) == {"noise_pred", "grad_encoder_hidden_states"}
+        assert all(0 < error < 1e-2 for error in row["errors"].values())
+        assert all(0 < error < 1e-4 for error in row["median_errors"].values())
+        assert row["peak_memory_bytes"] > 2**27
+        assert set(row["seconds"]) == {"1", "2"}
+    eager, engine = found["null_text"]
+    assert eager["gradients"] == engine["gradients"] == 20
+    assert abs(eager["psnr_db"] - engine["psnr_db"]) < 0.1
+    assert "Null-text inversion" in capsys.readouterr().out
 
 
 @pytest.mark.slow
