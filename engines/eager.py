@@ -75,8 +75,8 @@ class UnetFeatures(nn.Module):
         return outputs
 
 
-# What the largest number of a cotangent becomes in half precision. Measured on the default model and SD1.5's shape, the
-# error of fp16 is the same from 2^0 to 2^10; far below, gradients within attention vanish, far above they overflow.
+# What the largest number of a cotangent becomes in half precision: about the middle of 2^-4 to 2^14, over which the
+# error of fp16 is the same (docs/measurements/2026-11-25-gradients.md).
 LARGEST_COTANGENT = 2.0**4
 
 
