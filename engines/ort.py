@@ -19,13 +19,20 @@ from engines.device import OnDevice
 from engines.errors import EngineError, InputError, reason
 from engines.providers import BY_BACKEND, PROVIDERS, lacking, open_session, settings
 from engines.specialised import Specialised, one_size
+from engines.text_part import TextPart
 from engines.variant import Bounds
 
-__all__ = ["OrtEngine"]
+__all__ = ["RUN_GRAPH", "OrtEngine", "text_graph"]
 
 LOG = logging.getLogger("smooth_rt")
 
 _ERRORS_ONLY = 3  # ONNX Runtime's log severity
+RUN_GRAPH = "onnxruntime.onnx"  # in the place of the plain graph, where rewrites make a faster one
+
+
+def text_graph(path: Path) -> Path:
+    """Where what the graph at `path` takes of the text is computed, if that has a graph of its own."""
+    return path.with_name(f"{path.stem}-text.onnx")
 
 
 class OrtEngine(Engine):
@@ -37,7 +44,8 @@ class OrtEngine(Engine):
 
     Args:
         network: the contract; the graph's inputs and outputs must bear its names.
-        path: the .onnx file; its external data lies beside it.
+        path: the .onnx file; its external data lies beside it. On the processor a file at `text_graph(path)` may
+            compute from the text what the graph takes in its place; it runs when the text changes.
         bounds: as in `Engine`.
         provider: of `providers.PROVIDERS`.
         cache: a folder for what TensorRT compiles as a session opens; of this graph and these weights alone. None:
@@ -79,9 +87,15 @@ class OrtEngine(Engine):
         self._replaced: dict[str, Any] = {}
         self._sessions = Specialised(self.bounds, self._open)
         session = self._sessions.any()
-        self.check_names(
-            [value.name for value in session.get_inputs()], [value.name for value in session.get_outputs()]
-        )
+        taken = {value.name for value in session.get_inputs()}
+        self._text: TextPart | None = None
+        if not bound and text_graph(path).exists():
+            self._text = TextPart(Specialised(self.bounds, self._open_text), taken)
+            taken = taken - self._text.outputs | self._text.inputs
+        self.check_names(taken, [value.name for value in session.get_outputs()])
+
+    def _open_text(self, sizes: Mapping[str, int] | None) -> Any:
+        return self._session(sizes, graph=False, path=text_graph(self._path))
 
     def _open(self, sizes: Mapping[str, int] | None) -> Any:
         if sizes is None or not self._graphs:
@@ -93,7 +107,8 @@ class OrtEngine(Engine):
             self._without_graphs(error)
             return session
 
-    def _session(self, sizes: Mapping[str, int] | None, graph: bool) -> Any:
+    def _session(self, sizes: Mapping[str, int] | None, graph: bool, path: Path | None = None) -> Any:
+        path = path or self._path
         options = onnxruntime.SessionOptions()
         options.log_severity_level = _ERRORS_ONLY
         if sizes is not None:
@@ -104,14 +119,14 @@ class OrtEngine(Engine):
         if self._replaced:
             options.add_external_initializers(list(self._replaced), list(self._replaced.values()))
         try:
-            return open_session(self._provider, self._path, options, self._settings(sizes is not None, graph))
+            return open_session(self._provider, path, options, self._settings(sizes is not None, graph))
         except EngineError as error:
-            raise EngineError(f"{self._path}: {error}") from error
+            raise EngineError(f"{path}: {error}") from error
         except Exception as error:
             # It says the path again, which may be long, before the cause.
             said = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error))
-            cause = RuntimeError(said.removeprefix(f"Load model from {self._path} failed:"))
-            raise EngineError(f"{self._path}: {self.backend} cannot open it ({reason(cause)}); rebuild") from error
+            cause = RuntimeError(said.removeprefix(f"Load model from {path} failed:"))
+            raise EngineError(f"{path}: {self.backend} cannot open it ({reason(cause)}); rebuild") from error
 
     def _settings(self, fixed: bool, graph: bool) -> dict[str, str]:
         if self._device is None or self._device.stream is None:
@@ -141,7 +156,10 @@ class OrtEngine(Engine):
             return self._device.run(profile, inputs, dtypes)
         names = [spec.name for spec in self.network.outputs]
         session = self._sessions.of(profile)
-        arrays = session.run(names, {name: tensor.numpy() for name, tensor in inputs.items()})
+        given = {name: tensor.numpy() for name, tensor in inputs.items()}
+        if self._text is not None:
+            given = self._text.put(given, profile)
+        arrays = session.run(names, given)
         return {name: torch.from_numpy(array) for name, array in zip(names, arrays, strict=True)}
 
     def _bound(self, profile: int | None, inputs: Mapping[str, Tensor]) -> _Bound:
@@ -173,6 +191,8 @@ class OrtEngine(Engine):
     def _clear(self) -> None:
         if self._device is not None:  # bindings go before their sessions
             self._device.clear()
+        if self._text is not None:
+            self._text.clear()
         self._sessions.clear()
 
     def close(self) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from engines.contract import WRT, Dims, Network, NetworkName
+from engines.contract import NETWORKS, WRT, Dims, Network, NetworkName
 from engines.errors import EngineError, InputError
 from engines.inductor import package_of
 from engines.recipes import RECIPES
@@ -21,6 +21,7 @@ from engines.variant import LORA_MODES, Bounds, Order, Precision, Variant
 from export.places import find_places
 from export.to_int8 import Calibration
 from export.to_onnx import to_onnx
+from export.to_ort import to_ort
 
 __all__ = ["Graph", "Stages", "cannot_build"]
 
@@ -106,7 +107,12 @@ class Stages:
             self._begin(f"{network.name}: {what} {variant.name}{size}", kind, network.name)
         if variant.backend in ONNX and onnx is not None:
             take = _take if variant.backend == "onnxruntime" else shutil.copyfile
-            return self._as_onnx(network, precision, onnx, folder / "model.onnx", take)
+            graph = self._as_onnx(network, precision, onnx, folder / "model.onnx", take)
+            if variant.backend == "onnxruntime" and precision == "fp32" and network.name in NETWORKS:
+                # Weights that are put in later lie in one graph.
+                path, hits = to_ort(graph.path, apart=variant.lora_mode != "refit")
+                return Graph(path, {**graph.notes, **hits})
+            return graph
         if variant.backend == "openvino" and onnx is not None:
             return self._as_openvino(network, variant, precision, onnx, bounds, folder / "openvino_model.xml")
         if variant.backend == "inductor":
