@@ -81,9 +81,11 @@ def check_gradients(backend: str, precision: str, lora_mode: str, gradients: Col
         raise InputError(f"gradients={said}: {backend} is not built with gradients; {', '.join(others)} are")
     if precision not in able:
         raise InputError(f"gradients={said}: {backend} has them in {', '.join(able)}, not in {precision}")
-    if lora_mode == "refit":
+    if lora_mode == "refit" and not backend.startswith("onnxruntime"):
+        # Others hold a weight several times over: as it is, transposed, negated.
         raise InputError(
-            f"gradients={said}: no new weights can be put into their graphs yet; choose --lora-mode fused or runtime"
+            f"gradients={said}: {backend} cannot replace the weights of their graphs; choose --lora-mode fused or "
+            "runtime, or onnxruntime"
         )
 
 

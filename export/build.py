@@ -202,7 +202,7 @@ class _Build:
         folder.mkdir(parents=True)
         bounds = [one for profile in order.profiles for one in profile.bounds(network, self.dims)]
         recipe = RECIPES[variant.backend][variant.precision][network.name]
-        lora = self.reference.lora if variant.lora_mode == "refit" and name == "unet" else None
+        lora = self.reference.lora if variant.lora_mode == "refit" and name in ("unet", *DERIVED) else None
         replaceable = {} if lora is None else lora.base
         graph = self.stages.build(network, module, variant, recipe.precision, bounds, folder, replaceable)
         gc.collect()  # the exporter's reference cycles hold a copy of the weights

@@ -62,7 +62,8 @@ class Reference:
         module = self.module(variant, network.name)
         found = [
             verify(engine, module, network, dims, precision, seed, tried, compared)
-            for _ in _strengths(engine, module, self._replaced(variant, network.name))
+            # What is derived from the UNet shares its weights.
+            for _ in _strengths(engine, self.networks["unet"], self._replaced(variant, network.name))
         ]
         return [max(errors, key=lambda one: one.relative) for errors in zip(*found, strict=True)]
 
@@ -72,7 +73,7 @@ class Reference:
 
     def _replaced(self, variant: Variant, name: NetworkName) -> LoraWeights | None:
         """The LoRA whose weights are put into an engine."""
-        return self.lora if variant.lora_mode == "refit" and name == "unet" else None
+        return self.lora if variant.lora_mode == "refit" and name in ("unet", *DERIVED) else None
 
 
 def _strengths(engine: Engine, module: nn.Module, lora: LoraWeights | None) -> Iterator[float]:

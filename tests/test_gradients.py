@@ -22,6 +22,7 @@ from engines.variant import Profile, Span
 from smooth_rt import cli
 from smooth_rt.build import Built, ensure_engines
 from smooth_rt.errors import EngineError, InputError, ParityError
+from smooth_rt.lora import Lora, LoraLayer
 from smooth_rt.pipeline import SmoothPipeline
 
 TEXT = ["encoder_hidden_states"]
@@ -264,6 +265,33 @@ def test_a_wrong_gradient_is_not_published(grown: Grown, tmp_path: Path, monkeyp
     assert not target.exists()
 
 
+def test_another_strength_is_that_of_the_gradients(
+    grown: Grown, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Refit: the same graphs take the LoRA's weights."""
+
+    def copy(module: object, network: Any, dims: object, path: Path) -> None:
+        shutil.copytree(grown.built.bundle.path / FOLDER / network.name, path.parent)
+
+    monkeypatch.setattr("export.stages.to_onnx", copy)
+    generator = torch.Generator().manual_seed(0)
+    layer = LoraLayer(torch.randn(2, 32, generator=generator), torch.randn(32, 2, generator=generator))
+    lora = Lora({"mid_block.attentions.0.transformer_blocks.0.attn1.to_q": layer}, "", "some digest")
+    bundle = ensure_engines(
+        grown.model, lora, backends=["onnxruntime"], output=tmp_path / "bundle", lora_mode="refit", gradients=["text"]
+    ).bundle
+    (record,) = (one for one in bundle.variants[0].engines if one.network == "unet_vjp_text")
+    assert [place.transposed for place in record.places.values()] == [False]
+    with SmoothPipeline.from_engines(bundle, engine="onnxruntime") as pipe:
+        given = drawn(pipe, 2, 8, 8)
+        grads = []
+        for strength in (0.0, 1.0, 0.0):
+            pipe.set_lora_strength(strength)
+            grads.append(pipe.vjp(**given)[1][TEXT[0]])
+        assert torch.equal(grads[0], grads[2])
+        assert float((grads[1] - grads[0]).norm() / grads[0].norm()) > 1e-3
+
+
 def test_tensorrt_builds_the_graph_without_a_gpu(grown: Grown, tmp_path: Path) -> None:
     pytest.importorskip("tensorrt_rtx", reason="builds the engine; pip install 'smooth-rt[tensorrt-rtx]'")
     from export.to_tensorrt import to_tensorrt
@@ -291,6 +319,10 @@ def test_features_come_with_their_gradient() -> None:
         (["--gradients", "latents"], "gradients=latents: unknown; choose from text, sample, both"),
         (["--gradients", "text", "--precision", "int8"], "gradients=text: onnxruntime has them in fp32, not in int8"),
         (["--gradients", "both", "--backend", "inductor"], "gradients=both: inductor is not built with gradients; "),
+        (
+            ["--gradients", "text", "--backend", "openvino", "--lora-mode", "refit"],
+            "gradients=text: openvino cannot replace the weights of their graphs; choose --lora-mode fused",
+        ),
     ],
 )
 def test_gradients_that_cannot_be_built(
