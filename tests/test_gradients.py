@@ -271,7 +271,9 @@ def test_another_strength_is_that_of_the_gradients(
     """Refit: the same graphs take the LoRA's weights."""
 
     def copy(module: object, network: Any, dims: object, path: Path) -> None:
-        shutil.copytree(grown.built.bundle.path / FOLDER / network.name, path.parent)
+        path.parent.mkdir(parents=True)
+        for part in (grown.built.bundle.path / FOLDER / network.name).glob("model.onnx*"):
+            shutil.copyfile(part, path.parent / part.name)
 
     monkeypatch.setattr("export.stages.to_onnx", copy)
     generator = torch.Generator().manual_seed(0)

@@ -36,17 +36,19 @@ def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(PROVIDERS, "cuda", Provider("CPUExecutionProvider", "onnxruntime-gpu", device="cpu"))
 
 
-def test_one_graph_serves_both(bundle: Bundle) -> None:
+def test_one_exported_graph_serves_both(bundle: Bundle) -> None:
     built = {one.variant.name: one for one in bundle.variants}
     assert set(built) == {"onnxruntime-fp32", "onnxruntime-cuda-fp32-cuda"}
     here, there = built["onnxruntime-fp32"], built["onnxruntime-cuda-fp32-cuda"]
     assert (here.proved, there.proved) == (True, False)
     for ours, theirs in zip(here.engines, there.engines, strict=True):
-        assert ours.graph == theirs.graph
+        # What runs on the CPU may be rewritten for it and lies beside the exported graph.
+        exported = (bundle.path / ours.file).with_name("model.onnx")
+        assert exported.samefile(bundle.path / theirs.file)
         assert ours.key != theirs.key
-        assert (bundle.path / ours.file).samefile(bundle.path / theirs.file)
-        for weights in (*ours.weights, *theirs.weights):  # onnx refuses those of several links
-            assert (bundle.path / weights).stat().st_nlink == 1
+        for path in (*ours.weights, *theirs.weights):
+            if path.endswith(".data"):  # onnx refuses those of several links
+                assert (bundle.path / path).stat().st_nlink == 1
     assert (bundle.path / there.variant.name / "model_index.json").is_file()
 
 
@@ -79,7 +81,8 @@ def test_proved_where_it_runs_and_then_used(
         with SmoothPipeline.from_engines(opened, name, provider=provider) as pipe:
             images.append(pipe("dog", generator=torch.Generator().manual_seed(0), **settings).latents)
             assert pipe.engine == ("onnxruntime-cuda" if provider else "onnxruntime")
-    torch.testing.assert_close(*images)
+    # Two forms of one graph in fp32, two steps: rounding alone.
+    torch.testing.assert_close(*images, rtol=1e-4, atol=1e-4)
 
 
 def test_the_command_line_names_it(bundle: Bundle, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
