@@ -45,7 +45,7 @@ def run(arguments: list[str]) -> None:
 
 def _run(options: Options) -> None:
     # Imported here, so that --help and a bad option answer at once.
-    from bench.environment import busy, environment, uneven
+    from bench.environment import busy, environment, uneven, warn
     from bench.measure import measure
     from bench.report import print_report, write_report
     from smooth_rt.commands.show import json_text
@@ -54,8 +54,7 @@ def _run(options: Options) -> None:
     check_output(options.output)
     here = environment()
     console = Console(stderr=True)
-    for warning in filter(None, [busy(here), uneven(here)]):
-        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
+    warn(console, busy(here), uneven(here))
     started, start = datetime.now(UTC).isoformat(timespec="seconds"), time.perf_counter()
     # Libraries print what they like; with --json stdout holds the report alone.
     with redirect_stdout(sys.stderr if options.json else sys.stdout), console.status("starting") as status:

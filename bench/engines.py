@@ -23,7 +23,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
-from bench.environment import busy, environment
+from bench.environment import busy, environment, warn
 from bench.floor import count_flop, matrix_rates
 from bench.subject import sd15
 from engines.base import Engine
@@ -91,9 +91,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     here = environment()
     console = Console(stderr=True)
-    warning = busy(here)
-    if warning:
-        console.print(f"[yellow]warning:[/yellow] {warning}", soft_wrap=True)
+    warn(console, busy(here))
     with work_folder(options.work) as work, console.status("starting") as status:
         rows, facts = measure(options, work, lambda words: status.update(words))
     _print(rows, facts, options)

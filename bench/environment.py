@@ -9,10 +9,12 @@ import subprocess
 from pathlib import Path
 
 import torch
+from rich.console import Console
+from rich.markup import escape
 
 from bench.results import Environment
 
-__all__ = ["busy", "environment", "uneven"]
+__all__ = ["busy", "environment", "uneven", "warn"]
 
 DISTRIBUTIONS = (
     "smooth-rt", "torch", "diffusers", "transformers", "peft", "numpy",
@@ -47,6 +49,12 @@ def environment() -> Environment:
         thread_variables={name: os.environ[name] for name in THREAD_VARIABLES if name in os.environ},
         load_average_1min=os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
     )
+
+
+def warn(console: Console, *warnings: str | None) -> None:
+    """Say those that there are, a line each."""
+    for warning in filter(None, warnings):
+        console.print(f"[yellow]warning:[/yellow] {escape(warning)}", soft_wrap=True)
 
 
 def busy(now: Environment) -> str | None:

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from bench.apart import apart
 from bench.engines import unet, work_folder
-from bench.environment import busy, environment
+from bench.environment import busy, environment, warn
 from bench.options import Parser, batch_sizes
 from bench.timing import interleave, summarise
 from engines.base import Engine
@@ -100,9 +100,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     here = environment()
     console = Console(stderr=True)
-    warning = busy(here)
-    if warning:
-        console.print(f"[yellow]warning:[/yellow] {warning}", soft_wrap=True)
+    warn(console, busy(here))
     rows: list[Row] = []
     inverted: list[Inverted] = []
     with console.status("starting") as status:
