@@ -70,14 +70,15 @@ def busy(now: Environment) -> str | None:
 
 
 def uneven(now: Environment) -> str | None:
-    """A warning where torch has another number of threads than the other engines take, else None."""
+    """A warning where torch, and with it the engines, has another number of threads than OpenVINO GenAI takes, else
+    None."""
     torch_threads, others = now.threads["torch"], now.threads.get("openvino", now.usable_cores)
     if torch_threads == others:
         return None
     said = ", ".join(f"{name}={value}" for name, value in now.thread_variables.items()) or "no variable says so"
     return (
-        f"uneven threads: torch and diffusers run on {torch_threads}, the other engines on {others} ({said}); "
-        f"speed-ups over eager and diffusers are not fair; set OMP_NUM_THREADS={others} and run again"
+        f"uneven threads: torch and the engines run on {torch_threads}, OpenVINO GenAI on {others} ({said}); "
+        f"speed-ups over it are not fair; set OMP_NUM_THREADS={others} and run again"
     )
 
 

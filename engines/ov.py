@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from engines.base import Engine
-from engines.contract import Network
+from engines.contract import DERIVED, Network
 from engines.errors import EngineError, reason
 from engines.specialised import Specialised
 from engines.variant import Bounds
@@ -21,6 +22,15 @@ from engines.variant import Bounds
 __all__ = ["OvEngine", "core"]
 
 LOG = logging.getLogger("smooth_rt")
+
+# Of free sizes OpenVINO works out every shape and buffer at each call: 29 ms where a form of the call's own size takes
+# 19 (a gradient of the default model), 15 and 11 (its UNet), and nothing to speak of where arithmetic is most of the
+# time (SD1.5), whose packed weights would be in memory once a form. A form takes as long to compile as the free one.
+# Two sizes are what tasks go to and fro between (with guidance and without), and of the three that a build compares
+# with torch (`export.graphs.cases`) the third runs in the free form.
+OWN_SIZES = 2
+OWN_BELOW = 2**30  # bytes of weights
+LOOPED = ("unet", *DERIVED)  # the networks that tasks call again and again
 
 
 @cache
@@ -41,10 +51,11 @@ def _say_no_bf16() -> None:
 
 
 class OvEngine(Engine):
-    """One IR file compiled for the CPU. `infer` serves one thread at a time.
+    """One IR file compiled for the CPU, for as many threads as torch has then. `infer` serves one caller at a time.
 
-    Bounds of one size get a compilation of their own in which that size is fixed, made at the first call of that size;
-    every other call runs in one of free sizes.
+    Bounds of one size get a compilation of their own in which that size is fixed, made at the first call of that size.
+    So do, of a UNet of less than `OWN_BELOW`, the first `OWN_SIZES` sizes that calls come with. Every other call runs
+    in one of free sizes. Results of the one and the other differ by rounding.
 
     Args:
         network: the contract; the graph's inputs and outputs must bear its names.
@@ -65,38 +76,55 @@ class OvEngine(Engine):
         self.hint = hint
         self._path = path
         self._replaced: dict[str, Any] = {}
-        self._requests = Specialised(self.bounds, self._open)
-        self._requests.any()
+        self._read()
+        weights = path.with_suffix(".bin")
+        heavy = weights.exists() and weights.stat().st_size >= OWN_BELOW
+        own = OWN_SIZES if network.name in LOOPED and not heavy else 0
+        self._requests = Specialised(self.bounds, self._open, own)
+        if not own:  # else the first call says what to compile
+            self._requests.any()
 
-    def _open(self, sizes: Mapping[str, int] | None) -> Any:
-        try:
+    def _read(self) -> Any:
+        """The graph, with the weights that were replaced in it."""
+        with self._reading():
             model = core().read_model(str(self._path))
             _replace(model, self._replaced)
+        self.check_names(
+            [_contract_name(port, [spec.name for spec in self.network.inputs]) for port in model.inputs],
+            [_contract_name(port, [spec.name for spec in self.network.outputs]) for port in model.outputs],
+        )
+        return model
+
+    def _open(self, sizes: Mapping[str, int] | None) -> Any:
+        model = self._read()
+        with self._reading():
             if sizes is not None:
                 model.reshape({spec.name: list(spec.shape(sizes)) for spec in self.network.inputs})
-            compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": self.hint})
+            settings = {"INFERENCE_PRECISION_HINT": self.hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+            compiled = core().compile_model(model, "CPU", settings)
+        if self.hint == "bf16" and compiled.get_property("INFERENCE_PRECISION_HINT") != openvino.Type.bf16:
+            _say_no_bf16()
+        return compiled.create_infer_request()
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
         except Exception as error:
             # OpenVINO puts the place in its own sources first and the cause last.
             raise EngineError(f"{self._path}: openvino cannot open it ({reason(error, -1)}); rebuild") from error
-        if self.hint == "bf16" and compiled.get_property("INFERENCE_PRECISION_HINT") != openvino.Type.bf16:
-            _say_no_bf16()
-        self.check_names(
-            [_contract_name(port, [spec.name for spec in self.network.inputs]) for port in compiled.inputs],
-            [_contract_name(port, [spec.name for spec in self.network.outputs]) for port in compiled.outputs],
-        )
-        return compiled.create_infer_request()
 
     def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:
         arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+        request = self._requests.of(profile, self.network.bind(inputs))
         # Outputs are copied out of the request, which writes over its own buffers at the next call.
-        results = self._requests.of(profile).infer(arrays, share_inputs=True, share_outputs=False)
+        results = request.infer(arrays, share_inputs=True, share_outputs=False)
         return {spec.name: torch.from_numpy(results[spec.name]) for spec in self.network.outputs}
 
     def refit_impl(self, weights: Mapping[str, Tensor]) -> None:
         # The compiled graph holds its weights packed: it is compiled anew from the same file with these in it.
         self._replaced |= {name: weight.float().numpy() for name, weight in weights.items()}
-        self._requests.clear()
-        self._requests.any()
+        self._requests.renew()
 
     def close(self) -> None:
         """Free the compiled graphs."""

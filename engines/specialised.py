@@ -1,4 +1,4 @@
-"""What a backend holds for the sizes it was built for: a form of the graph for each fixed one, and one for the rest."""
+"""What a backend holds for the sizes of its calls: a form of the graph for each fixed one, and one for the rest."""
 
 from __future__ import annotations
 
@@ -10,33 +10,59 @@ from engines.variant import Bounds
 
 __all__ = ["Specialised", "one_size"]
 
+_Key = tuple[tuple[str, int], ...] | None  # sizes by symbol; None: free ones
+
 
 class Specialised:
-    """Forms of one graph, each opened when it is first needed.
+    """Forms of one graph, each opened when it is first needed. Serves several threads.
 
     Args:
         bounds: of the engine.
         opener: opens the form of the sizes it is given, or the one of free sizes for None.
+        own: within bounds of free sizes, how many sizes get a form of their own: the first that calls come with.
     """
 
-    def __init__(self, bounds: Sequence[Bounds], opener: Callable[[Mapping[str, int] | None], Any]) -> None:
+    def __init__(
+        self, bounds: Sequence[Bounds], opener: Callable[[Mapping[str, int] | None], Any], own: int = 0
+    ) -> None:
         self._fixed = [one_size(one) for one in bounds]
         self._opener = opener
-        self._opened: dict[tuple[tuple[str, int], ...] | None, Any] = {}
+        self._most = own
+        self._own: set[_Key] = set()
+        self._opened: dict[_Key, Any] = {}
+        self._last: _Key = None
         self._lock = threading.Lock()
 
     def any(self) -> Any:
         """The form that serves the first bounds: opening an engine opens it, so that a damaged file shows at once."""
         return self.of(0 if self._fixed else None)
 
-    def of(self, profile: int | None) -> Any:
-        """The form for the bounds of index `profile`."""
-        sizes = None if profile is None else self._fixed[profile]
-        key = None if sizes is None else tuple(sorted(sizes.items()))
+    def of(self, profile: int | None, sizes: Mapping[str, int] | None = None) -> Any:
+        """The form for the bounds of index `profile`, or one of its own for a call of `sizes` within them."""
         with self._lock:
-            if key not in self._opened:
-                self._opened[key] = self._opener(sizes)
-            return self._opened[key]
+            self._last = self._key(None if profile is None else self._fixed[profile], sizes)
+            return self._form(self._last)
+
+    def _key(self, fixed: Mapping[str, int] | None, sizes: Mapping[str, int] | None) -> _Key:
+        if fixed is not None or sizes is None:
+            return None if fixed is None else tuple(sorted(fixed.items()))
+        asked = tuple(sorted(sizes.items()))
+        if len(self._own) < self._most:
+            self._own.add(asked)
+        return asked if asked in self._own else None
+
+    def _form(self, key: _Key) -> Any:
+        if key not in self._opened:
+            self._opened[key] = self._opener(None if key is None else dict(key))
+        return self._opened[key]
+
+    def renew(self) -> None:
+        """Let go of all of them, and open the one that was used last anew; sizes keep having forms of their own."""
+        with self._lock:
+            used = bool(self._opened)
+            self._opened.clear()
+            if used:
+                self._form(self._last)
 
     def clear(self) -> None:
         """Let go of all of them."""

@@ -183,7 +183,7 @@ def test_openvino_is_always_told_its_precision(
 
     monkeypatch.setattr(openvino.Core, "compile_model", spy)
     OvEngine(network, write_graph(tmp_path / "graph.onnx"), (), hint)
-    assert asked == [{"INFERENCE_PRECISION_HINT": hint}]
+    assert asked == [{"INFERENCE_PRECISION_HINT": hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}]
     has = "BF16" in ov.core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     assert ("this processor has no bf16" in caplog.text) == (hint == "bf16" and not has)
 
