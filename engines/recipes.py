@@ -21,33 +21,37 @@ class Recipe:
     hint: str | None = None
 
 
-_ALL_FP32: dict[NetworkName, Recipe] = {name: Recipe("fp32") for name in NETWORKS}
-# The UNet's gradients and features, in the precisions that they are exported in.
-_GRADIENTS: dict[NetworkName, Recipe] = {name: Recipe("fp32") for name in DERIVED}
+# The four networks, and the UNet's gradients and features with them.
+_FP32: dict[NetworkName, Recipe] = {name: Recipe("fp32") for name in (*NETWORKS, *DERIVED)}
+_FP16: dict[NetworkName, Recipe] = {name: Recipe("fp16") for name in (*NETWORKS, *DERIVED)}
 _IN_HALF: dict[Precision, dict[NetworkName, Recipe]] = {
-    "fp32": _ALL_FP32,
-    "fp16": {name: Recipe("fp16") for name in NETWORKS},
-    "bf16": {name: Recipe("bf16") for name in NETWORKS} | {"text_encoder": Recipe("fp32")},
+    "fp32": _FP32,
+    "fp16": _FP16,
+    "bf16": {name: Recipe("bf16") for name in (*NETWORKS, *DERIVED)} | {"text_encoder": Recipe("fp32")},
 }
+
+
+def _plain(recipes: dict[NetworkName, Recipe]) -> dict[NetworkName, Recipe]:
+    """Without gradients."""
+    return {name: recipes[name] for name in NETWORKS}
+
+
 # By backend and by the precision asked for: what each network is built in. The text encoder runs once a prompt and the
 # VAE's encoder once an image: they stay exact where that costs next to nothing.
 RECIPES: dict[str, dict[Precision, dict[NetworkName, Recipe]]] = {
-    "eager": {"fp32": _ALL_FP32 | _GRADIENTS},
-    "onnxruntime": {
-        "fp32": _ALL_FP32 | _GRADIENTS,
-        "fp16": {name: Recipe("fp16") for name in NETWORKS},
-        "int8": {**_ALL_FP32, "unet": Recipe("int8")},
-    },
+    "eager": {"fp32": _FP32},
+    "onnxruntime": {"fp32": _FP32, "fp16": _FP16, "int8": {**_plain(_FP32), "unet": Recipe("int8")}},
     # On GPUs without TF32, which CUDA can be told; ONNX Runtime's TensorRT cannot, and its fp32 would be none.
-    "onnxruntime-cuda": {"fp32": _ALL_FP32 | _GRADIENTS, "fp16": _IN_HALF["fp16"]},
-    "onnxruntime-tensorrt": {"fp16": _IN_HALF["fp16"]},
-    "onnxruntime-tensorrt-rtx": {"fp32": _ALL_FP32, "fp16": _IN_HALF["fp16"]},
+    "onnxruntime-cuda": {"fp32": _FP32, "fp16": _FP16},
+    "onnxruntime-tensorrt": {"fp16": _plain(_FP16)},
+    "onnxruntime-tensorrt-rtx": {"fp32": _plain(_FP32), "fp16": _plain(_FP16)},
     # OpenVINO would compute in bf16 by itself where the processor can, so it is always told. fp16 weights are stored in
     # half the space and computed with in fp32.
     "openvino": {
         "fp32": {name: Recipe("fp32", "f32") for name in (*NETWORKS, *DERIVED)},
         "fp16": {name: Recipe("fp16", "f32") for name in NETWORKS},
-        "bf16": {name: Recipe("bf16", "bf16") for name in NETWORKS} | {"text_encoder": Recipe("fp32", "f32")},
+        "bf16": {name: Recipe("bf16", "bf16") for name in (*NETWORKS, *DERIVED)}
+        | {"text_encoder": Recipe("fp32", "f32")},
         "int8": {
             "text_encoder": Recipe("fp32", "f32"),
             "unet": Recipe("int8", "bf16"),
@@ -55,9 +59,9 @@ RECIPES: dict[str, dict[Precision, dict[NetworkName, Recipe]]] = {
             "vae_decoder": Recipe("bf16", "bf16"),
         },
     },
-    "inductor": _IN_HALF,
-    "tensorrt": _IN_HALF | {"fp32": _ALL_FP32 | _GRADIENTS},
-    "tensorrt-rtx": _IN_HALF | {"fp32": _ALL_FP32 | _GRADIENTS},
+    "inductor": {precision: _plain(recipes) for precision, recipes in _IN_HALF.items()},
+    "tensorrt": _IN_HALF,
+    "tensorrt-rtx": _IN_HALF,
 }
 
 

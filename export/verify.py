@@ -70,6 +70,7 @@ def verify(
     generator = torch.Generator().manual_seed(seed)
     reference = EagerEngine(network, module)
     found: dict[str, Parity] = {}
+    double: nn.Module | None = None
     tried = tried or cases(network, dims)
     for case in tried:
         inputs = random_inputs(network, dims, case, generator)
@@ -79,9 +80,12 @@ def verify(
         for spec in network.outputs:
             limits = torch.full((len(wanted[spec.name]),), tolerance, dtype=torch.float64)
             if network.name in WRT and bool((_errors(got[spec.name], wanted[spec.name]) > tolerance).any()):
-                exact = exact or _in_double(module, network, inputs)
+                double = double or copy.deepcopy(module).double()
+                exact = exact or _outputs(double, network, inputs)
                 limits = limits.maximum(ROUNDING * _errors(wanted[spec.name], exact[spec.name]))
-            parity = _compare(engine, network, spec.name, got[spec.name], wanted[spec.name], limits, case.sizes)
+            parity = _compare(
+                engine, network, spec.name, got[spec.name], wanted[spec.name], limits, case.sizes, precision
+            )
             before = found.get(spec.name)
             if before is None:
                 found[spec.name] = parity.model_copy(update={"cases": len(tried)})
@@ -101,17 +105,26 @@ def _errors(got: Tensor, wanted: Tensor) -> Tensor:
     return torch.where(norms > 0, difference / norms.clamp(min=1e-300), difference)
 
 
-def _in_double(module: nn.Module, network: Network, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def _outputs(module: nn.Module, network: Network, inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a module in float64."""
     given = (inputs[spec.name] for spec in network.inputs)
-    outputs = copy.deepcopy(module).double()(*(one.double() if one.is_floating_point() else one for one in given))
+    outputs = module(*(one.double() if one.is_floating_point() else one for one in given))
     return {spec.name: output for spec, output in zip(network.outputs, outputs, strict=True)}
 
 
 def _compare(
-    engine: Engine, network: Network, name: str, got: Tensor, wanted: Tensor, limits: Tensor, sizes: dict[str, int]
+    engine: Engine,
+    network: Network,
+    name: str,
+    got: Tensor,
+    wanted: Tensor,
+    limits: Tensor,
+    sizes: dict[str, int],
+    precision: str,
 ) -> Parity:
     at = ", ".join(f"{symbol} {sizes[symbol]}" for symbol in network.symbols)
-    mend = "choose another backend" + (", or leave --gradients out" if network.name in DERIVED else "")
+    mend = "choose another backend" if precision == "fp32" else "choose another backend or --precision fp32"
+    mend += ", or leave --gradients out" if network.name in DERIVED else ""
     if not wanted.isfinite().all():
         raise ModelError(f"{network.name}: the torch module's {name} is not finite ({at}); its weights are damaged")
     if not got.isfinite().all():

@@ -319,7 +319,10 @@ def test_features_come_with_their_gradient() -> None:
     ("given", "said"),
     [
         (["--gradients", "latents"], "gradients=latents: unknown; choose from text, sample, both"),
-        (["--gradients", "text", "--precision", "int8"], "gradients=text: onnxruntime has them in fp32, not in int8"),
+        (
+            ["--gradients", "text", "--precision", "int8"],
+            "gradients=text: onnxruntime has them in fp32, fp16, not in int8",
+        ),
         (["--gradients", "both", "--backend", "inductor"], "gradients=both: inductor is not built with gradients; "),
         (
             ["--gradients", "text", "--backend", "openvino", "--lora-mode", "refit"],

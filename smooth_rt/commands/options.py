@@ -94,6 +94,12 @@ class RunOptions(ModelOptions):
             show_default=False,
         ),
     ] = None
+    convolution: Annotated[
+        str | None,
+        typer.Option(
+            help="With --engines: direct or winograd, of a bundle that has both. Left out: direct.", show_default=False
+        ),
+    ] = None
     num_inference_steps: Annotated[int, typer.Option(help="DDIM steps.")] = 50
     guidance_scale: Annotated[
         float | None,

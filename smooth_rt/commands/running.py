@@ -112,6 +112,12 @@ def open_pipeline(options: RunOptions) -> SmoothPipeline:
             precision=options.precision,
             lora_strength=options.lora_strength,
             provider=options.provider,
+            convolution=options.convolution,
+        )
+    if options.convolution is not None:
+        raise InputError(
+            f"--convolution={options.convolution}: chooses within a bundle; name it with --engines (and build it with "
+            "`smooth-rt build-engine --convolution winograd`)"
         )
     model = opened_model(options)
     _check_fit(options, model.config(), model.dims)

@@ -1,5 +1,5 @@
-"""The gradients of Stable Diffusion 1.5 at its full size, with random weights: a graph in ONNX Runtime against eager
-autograd, each in a process of its own.
+"""The gradients of Stable Diffusion 1.5 at its full size, with random weights: the graph in ONNX Runtime and OpenVINO
+beside eager autograd, each in a process of its own.
 
 `python -m pytest -m slow tests/export/test_full_size_gradients.py -k sd15 -s` prints seconds and the peak memory. It
 wants about 12 GiB of memory and 4 GiB of disk. `-k shrunken` runs the same code on the architecture made small.
@@ -24,8 +24,10 @@ from engines.base import Engine
 from engines.contract import Dims, NetworkName, contract
 from engines.eager import EagerEngine, Unet, gradient_networks
 from engines.ort import OrtEngine
+from engines.ov import OvEngine
 from export.graphs import Case, random_inputs
 from export.to_onnx import to_onnx
+from export.to_openvino import to_openvino
 from export.verify import TOLERANCES
 
 SIZES = ((1, 32), (2, 32), (1, 64))  # images, and latent cells a side: 256 and 512 pixels
@@ -54,6 +56,8 @@ def opened(backend: str, size: str, name: NetworkName, folder: Path) -> tuple[En
     network = contract(name, dims)
     if backend == "eager":
         return EagerEngine(network, gradient_networks(unet, [name])[name]), dims
+    if backend == "openvino":
+        return OvEngine(network, folder / "model.xml"), dims
     return OrtEngine(network, folder / "model.onnx"), dims
 
 
@@ -104,13 +108,15 @@ def test_gradients_at_full_size(size: str, name: NetworkName, tmp_path: Path) ->
     to_onnx(gradient_networks(unet, [name])[name], network, dims, tmp_path / "model.onnx")
     print(json.dumps({"export_seconds": time.perf_counter() - started, "peak_gib": memory("VmHWM")}))
     del unet
-    found, wanted = (results(backend, size, name, tmp_path) for backend in ("onnxruntime", "eager"))
-    for sizes in found:
-        for spec in network.outputs:
-            got, exact = found[sizes][spec.name], wanted[sizes][spec.name]
-            error = float((got - exact).norm() / exact.norm())
-            print(json.dumps({"sizes": sizes, "output": spec.name, "error": error}))
-            assert error < TOLERANCES["fp32"]
+    to_openvino(tmp_path / "model.onnx", tmp_path / "model.xml", compress=False)
+    wanted = results("eager", size, name, tmp_path)
+    for backend in ("onnxruntime", "openvino"):
+        for sizes, outputs in results(backend, size, name, tmp_path).items():
+            for output, got in outputs.items():
+                exact = wanted[sizes][output]
+                error = float((got - exact).norm() / exact.norm())
+                print(json.dumps({"engine": backend, "sizes": sizes, "output": output, "error": error}))
+                assert error < TOLERANCES["fp32"]
 
 
 if __name__ == "__main__":
