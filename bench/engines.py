@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import sys
 import tempfile
 import time
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from bench.environment import busy, environment, warn
 from bench.floor import count_flop, matrix_rates
+from bench.results import write
 from bench.subject import sd15
 from engines.base import Engine
 from engines.contract import Dims, Network, contract
@@ -95,9 +95,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     with work_folder(options.work) as work, console.status("starting") as status:
         rows, facts = measure(options, work, lambda words: status.update(words))
     _print(rows, facts, options)
-    if options.output is not None:
-        content = {"rows": [asdict(row) for row in rows], **facts, "environment": here.model_dump(mode="json")}
-        options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    content = {"rows": [asdict(row) for row in rows], **facts, "environment": here.model_dump(mode="json")}
+    write(content, options.output)
 
 
 def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None]) -> tuple[list[Row], dict[str, Any]]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import statistics
 import sys
 import time
@@ -26,6 +25,7 @@ from torch import Tensor, nn
 
 from bench.environment import environment
 from bench.floor import count_flop
+from bench.results import write
 from bench.subject import sd15
 from engines.base import Engine
 from engines.contract import Dims, Network, NetworkName, contract
@@ -123,9 +123,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         subject = _subject(options.model)
         rows, facts = measure(subject, CANDIDATES, options, work, "cuda", lambda words: status.update(words))
     _print(rows, facts, options)
-    if options.output is not None:
-        content = {"rows": [asdict(row) for row in rows], **facts, "environment": environment().model_dump(mode="json")}
-        options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    content = {"rows": [asdict(row) for row in rows], **facts, "environment": environment().model_dump(mode="json")}
+    write(content, options.output)
 
 
 def runnable(candidates: Mapping[str, tuple[str, Precision]]) -> tuple[dict[str, tuple[str, Precision]], list[str]]:

@@ -15,14 +15,11 @@ import copy
 import gc
 import json
 import sys
-import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
-from importlib import resources
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import torch
 from rich.console import Console
@@ -32,7 +29,9 @@ from torch import Tensor, nn
 from bench.apart import apart
 from bench.engines import unet, work_folder
 from bench.environment import busy, environment, warn
+from bench.null_text import EAGER, IMAGE, PROMPT, Inverted, null_text, table_of
 from bench.options import Parser, batch_sizes
+from bench.results import write
 from bench.timing import interleave, summarise
 from engines.base import Engine
 from engines.contract import WRT, Dims, Network, NetworkName, contract, gradients_named
@@ -42,48 +41,32 @@ from engines.select import check_backend, open_engine, target
 from engines.variant import Variant, every_size
 from export.graphs import Case, random_inputs
 from export.stages import Stages
+from export.verify import TOLERANCES
 from export.versions import peak_memory
-from smooth_rt.build import build_engines
 from smooth_rt.errors import InputError
-from smooth_rt.images import read
-from smooth_rt.metrics import psnr
-from smooth_rt.pipeline import SmoothPipeline
 
-__all__ = ["Inverted", "Row", "main", "measure", "null_text"]
+__all__ = ["Row", "main", "measure"]
 
-EAGER = "eager"
 TASKS = ("vjp", "null-text")
 TIMESTEPS = (0, 250, 500, 750, 999)
 EXACT_BELOW = 2**28  # parameters; of a larger model a copy in float64 would not fit beside the rest
-EXAMPLE = resources.files("smooth_rt") / "assets" / "examples"
 
 
 @dataclass(frozen=True)
 class Row:
-    """One gradient network on one engine: of each output the median and the worst relative L2 error of an item and the
-    largest difference; seconds of a call by batch size, how many times as fast as eager that is, and the peak of
-    memory."""
+    """One gradient network on one engine: of each output the median and the worst relative L2 error of an item, the
+    share of items within the tolerance of fp32 and the largest difference; seconds of a call by batch size, how many
+    times as fast as eager that is, and the peak of memory."""
 
     network: str
     engine: str
     median_errors: dict[str, float]
     errors: dict[str, float]
+    within: dict[str, float]
     largest: dict[str, float]
     seconds: dict[int, float]
     speedup: dict[int, float]
     peak_memory_bytes: int
-
-
-@dataclass(frozen=True)
-class Inverted:
-    """A null-text inversion on one engine: seconds, those within the UNet's gradients, rows of them, and what comes
-    back."""
-
-    engine: str
-    seconds: float
-    in_gradients: float
-    gradients: int
-    psnr_db: float
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -110,10 +93,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         if "null-text" in options.task:
             inverted = null_text(options, lambda words: status.update(words))
     _print(rows, inverted, options)
-    if options.output is not None:
-        found = {"rows": [asdict(row) for row in rows], "null_text": [asdict(one) for one in inverted]}
-        content = {"model": options.model, **found, "environment": here.model_dump(mode="json")}
-        options.output.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    found = {"rows": [asdict(row) for row in rows], "null_text": [asdict(one) for one in inverted]}
+    write({"model": options.model, **found, "environment": here.model_dump(mode="json")}, options.output)
 
 
 def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None]) -> list[Row]:
@@ -151,6 +132,7 @@ def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None])
                     engine=of,
                     median_errors={output: median(each) for output, (each, _) in errors[of].items()},
                     errors={output: max(each) for output, (each, _) in errors[of].items()},
+                    within={output: _within(each) for output, (each, _) in errors[of].items()},
                     largest={output: max(most) for output, (_, most) in errors[of].items()},
                     seconds={size: times[of] for size, times in seconds.items()},
                     speedup={size: times[EAGER] / times[of] for size, times in seconds.items()},
@@ -158,54 +140,6 @@ def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None])
                 )
             )
     return rows
-
-
-class _Timed(SmoothPipeline):
-    """Counts the seconds that the UNet's gradients take."""
-
-    within = 0.0
-
-    def vjp(self, *given: Any, **named: Any) -> tuple[Tensor, dict[str, Tensor]]:
-        begun = time.perf_counter()
-        found = super().vjp(*given, **named)
-        self.within += time.perf_counter() - begun
-        return found
-
-
-def null_text(options: argparse.Namespace, say: Callable[[str], None]) -> list[Inverted]:
-    """One image inverted on eager and on every engine, all rounds of every step.
-
-    Raises:
-        InputError: the model is sd15, whose random weights invert nothing.
-    """
-    if options.model == "sd15":
-        raise InputError("--task=null-text: sd15 has random weights, which invert nothing; name a model")
-    lora = "default" if options.model == "default" else None
-    bundle = build_engines(options.model, lora, 1.0, options.engine, gradients=["text"])
-    found = []
-    for of in (EAGER, *options.engine):
-        say(f"null-text inversion on {of}")
-        with _Timed.from_engines(bundle, engine=of) as pipe:
-            found.append(_inverted(pipe, of, options))
-    return found
-
-
-def _inverted(pipe: _Timed, of: str, options: argparse.Namespace) -> Inverted:
-    pixels = read([options.image], *pipe.image_size(None, None))
-
-    def invert(steps: int) -> Tensor:
-        asked: dict[str, Any] = {"method": "null-text", "num_inference_steps": steps, "keep": False}
-        back = pipe.invert(pixels, options.prompt, early_stop=False, output_type="pt", **asked).images
-        assert isinstance(back, Tensor)
-        return back
-
-    invert(1)  # opens the engine of the gradients
-    pipe.within, before = 0.0, pipe.evaluations["gradient"]
-    begun = time.perf_counter()
-    back = invert(options.steps)
-    seconds = time.perf_counter() - begun
-    gradients = pipe.evaluations["gradient"] - before
-    return Inverted(of, seconds, pipe.within, gradients, psnr(pixels[0], back[0]))
 
 
 def _graph(
@@ -259,6 +193,10 @@ def _inputs(network: Network, dims: Dims, rows: int, side: tuple[int, int], when
     return inputs | {"timestep": torch.full((rows,), when, dtype=torch.int64)}
 
 
+def _within(errors: Sequence[float]) -> float:
+    return sum(one <= TOLERANCES["fp32"] for one in errors) / len(errors)
+
+
 def _call(engine: Engine, inputs: dict[str, Tensor]) -> Callable[[], object]:
     return lambda: engine.infer(**inputs)
 
@@ -296,8 +234,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace | None:
     parser.add_argument("--batch-sizes", type=batch_sizes, default=(1, 4), metavar="N[,N…]", help="default: 1,4")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--num-inference-steps", dest="steps", type=int, default=50, help="of null-text; default: 50")
-    parser.add_argument("--image", default=str(EXAMPLE / "red-heart.png"), help="of null-text; default: one that ships")
-    parser.add_argument("--prompt", default="red heart", help="of null-text")
+    parser.add_argument("--image", default=str(IMAGE), help="of null-text; default: one that ships")
+    parser.add_argument("--prompt", default=PROMPT, help="of null-text")
     parser.add_argument("--work", type=Path, help="a folder that keeps the graphs for another run")
     parser.add_argument("--output", type=Path, help="a JSON file of the figures")
     parser.add_argument("--job", help=argparse.SUPPRESS)  # the peak of memory of one engine, in this process
@@ -324,11 +262,12 @@ def _print(rows: Sequence[Row], inverted: Sequence[Inverted], options: argparse.
     console = Console(width=120)
     if rows:
         title = f"Gradients of {options.model}: errors of an item to autograd"
-        table = Table("network", "engine", "output", "median", "worst", "largest difference", title=title)
+        within = f"within {TOLERANCES['fp32']:.0e}"
+        table = Table("network", "engine", "output", "median", "worst", within, "largest difference", title=title)
         for row in rows:
             for output, error in row.errors.items():
-                told = (row.median_errors[output], error, row.largest[output])
-                table.add_row(row.network, row.engine, output, *(f"{one:.1e}" for one in told))
+                told = f"{row.median_errors[output]:.1e}", f"{error:.1e}", f"{row.within[output]:.0%}"
+                table.add_row(row.network, row.engine, output, *told, f"{row.largest[output]:.1e}")
         console.print(table)
         heads = [f"{size} rows: ms (x eager)" for size in rows[0].seconds]
         table = Table("network", "engine", *heads, "peak memory MiB", title="A call: the output and its gradients")
@@ -337,12 +276,7 @@ def _print(rows: Sequence[Row], inverted: Sequence[Inverted], options: argparse.
             table.add_row(row.network, row.engine, *cells, f"{row.peak_memory_bytes / 2**20:.0f}")
         console.print(table)
     if inverted:
-        table = Table("engine", "s", "x eager", "s in gradients", "rows", "PSNR dB", title="Null-text inversion")
-        for one in inverted:
-            ratio = inverted[0].seconds / one.seconds
-            figures = f"{one.seconds:.2f}", f"{ratio:.2f}", f"{one.in_gradients:.2f}", str(one.gradients)
-            table.add_row(one.engine, *figures, f"{one.psnr_db:.2f}")
-        console.print(table)
+        console.print(table_of(inverted))
 
 
 if __name__ == "__main__":

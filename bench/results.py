@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+import json
+from pathlib import Path
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -17,7 +19,14 @@ __all__ = [
     "Report",
     "Settings",
     "Timing",
+    "write",
 ]
+
+
+def write(content: Any, path: Path | None) -> None:
+    """As JSON, where a file is asked for."""
+    if path is not None:
+        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
 
 
 class _Record(BaseModel):

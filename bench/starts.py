@@ -22,6 +22,7 @@ from rich.table import Table
 
 from bench.apart import apart
 from bench.options import Parser
+from bench.results import write
 
 if TYPE_CHECKING:
     from smooth_rt.pipeline import SmoothPipeline
@@ -56,8 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     rows = [measured(options, backend.strip()) for backend in options.engine.split(",") if backend.strip()]
     _print(rows, options)
-    if options.output is not None:
-        options.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    write(rows, options.output)
 
 
 def measured(options: argparse.Namespace, backend: str) -> dict[str, Any]:

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.apart import apart
+from bench.results import write
 from smooth_rt.errors import InputError, SmoothRTError
 from smooth_rt.training.smooth_lora_config import SmoothLoraConfig
 
@@ -69,8 +70,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 2
     _print(rows, options)
-    if options.output:
-        options.output.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    write(rows, options.output)
     return 0
 
 
