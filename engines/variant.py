@@ -142,11 +142,25 @@ SpanText = Annotated[Span, BeforeValidator(_read_span)]
 
 
 class Profile(Record):
-    """The requests that engines take: so many images a call, so many pixels high and wide."""
+    """The requests that engines take: so many images a call, so many pixels high and wide.
+
+    Raises:
+        InputError: one is missing or no `Span`.
+    """
 
     batch: SpanText
     height: SpanText
     width: SpanText
+
+    def __init__(self, **spans: Span) -> None:
+        try:
+            super().__init__(**spans)
+        except ValidationError as error:
+            given = ", ".join(f"{name}={value}" for name, value in spans.items())
+            raise InputError(
+                f"Profile({given:.80}): batch, height and width are a Span each; give for example "
+                "Profile(batch=Span.parse('1:4', 'batch'), height=…, width=…)"
+            ) from error
 
     def check(self, dims: Dims) -> None:
         """Raise InputError unless a model of these sizes can be asked for all of the profile's images."""

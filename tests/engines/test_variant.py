@@ -56,6 +56,13 @@ def test_sizes_that_are_none_in_python(sizes: dict[str, Any]) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("spans", [{"batch": 1, "height": 2, "width": 3}, {"batch": Span(min=1, opt=1, max=1)}, {}])
+def test_a_profile_of_anything_but_spans(spans: dict[str, Any]) -> None:
+    with pytest.raises(InputError, match="batch, height and width are a Span each") as caught:
+        Profile(**spans)
+    assert "\n" not in str(caught.value)
+
+
 def test_a_profile_survives_the_manifest() -> None:
     for one in (profile("1:4:32", "512", "512:512:768"), every_size(Dims(7, 16, 50, 4, 3, 2, 2, 8))):
         assert Profile.model_validate_json(one.model_dump_json(), strict=True) == one
