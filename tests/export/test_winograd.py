@@ -13,14 +13,19 @@ import torch
 from openvino import opset13 as ops
 from torch import nn
 
-from engines.contract import Dims, NetworkName
+from engines.contract import Dims, NetworkName, contract
+from engines.eager import gradient_networks
 from engines.errors import InputError
+from engines.ov import OvEngine
 from engines.recipes import check_convolution
 from engines.select import architecture
 from engines.variant import Order, Profile, Span, Variant, every_size
 from export.build import build_bundle
 from export.graphs import Case, random_inputs
 from export.rewrites import winograd as rewrite
+from export.to_onnx import to_onnx
+from export.to_openvino import to_winograd
+from export.verify import TOLERANCES
 
 
 @pytest.fixture
@@ -126,6 +131,24 @@ def test_a_model_is_built_so_and_verified(
         case = Case({"batch": 2, "height": 12, "width": 8}, 1.0)
         with pytest.raises(InputError, match="lies outside what the openvino engine was built for"):
             engine.infer(**random_inputs(engine.network, dims, case, torch.Generator()))
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("every_layer")
+def test_gradients_are_rewritten_as_well(
+    networks: dict[NetworkName, nn.Module], dims: Dims, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rewrite, "LEAST_PAIRS", 20)
+    name: NetworkName = "unet_vjp_text"
+    network, module = contract(name, dims), gradient_networks(networks["unet"], [name])[name]
+    to_onnx(module, network, dims, tmp_path / "model.onnx")
+    bounds = one_size().bounds(network, dims)
+    assert to_winograd(tmp_path / "model.onnx", tmp_path / "model.xml", network, bounds)[4] > 3  # more than forwards
+    with OvEngine(network, tmp_path / "model.xml", bounds) as engine:
+        given = random_inputs(network, dims, Case({"batch": 1, "height": 8, "width": 8}, 1.0), torch.Generator())
+        given["timestep"] = torch.tensor([900])  # late, where the gradient is well-conditioned
+        for got, wanted in zip(engine.infer(**given).values(), module(*given.values()), strict=True):
+            assert float((got - wanted).norm() / wanted.norm()) < TOLERANCES["fp32"]
 
 
 @pytest.mark.parametrize(
