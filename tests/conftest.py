@@ -1,14 +1,29 @@
-"""Fixtures: a model small enough to export in seconds, whose sizes differ from every usual default; its pictures."""
+"""Fixtures: a model small enough to export in seconds, whose sizes differ from every usual default; its pictures; the
+graphs that were exported in this run."""
 
 from __future__ import annotations
 
+import hashlib
+import io
 import json
 import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePath
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from PIL import Image, ImageDraw
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from engines.contract import Dims, Network
+
+    Exporter = Callable[[nn.Module, Network, Dims, Path], None]
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
@@ -69,3 +84,71 @@ def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
         records.append({"short_name": short_name, "unified": code.upper(), "non_qualified": None})
     (names / "emoji.json").write_text(json.dumps(records), encoding="utf-8")
     return folder
+
+
+@pytest.fixture(scope="session", autouse=True)
+def exported_once(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Iterator[Exporter]:
+    """`to_onnx`, which exports each module once in a run of the tests: builds take its graph again, in every process.
+    So the first to ask is the one that exports; a test that is about exporting takes `every_export`."""
+    from export.to_onnx import to_onnx
+
+    own = tmp_path_factory.getbasetemp()
+    kept = (own if worker_id == "master" else own.parent) / "exported"
+    kept.mkdir(exist_ok=True)
+
+    def export(module: nn.Module, network: Network, dims: Dims, path: Path) -> None:
+        try:
+            graph = kept / asked_for(module, network, dims, path.name)
+        except (pickle.PicklingError, AttributeError, TypeError):  # a module that a test made for itself
+            graph = None
+        if graph is not None and graph.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for part in graph.iterdir():
+                shutil.copyfile(part, path.parent / part.name)
+            return
+        to_onnx(module, network, dims, path)
+        if graph is None:
+            return
+        folder = Path(tempfile.mkdtemp(dir=kept))
+        for suffix in ("", ".data"):
+            shutil.copyfile(f"{path}{suffix}", folder / f"{path.name}{suffix}")
+        try:
+            folder.rename(graph)  # whole or not at all
+        except OSError:  # another process was first
+            shutil.rmtree(folder)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("export.stages.to_onnx", export)
+        yield export
+
+
+@pytest.fixture
+def every_export(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Builds export what they are given, whatever was exported before."""
+    from export.to_onnx import to_onnx
+
+    monkeypatch.setattr("export.stages.to_onnx", to_onnx)
+
+
+class _Told(pickle.Pickler):
+    """Tells a module by all that it is made of: tensors by their bytes, and nothing by where it was loaded from nor by
+    an order that changes from process to process. What it writes is never read back."""
+
+    def persistent_id(self, one: Any) -> str | None:
+        import torch
+
+        if isinstance(one, torch.Tensor):
+            content = one.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data
+            return f"{one.dtype} {tuple(one.shape)} {hashlib.sha256(content).hexdigest()}"
+        if isinstance(one, (str, PurePath)):
+            return "a place" if os.path.isabs(one) else f"text {one}"
+        # Among a diffusers model's settings is a list made of a set; what it computes is in its parts, in their order.
+        unordered = isinstance(one, (set, frozenset)) or (isinstance(one, list) and {type(it) for it in one} == {str})
+        return f"set {sorted(map(repr, one))}" if unordered else None
+
+
+def asked_for(module: nn.Module, network: Network, dims: Dims, name: str) -> str:
+    """A digest of all that an exported graph comes from; it names the file of its weights by its own `name`."""
+    told = io.BytesIO()
+    _Told(told).dump(module)
+    return hashlib.sha256(repr((network, dims, name)).encode() + told.getvalue()).hexdigest()

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from engines.contract import contract
-from export.to_onnx import to_onnx
 from smooth_rt.calibration import Trajectories
 from smooth_rt.evaluation.fidelity import fidelity
 from smooth_rt.model import Model, load_model
@@ -38,17 +38,23 @@ def test_samples_span_the_schedule_and_both_halves(model: Model) -> None:
     assert len(runs.samples("vae_decoder")) == 3
 
 
-def test_the_exact_graph_gives_the_same_images_and_another_does_not(model: Model, tmp_path: Path) -> None:
+def test_the_exact_graph_gives_the_same_images_and_another_does_not(
+    exported_once: Any, model: Model, tmp_path: Path
+) -> None:
     from engines.eager import torch_networks
 
     network = contract("unet", model.dims)
     runs = Trajectories(model, ["red apple"], images=2, steps=3)
-    to_onnx(torch_networks(model.text_encoder, model.unet, model.vae)["unet"], network, model.dims, tmp_path / "m.onnx")
+    exported_once(
+        torch_networks(model.text_encoder, model.unet, model.vae)["unet"], network, model.dims, tmp_path / "m.onnx"
+    )
     assert runs.psnr(network, tmp_path / "m.onnx", "onnxruntime") > 80
     other = load_model(model.source)
     with torch.no_grad():
         other.unet.conv_out.weight.mul_(1.2)
-    to_onnx(torch_networks(other.text_encoder, other.unet, other.vae)["unet"], network, model.dims, tmp_path / "o.onnx")
+    exported_once(
+        torch_networks(other.text_encoder, other.unet, other.vae)["unet"], network, model.dims, tmp_path / "o.onnx"
+    )
     assert runs.psnr(network, tmp_path / "o.onnx", "onnxruntime") < 50
 
 

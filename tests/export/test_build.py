@@ -192,6 +192,7 @@ def full(path: Any) -> OSError:
     return OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
 
 
+@pytest.mark.usefixtures("every_export")
 def test_a_disk_that_fills_while_the_weights_are_written(
     monkeypatch: pytest.MonkeyPatch, run: Build, target: Path, previous: dict[str, str]
 ) -> None:

@@ -92,11 +92,13 @@ def test_numbers_that_no_island_can_save(networks: Networks, dims: Dims) -> None
 
 
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_layers_are_found_in_the_graph_by_name(networks: Networks, dims: Dims, tmp_path: Path, precision: Any) -> None:
+def test_layers_are_found_in_the_graph_by_name(
+    exported_once: Any, networks: Networks, dims: Dims, tmp_path: Path, precision: Any
+) -> None:
     network, module = contract("unet", dims), networks["unet"]
     if precision != "fp32":
         module, _ = in_half(module, network, dims, precision)
-    to_onnx(module, network, dims, tmp_path / "model.onnx")
+    exported_once(module, network, dims, tmp_path / "model.onnx")
     model = onnx.load(tmp_path / "model.onnx")
     named = {tensor.name: tensor for tensor in model.graph.initializer}
     for path, parameter in networks["unet"].named_parameters():

@@ -22,7 +22,6 @@ from engines.errors import EngineError, InputError
 from engines.ov import core
 from export.graphs import Case, random_inputs
 from export.layout import Kind, graph_path, write_layout
-from export.to_onnx import to_onnx
 from export.to_openvino import to_openvino
 from smooth_rt.model import Model, load_model
 from smooth_rt.pipeline import SmoothPipeline
@@ -46,13 +45,15 @@ class Written:
 
 
 @pytest.fixture(scope="module", params=["tiny", pytest.param("default", marks=pytest.mark.slow)])
-def written(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Written:
+def written(
+    request: pytest.FixtureRequest, exported_once: Any, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Written:
     model = load_model(tiny_model if request.param == "tiny" else "default")
     root = tmp_path_factory.mktemp("layout")
     modules = torch_networks(model.text_encoder, model.unet, model.vae)
     for name in NETWORKS:
         onnx = graph_path(root / "onnx", "onnx", name)
-        to_onnx(modules[name], contract(name, model.dims), model.dims, onnx)
+        exported_once(modules[name], contract(name, model.dims), model.dims, onnx)
         to_openvino(onnx, graph_path(root / "openvino", "openvino", name))
     for kind in ("onnx", "openvino"):
         write(model, root / kind, kind, root / "config")

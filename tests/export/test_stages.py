@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
 import pytest
+import torch
 from torch import nn
 
 from engines.contract import Dims, NetworkName, contract
@@ -35,6 +38,51 @@ def test_exporting_is_silent(
     to_openvino(path, tmp_path / "text_encoder.xml")
     assert capfd.readouterr() == ("", "")
     assert list(recwarn) == []
+
+
+class Table(nn.Module):
+    """A text encoder that is exported in a moment."""
+
+    def __init__(self, dims: Dims) -> None:
+        super().__init__()
+        self.table = nn.Embedding(dims.vocabulary, dims.text_width)
+        self.factor = 1.0
+
+    def forward(self, input_ids: torch.Tensor) -> tuple[torch.Tensor]:
+        return ((self.factor * self.table(input_ids)).float(),)
+
+
+def test_the_tests_export_once_and_never_take_another_modules_graph(
+    exported_once: Any, dims: Dims, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[nn.Module] = []
+    export: Any = torch.onnx.export
+    monkeypatch.setattr(
+        torch.onnx, "export", lambda module, *args, **of: asked.append(module) or export(module, *args, **of)
+    )
+    places = iter(range(100))
+
+    def exported(module: nn.Module) -> str:
+        path = tmp_path / f"{next(places)}" / "model.onnx"
+        exported_once(module.eval(), contract("text_encoder", dims), dims, path)
+        return digest_file(path) + digest_file(path.with_name("model.onnx.data"))
+
+    module = Table(dims)
+    first = exported(module)
+    for same in (module, copy.deepcopy(module)):
+        assert exported(same) == first
+    assert asked == [module]
+    changes: tuple[Callable[[Table], Any], ...] = (
+        lambda it: it.table.weight.data[0, 0].add_(1e-3),
+        lambda it: it.half(),
+        lambda it: setattr(it, "factor", 2.0),
+    )
+    for change in changes:
+        other = copy.deepcopy(module)
+        change(other)
+        assert exported(other) != first
+        assert asked[-1] is other
+    assert len(asked) == 1 + len(changes)
 
 
 def test_a_graph_that_openvino_cannot_convert(tmp_path: Path) -> None:

@@ -110,13 +110,15 @@ def test_every_weight_of_a_lora_is_marked_as_replaceable(
     assert found["refittable"] == []
 
 
-def test_a_graph_in_half_precision(networks: dict[NetworkName, nn.Module], dims: Dims, tmp_path: Path) -> None:
+def test_a_graph_in_half_precision(
+    exported_once: Any, networks: dict[NetworkName, nn.Module], dims: Dims, tmp_path: Path
+) -> None:
     network = contract("vae_decoder", dims)
     sizes = []
     half, _ = in_half(networks["vae_decoder"], network, dims, "fp16")
     for name, module in (("exact", networks["vae_decoder"]), ("half", half)):
         path = tmp_path / name / "model.onnx"
-        to_onnx(module, network, dims, path)
+        exported_once(module, network, dims, path)
         sizes.append(to_tensorrt(path, tmp_path / f"{name}.engine", network, [bounded(network)], **RTX).bytes)
     assert sizes[1] < sizes[0]
 
