@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from pydantic import ValidationError
 
 from engines.contract import DERIVED, Dims, NetworkName, said_gradients
-from engines.errors import BundleError, InputError
+from engines.errors import BundleError, EngineError, InputError
 from engines.manifest import (
     FORMAT,
     EngineRecord,
@@ -158,10 +158,14 @@ class Bundle:
         ]
         if not fitting:
             wanted = backend if precision is None else f"{backend} in {precision}"
+            wanted += f" with {convolution} convolutions" if convolution is not None else ""
+            wanted += f" and LoRA mode {lora_mode}" if lora_mode is not None else ""
             there = ", ".join(built.variant.name for built in self.variants)
             options = [] if precision in (None, "fp32") else ["--precision", str(precision)]
             options += [] if lora_mode in (None, "fused") else ["--lora-mode", str(lora_mode)]
-            options += [] if convolution in (None, "direct") else ["--convolution", str(convolution)]
+            if convolution == "winograd":  # which is of one size
+                side = str(self.dims.sample_size * self.dims.vae_factor)
+                options += ["--convolution", convolution, "--batch", "1", "--height", side, "--width", side]
             command = " ".join([build_command(self.path, self.source, [backend]), *options])
             raise BundleError(f"{self.path}: not built for {wanted} (there is {there}); run `{command}`")
 
@@ -247,15 +251,22 @@ class Bundle:
             )
         record = built.engine(network)
         takes = built.variant.network(network, self.dims)
-        engine = open_engine(
-            built.backend,
-            takes,
-            self.path / record.file,
-            record.hint,
-            record.bounds,
-            # The key says weights, sizes and the version; the GPU at hand may be another than that of the variant.
-            None if self.caches is None else self.caches / f"{record.key}-{gpu()}",
-        )
+        try:
+            engine = open_engine(
+                built.backend,
+                takes,
+                self.path / record.file,
+                record.hint,
+                record.bounds,
+                # The key says weights, sizes and the version; the GPU at hand may be another than that of the variant.
+                None if self.caches is None else self.caches / f"{record.key}-{gpu()}",
+            )
+        except EngineError as error:
+            said = str(error).removesuffix(" the bundle")
+            if not said.endswith("; rebuild"):
+                raise
+            where = "" if str(self.path) in said else f"{self.path}: "
+            raise EngineError(f"{where}{said} it with `{self.command(built)}`") from error
         engine.places = record.places
         engine.wider = f"build a wider one with `{self._wider(built)}`"
         if network == "unet":

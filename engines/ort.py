@@ -26,7 +26,7 @@ __all__ = ["RUN_GRAPH", "OrtEngine", "text_graph"]
 
 LOG = logging.getLogger("smooth_rt")
 
-_ERRORS_ONLY = 3  # ONNX Runtime's log severity
+_FATAL = 4  # ONNX Runtime's log severity: what it raises, it would print as well
 RUN_GRAPH = "onnxruntime.onnx"  # in the place of the plain graph, where rewrites make a faster one
 
 
@@ -111,7 +111,7 @@ class OrtEngine(Engine):
     def _session(self, sizes: Mapping[str, int] | None, graph: bool, path: Path | None = None) -> Any:
         path = path or self._path
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = _ERRORS_ONLY
+        options.log_severity_level = _FATAL
         # As many threads as torch has. By itself ONNX Runtime takes a thread a core and binds each to its own, and the
         # default model's gradient took 1.2 to 1.5 times as long on the two cores of a virtual machine.
         options.intra_op_num_threads = torch.get_num_threads()

@@ -57,6 +57,8 @@ CONVOLUTIONS: tuple[Convolution, ...] = ("direct", "winograd")
 # By symbol of the contract (batch, height, width): the least size, the one to be fastest at, the greatest (None: any).
 Bounds = dict[str, tuple[int, int, int | None]]
 
+LARGEST = 10_000  # images, and pixels a side: more is a slip of the keyboard
+
 _SPAN = re.compile(r"[0-9]{1,9}(:[0-9]{1,9}){0,2}")
 
 
@@ -164,6 +166,10 @@ class Profile(Record):
 
     def check(self, dims: Dims) -> None:
         """Raise InputError unless a model of these sizes can be asked for all of the profile's images."""
+        for name, span in (("batch", self.batch), ("height", self.height), ("width", self.width)):
+            most = max(span.opt, span.max or 0)
+            if most > LARGEST:
+                raise InputError(f"{name}={span}: {most} is too many; give at most {LARGEST}, or leave the end open")
         for name, span in (("height", self.height), ("width", self.width)):
             for side in (span.min, span.opt, span.max):
                 if side is not None and side % dims.image_multiple:

@@ -9,6 +9,7 @@ The commands are imported by `main`, so that it can answer an interruption of th
 
 from __future__ import annotations
 
+import atexit
 import errno
 import io
 import logging
@@ -46,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         # What was interrupted may know better what is left, and how to go on.
         said = " ".join(str(interruption).split())
         _say(said or f"interrupted{by}; nothing half-written is left; run the same command again")
+        atexit.register(_deaf)
         return SIGNALLED + number
     except _StdoutError as refusal:
         if isinstance(refusal.error, BrokenPipeError):
@@ -126,6 +128,12 @@ def _stoppable(received: list[int]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def _deaf() -> None:
+    """Leaving takes a while, and a second Ctrl-C would print where it met Python."""
+    with suppress(ValueError):  # of another thread than the main one
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
 def _in_finalizer(frame: FrameType | None) -> bool:
     while frame is not None:
         if frame.f_code.co_name == "__del__":
@@ -190,6 +198,8 @@ def _line(error: Exception, arguments: Sequence[str]) -> tuple[str, int]:
         where = f"; see `{error.ctx.command_path} --help`" if error.ctx is not None else ""
         return f"error: {' '.join(error.format_message().split()).rstrip('.')}{where}", 2
     said = " ".join(str(error).split())
+    if isinstance(error, MemoryError) or (isinstance(error, RuntimeError) and "can't allocate memory" in said):
+        return f"error: out of memory ({said[:200]}); ask for fewer or smaller images at once", 2
     if isinstance(error, SmoothRTError):
         parameter = re.match(r"([a-z]+(?:_[a-z]+)*)=", said)
         option = f"--{parameter[1].replace('_', '-')}" if parameter else ""

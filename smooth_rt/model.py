@@ -199,6 +199,8 @@ def read_config(folder: Path) -> PipelineConfig:
 
     try:
         scheduler_config = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))
+        if not isinstance(scheduler_config, dict):
+            raise TypeError("scheduler_config.json holds no object")
         scaling_factor = float(json.loads((folder / "model.json").read_text(encoding="utf-8"))["scaling_factor"])
         if not (folder / "tokenizer" / "tokenizer.json").is_file():
             raise FileNotFoundError("tokenizer/tokenizer.json is missing")

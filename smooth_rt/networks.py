@@ -23,7 +23,7 @@ from smooth_rt.errors import EngineError, InputError, SmoothRTError
 from smooth_rt.lora import lora_weights
 from smooth_rt.model import Model
 from smooth_rt.opening import reopen_model
-from smooth_rt.ranges import check
+from smooth_rt.ranges import as_whole, check, shown
 
 __all__ = ["CELLS_PER_CALL", "Networks", "eager_engines"]
 
@@ -156,11 +156,10 @@ class Networks:
             InputError: a tensor is of another shape, or `wrt` or `of` names no such thing.
             EngineError: the engine has no gradients, and its torch weights are out of reach.
         """
-        count = len(latents)
-        for name, tensor in (("prompt_embeds", prompt_embeds), ("cotangent", cotangent)):
-            if len(tensor) != count:
-                raise InputError(f"{name}: {len(tensor)} rows for latents of {count}; give one for each image")
+        count = _rows(latents=latents, prompt_embeds=prompt_embeds, cotangent=cotangent)
+        timestep, wrt = _whole(timestep), _names(wrt)
         scale = torch.zeros(1) if cotangent_scale is None else cotangent_scale
+        _rows(cotangent_scale=scale)
         if scale.shape not in ((1,), (count,)):
             raise InputError(
                 f"cotangent_scale: shape {list(scale.shape)}, not [{count}] or [1]; give one for each image"
@@ -197,9 +196,10 @@ class Networks:
             InputError: a tensor is of another shape.
             EngineError: the engine has no features, and its torch weights are out of reach.
         """
+        count, timestep = _rows(latents=latents, prompt_embeds=prompt_embeds), _whole(timestep)
         engine = self._differentiable(self._engines["unet"].lacks_features())
         found = []
-        for part in self.calls("unet", len(latents), latents.shape[2:], runs=engine.up_to_features()):
+        for part in self.calls("unet", count, latents.shape[2:], runs=engine.up_to_features()):
             sample, text = latents[part], prompt_embeds[part]
             when = torch.full((len(sample),), timestep, dtype=torch.int64)
             inputs = {"sample": sample, "timestep": when, "encoder_hidden_states": text}
@@ -281,3 +281,36 @@ def eager_engines(model: Model) -> dict[NetworkName, EagerEngine]:
 
 def _takes_strength(engine: Engine) -> bool:
     return any(spec.name == LORA_STRENGTH for spec in engine.network.inputs)
+
+
+def _rows(**tensors: Tensor) -> int:
+    """How many rows all of these have.
+
+    Raises:
+        InputError: one is no tensor, has no rows, or not as many as the first.
+    """
+    count = 0
+    first = next(iter(tensors))
+    for name, tensor in tensors.items():
+        if not isinstance(tensor, Tensor) or not tensor.ndim or not len(tensor):
+            said = f"shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else shown(tensor)
+            raise InputError(f"{name}: {said} is no torch tensor with a row for each image; give one")
+        count = count or len(tensor)
+        if len(tensor) != count:
+            raise InputError(f"{name}: {len(tensor)} rows for {first} of {count}; give one for each image")
+    return count
+
+
+def _whole(timestep: int) -> int:
+    found = as_whole(timestep)
+    if found is None or not 0 <= found < 2**31:
+        raise InputError(f"timestep={shown(timestep)}: give a whole number from 0 on")
+    return found
+
+
+def _names(wrt: Collection[str]) -> Collection[str]:
+    """Of one input a caller may give the name alone."""
+    names = [wrt] if isinstance(wrt, str) else wrt
+    if not isinstance(names, Collection) or not all(isinstance(name, str) for name in names):
+        raise InputError(f"wrt={shown(wrt)}: name sample or encoder_hidden_states, or both in a list")
+    return names

@@ -196,6 +196,21 @@ def test_a_backend_that_is_not_in_the_bundle(bundle_folder: Path) -> None:
         bundle.engine("unet", "gpu")
 
 
+def test_a_graph_that_cannot_be_opened_is_rebuilt_by_a_command(bundle_folder: Path) -> None:
+    bundle = Bundle.open(bundle_folder)
+    (bundle_folder / bundle.variants[0].engine("unet").file).write_bytes(b"no graph")
+    with pytest.raises(EngineError, match=r"cannot open it .*; rebuild it with `smooth-rt build-engine .*--output "):
+        bundle.engine("unet", "onnxruntime")
+
+
+def test_convolutions_that_are_not_in_the_bundle(bundle_folder: Path) -> None:
+    bundle = Bundle.open(bundle_folder)
+    side = bundle.dims.sample_size * bundle.dims.vae_factor
+    said = f"with winograd convolutions .*--convolution winograd --batch 1 --height {side} --width {side}`"
+    with pytest.raises(BundleError, match=said):
+        bundle.find("onnxruntime", convolution="winograd")
+
+
 def test_a_precision_that_is_not_in_the_bundle(bundle_folder: Path) -> None:
     with pytest.raises(BundleError, match=r"not built for onnxruntime in int8 .*--precision int8"):
         Bundle.open(bundle_folder).engine("unet", "onnxruntime", "int8")

@@ -169,3 +169,11 @@ def test_without_an_end_any_number_of_rows_goes(bounded: Callable[..., Engine]) 
         assert engine.most_rows(height=2, width=2) is None
     with bounded([]) as engine:
         assert engine.most_rows(height=200, width=1) is None
+
+
+def test_a_profile_of_more_than_anyone_means() -> None:
+    dims = Dims(7, 16, 50, 4, 3, 2, 2, 8)
+    with pytest.raises(InputError, match="batch=1:1:999999999: 999999999 is too many; give at most 10000"):
+        Profile(
+            batch=Span.parse("1:1:999999999", "batch"), height=Span.parse("16", ""), width=Span.parse("16", "")
+        ).check(dims)

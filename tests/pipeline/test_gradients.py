@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -124,6 +125,15 @@ def test_inputs_and_weights_are_left_as_they_are(pipe: SmoothPipeline, drawn: di
         ({"cotangent": torch.zeros(3, 4, 8, 16).half()}, "cotangent is float16, not float32; convert it first"),
         ({"cotangent_scale": torch.zeros(2)}, r"cotangent_scale: shape \[2\], not \[3\] or \[1\]"),
         ({"prompt_embeds": torch.zeros(1, 12, 32)}, "prompt_embeds: 1 rows for latents of 3"),
+        ({"latents": None}, "latents: None is no torch tensor with a row for each image"),
+        ({"cotangent": torch.zeros(())}, r"cotangent: shape \[\] is no torch tensor with a row"),
+        ({"cotangent_scale": 2.0}, r"cotangent_scale: 2\.0 is no torch tensor"),
+        ({"timestep": "x"}, "timestep='x': give a whole number from 0 on"),
+        ({"timestep": -1}, "timestep=-1: give a whole number"),
+        ({"timestep": math.nan}, "timestep=nan: give a whole number"),
+        ({"wrt": None}, "wrt=None: name sample or encoder_hidden_states"),
+        ({"wrt": [3]}, r"wrt=\[3\]: name sample"),
+        ({"wrt": "latents"}, "wrt: latents; name sample or encoder_hidden_states"),
         ({"wrt": []}, "wrt: nothing; name sample or encoder_hidden_states, or both"),
         ({"wrt": ["timestep"]}, "wrt: timestep; name sample or encoder_hidden_states"),
         ({"of": "eps"}, "of: eps; name noise_pred or features"),
