@@ -298,7 +298,7 @@ def _check_readable(images: Sequence[Path]) -> None:
 
     for path in images:
         if not path.is_file():
-            raise InputError(f"{path}: no such file; name an image")
+            raise InputError(f"{path}: {'not a file' if path.exists() else 'no such file'}; name an image")
         read(path, 8, 8)
 
 
