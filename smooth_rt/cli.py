@@ -103,8 +103,13 @@ def _stoppable(received: list[int]) -> Iterator[None]:
         received: takes the signal's number.
     """
     former: dict[int, Any] = {}
+    owner = os.getpid()
 
     def stop(number: int, frame: FrameType | None) -> None:
+        if os.getpid() != owner:  # a library's forked process, which has nothing to clean up and nobody to tell
+            signal.signal(number, signal.SIG_DFL)
+            os.kill(os.getpid(), number)
+            return
         if _in_finalizer(frame):  # where Python drops what is raised: say it again when it is over
             again = threading.Timer(FINALIZER_SECONDS, os.kill, (os.getpid(), number))
             again.daemon = True

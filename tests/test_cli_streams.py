@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -170,6 +171,42 @@ def test_an_interruption_while_the_commands_are_imported(tmp_path: Path) -> None
     ran = process(tmp_path, code, capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (130, "")
     assert ran.stderr == "interrupted; nothing half-written is left; run the same command again\n"
+
+
+def test_a_second_ctrl_c_while_it_leaves_is_not_heard(tmp_path: Path) -> None:
+    code = (
+        "import atexit, os, signal, sys\n"
+        "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+        "class Interrupts:\n"
+        "    def find_spec(self, name, *_):\n"
+        "        if name == 'typer': raise KeyboardInterrupt\n"
+        "sys.meta_path.insert(0, Interrupts())\n" + listing()
+    )
+    ran = process(tmp_path, code, capture_output=True, text=True)
+    assert (ran.returncode, ran.stdout) == (130, "")
+    assert ran.stderr == "interrupted; nothing half-written is left; run the same command again\n"
+
+
+def test_a_process_that_a_library_forked_ends_without_a_word(engines_list: Any, capfd: Any) -> None:
+    ended = []
+
+    def work() -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", DeprecationWarning)  # Python 3.12 says it where there are threads
+            child = os.fork()
+        if child == 0:
+            try:
+                os.kill(os.getpid(), signal.SIGTERM)
+                time.sleep(5)
+            finally:
+                os._exit(1)
+        ended.append(os.waitpid(child, 0)[1])
+
+    engines_list(work)
+    assert cli.main(["engines", "list"]) == 0
+    assert os.WTERMSIG(ended[0]) == signal.SIGTERM
+    assert "Traceback" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("unbuffered", ["", "1"])
