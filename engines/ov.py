@@ -76,12 +76,13 @@ class OvEngine(Engine):
         self.hint = hint
         self._path = path
         self._replaced: dict[str, Any] = {}
-        self._read()
         weights = path.with_suffix(".bin")
         heavy = weights.exists() and weights.stat().st_size >= OWN_BELOW
         own = OWN_SIZES if network.name in LOOPED and not heavy else 0
         self._requests = Specialised(self.bounds, self._open, own)
-        if not own:  # else the first call says what to compile
+        if own:
+            self._read()  # what to compile, the first call says
+        else:
             self._requests.any()
 
     def _read(self) -> Any:

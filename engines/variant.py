@@ -27,6 +27,7 @@ from engines.errors import InputError
 
 __all__ = [
     "CONVOLUTIONS",
+    "LARGEST",
     "LORA_MODES",
     "PRECISIONS",
     "Bounds",

@@ -16,7 +16,7 @@ from typing import Any
 
 from engines.contract import LARGEST_STRENGTH
 from engines.select import check_backend
-from engines.variant import CONVOLUTIONS, LORA_MODES, PRECISIONS
+from engines.variant import CONVOLUTIONS, LARGEST, LORA_MODES, PRECISIONS
 from smooth_rt.errors import InputError
 
 __all__ = [
@@ -37,8 +37,8 @@ __all__ = [
     "shown",
 ]
 
-MAX_SIDE = 10_000  # pixels
-MOST_IMAGES = 10_000  # more in one call is a slip of the keyboard: the noise alone would fill the memory
+MAX_SIDE = LARGEST  # pixels
+MOST_IMAGES = LARGEST  # more in one call is a slip of the keyboard: the noise alone would fill the memory
 SHOWN = 60  # characters of a value, in a message
 INVERSION_METHODS = (
     "ddim", "ddim-without-text", "negative-prompt", "null-text", "direct", "fixed-point", "spdinv", "easyinv", "edict",

@@ -219,7 +219,7 @@ BETWEEN = ["interpolate", "--prompt", "dog", "--seeds", 1, 2]
         ([*GENERATE, "--guidance-scale", "nan"], "error: --guidance-scale=nan: "),
         ([*GENERATE, "--seed", 2**65], "does not fit into 64 bits"),
         ([*GENERATE, "--convolution", "winograd"], "error: --convolution=winograd: chooses within a bundle"),
-        ([*GENERATE, "--convolution", "fft"], "error: --convolution="),
+        ([*GENERATE, "--convolution", "fft"], "error: --convolution='fft' is unknown; it is one of direct, winograd"),
         ([*GENERATE, "--num-images-per-prompt", 0], "error: --num-images-per-prompt=0: "),
         (["generate"], "--prompt: missing"),
         ([*BETWEEN, "--frames", 1], "frames=1"),

@@ -21,6 +21,15 @@ from smooth_rt.commands import bundles
 
 SIGNALS = [(signal.SIGTERM, 143), (signal.SIGHUP, 129), (signal.SIGINT, 130)]
 
+# Code that has the import of the commands interrupted.
+INTERRUPTED = """
+import sys
+class Interrupts:
+    def find_spec(self, name, *_):
+        if name == 'typer': raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupts())
+"""
+
 
 @pytest.fixture(autouse=True)
 def heard() -> Iterator[None]:
@@ -161,13 +170,7 @@ def test_an_interruption_while_the_result_is_printed(
 
 
 def test_an_interruption_while_the_commands_are_imported(tmp_path: Path) -> None:
-    code = (
-        "import sys\n"
-        "class Interrupts:\n"
-        "    def find_spec(self, name, *_):\n"
-        "        if name == 'typer': raise KeyboardInterrupt\n"
-        "sys.meta_path.insert(0, Interrupts())\n" + listing()
-    )
+    code = INTERRUPTED + listing()
     ran = process(tmp_path, code, capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (130, "")
     assert ran.stderr == "interrupted; nothing half-written is left; run the same command again\n"
@@ -175,13 +178,9 @@ def test_an_interruption_while_the_commands_are_imported(tmp_path: Path) -> None
 
 def test_a_second_ctrl_c_while_it_leaves_is_not_heard(tmp_path: Path) -> None:
     code = (
-        "import atexit, os, signal, sys\n"
+        "import atexit, os, signal\n"
         "atexit.register(lambda: os.kill(os.getpid(), signal.SIGINT))\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
-        "class Interrupts:\n"
-        "    def find_spec(self, name, *_):\n"
-        "        if name == 'typer': raise KeyboardInterrupt\n"
-        "sys.meta_path.insert(0, Interrupts())\n" + listing()
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n" + INTERRUPTED + listing()
     )
     ran = process(tmp_path, code, capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (130, "")

@@ -59,13 +59,12 @@ def test_renewed_the_last_form_is_open_and_all_sizes_keep_theirs(opener: Opener)
 
 
 def test_a_form_that_fails_to_open_is_tried_again() -> None:
-    failing = [True]
+    attempts = []
 
     def opener(sizes: Mapping[str, int] | None) -> str:
-        if failing.pop():
-            failing.append(False)
+        attempts.append(sizes)
+        if len(attempts) == 1:
             raise ValueError("no memory")
-        failing.append(False)
         return "opened"
 
     forms = Specialised([FREE], opener, own=1)
