@@ -17,7 +17,7 @@ from engines.errors import EngineError, InputError, reason
 from engines.trt_log import quiet_log
 from engines.variant import Bounds
 
-__all__ = ["TrtEngine"]
+__all__ = ["TrtEngine", "given_weights"]
 
 _WARM_UP = 2  # runs before a capture: TensorRT allocates and compiles at the first ones
 
@@ -93,12 +93,8 @@ class TrtEngine(Engine):
                 )
             held = []  # TensorRT reads the memory until the refit is done
             for name, tensor in weights.items():
-                dtype = _TORCH_TYPES[refitter.get_weights_prototype(name).dtype.name]
-                flat = tensor.detach().to("cpu", dtype).contiguous()
-                held.append(flat)
-                given = trt.Weights(
-                    getattr(trt, refitter.get_weights_prototype(name).dtype.name), flat.data_ptr(), flat.numel()
-                )
+                given, memory = given_weights(trt, refitter.get_weights_prototype(name).dtype, tensor)
+                held.append(memory)
                 if not refitter.set_named_weights(name, given):
                     self.close()
                     raise EngineError(
@@ -145,6 +141,17 @@ _TORCH_TYPES = {
     "FLOAT": torch.float32, "HALF": torch.float16, "BF16": torch.bfloat16, "INT32": torch.int32, "INT64": torch.int64,
     "INT8": torch.int8, "BOOL": torch.bool,
 }  # fmt: skip
+
+
+def given_weights(trt: Any, dtype: Any, tensor: Tensor) -> tuple[Any, Tensor]:
+    """A tensor's values as weights of TensorRT's, and the memory that they are read from, which must stay so long.
+
+    Args:
+        trt: the module, tensorrt or tensorrt_rtx.
+        dtype: its name for the type that the engine holds them in.
+    """
+    flat = tensor.detach().to("cpu", _TORCH_TYPES[dtype.name]).contiguous()
+    return trt.Weights(dtype, flat.data_ptr(), flat.numel()), flat
 
 
 class _Run:
