@@ -185,7 +185,9 @@ def open_session(provider: str, path: Path, options: Any, chosen: Mapping[str, s
     onnxruntime.set_default_logger_severity(_QUIET)
     try:
         if own.plugin is not None and own.name not in onnxruntime.get_available_providers():
-            options.add_provider_for_devices(_plugged(own), dict(chosen))
+            # A plugin is told the GPU by the device, and knows no option for it.
+            told = {key: value for key, value in chosen.items() if key != "device_id"}
+            options.add_provider_for_devices(_plugged(own, chosen["device_id"]), told)
             providers = None
         # Without `enable_fallback=0` a provider that fails is replaced by the CPU's with a word on stdout.
         session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
@@ -226,13 +228,25 @@ def _not_loading(provider: str) -> str | None:
     return None
 
 
-@functools.cache
-def _plugged(own: Provider) -> list[Any]:
-    """The GPU, as a plugin's provider knows it; the plugin is registered once a process.
+def _plugged(own: Provider, number: str) -> list[Any]:
+    """The GPU of that number, as a plugin's provider knows it.
 
     Raises:
-        EngineError: it does not load, or there is no GPU that it supports.
+        EngineError: the plugin does not load, or does not support that GPU.
     """
+    import onnxruntime
+
+    _register(own)
+    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == own.name]
+    found = [device for device in devices if device.ep_metadata.get("device_id", number) == number]
+    if not found:
+        raise EngineError(f"{own.name}: finds no GPU that it supports; {_MENDS['tensorrt-rtx']}")
+    return found[:1]
+
+
+@functools.cache
+def _register(own: Provider) -> None:
+    """Add a plugin's provider to onnxruntime, once a process."""
     import onnxruntime
 
     try:
@@ -243,7 +257,3 @@ def _plugged(own: Provider) -> list[Any]:
     except Exception as error:
         said = RuntimeError(str(error).rpartition("with error: ")[2])  # after its library's path
         raise EngineError(f"{own.name}: does not load ({reason(said)}); {_MENDS['tensorrt-rtx']}") from error
-    devices = [device for device in onnxruntime.get_ep_devices() if device.ep_name == own.name]
-    if not devices:
-        raise EngineError(f"{own.name}: finds no GPU that it supports; {_MENDS['tensorrt-rtx']}")
-    return devices[:1]

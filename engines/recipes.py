@@ -41,10 +41,11 @@ def _plain(recipes: dict[NetworkName, Recipe]) -> dict[NetworkName, Recipe]:
 RECIPES: dict[str, dict[Precision, dict[NetworkName, Recipe]]] = {
     "eager": {"fp32": _FP32},
     "onnxruntime": {"fp32": _FP32, "fp16": _FP16, "int8": {**_plain(_FP32), "unet": Recipe("int8")}},
-    # On GPUs without TF32, which CUDA can be told; ONNX Runtime's TensorRT cannot, and its fp32 would be none.
+    # On GPUs without TF32, which CUDA can be told. ONNX Runtime's TensorRT and TensorRT for RTX leave it on and have no
+    # option for it, so their fp32 would be none.
     "onnxruntime-cuda": {"fp32": _FP32, "fp16": _FP16},
     "onnxruntime-tensorrt": {"fp16": _plain(_FP16)},
-    "onnxruntime-tensorrt-rtx": {"fp32": _plain(_FP32), "fp16": _plain(_FP16)},
+    "onnxruntime-tensorrt-rtx": {"fp16": _plain(_FP16)},
     # OpenVINO would compute in bf16 by itself where the processor can, so it is always told. fp16 weights are stored in
     # half the space and computed with in fp32.
     "openvino": {

@@ -67,7 +67,7 @@ SETTABLE: dict[LoraMode, tuple[str, dict[str, tuple[Precision, ...]]]] = {
     "refit": (
         "replace weights",
         {
-            **dict.fromkeys(ONNX, ("fp32",)),
+            **{name: ("fp32",) for name in ONNX if "fp32" in RECIPES[name]},
             "openvino": ("fp32", "bf16"),
             "tensorrt": ("fp32", "fp16", "bf16"),
             "tensorrt-rtx": ("fp32", "fp16", "bf16"),

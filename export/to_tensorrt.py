@@ -120,7 +120,7 @@ def to_tensorrt(
     builder = trt.Builder(log)
     definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     _parse(trt, onnx, definition, log, network, backend)
-    config = builder.create_builder_config()
+    config = _config(trt, builder)
     for one in bounds:
         config.add_optimization_profile(_profile(builder, network, one))
     targets = capabilities(backend, architecture) if backend == "tensorrt-rtx" else []
@@ -166,6 +166,13 @@ def _module(backend: str) -> Any:
         raise EngineError(
             f"engine {backend!r}: does not load ({reason(error)}); run `pip install {backend}`"
         ) from error
+
+
+def _config(trt: Any, builder: Any) -> Any:
+    """A builder's configuration, in which fp32 is fp32: TF32, on by default, has ten bits of mantissa."""
+    config = builder.create_builder_config()
+    config.clear_flag(trt.BuilderFlag.TF32)
+    return config
 
 
 def _parse(trt: Any, onnx: Path, definition: Any, log: Any, network: Network, backend: str) -> None:

@@ -251,20 +251,26 @@ def test_a_plugin_that_is_added_to_onnxruntime(monkeypatch: pytest.MonkeyPatch) 
     module = SimpleNamespace(get_library_path=lambda: "lib.so")
     registered: list[tuple[str, str]] = []
     devices = [SimpleNamespace(ep_name="CPUExecutionProvider")]
+    second = SimpleNamespace(ep_name=own.name, ep_metadata={"device_id": "1"})
     monkeypatch.setattr(providers.importlib, "import_module", lambda _: module)
     monkeypatch.setattr(onnxruntime, "get_ep_devices", lambda: devices)
     monkeypatch.setattr(onnxruntime, "register_execution_provider_library", lambda *given: registered.append(given))
     monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: Opened([own.name]))
     given: list[Any] = []
     options = SimpleNamespace(add_provider_for_devices=lambda *them: given.append(them))
-    providers._plugged.cache_clear()
+    providers._register.cache_clear()
     with pytest.raises(EngineError, match="finds no GPU that it supports; choose the provider cuda"):
         open_session("tensorrt-rtx", Path("g"), options, CHOSEN)
-    devices.append(SimpleNamespace(ep_name=own.name))
-    open_session("tensorrt-rtx", Path("g"), options, CHOSEN)
-    assert given == [([devices[1]], CHOSEN)]
-    assert registered[0] == (own.name, "lib.so")
-    providers._plugged.cache_clear()
+    devices.append(second)
+    with pytest.raises(EngineError, match="finds no GPU that it supports"):  # the first, that is
+        open_session("tensorrt-rtx", Path("g"), options, CHOSEN)
+    devices.append(SimpleNamespace(ep_name=own.name, ep_metadata={"device_id": "0"}))
+    for number, device in (("0", devices[2]), ("1", second)):
+        open_session("tensorrt-rtx", Path("g"), options, {**CHOSEN, "device_id": number})
+        # Of all that it may be told, the number of the GPU is unknown to it.
+        assert given.pop() == ([device], {key: value for key, value in CHOSEN.items() if key != "device_id"})
+    assert registered == [(own.name, "lib.so")]
+    providers._register.cache_clear()
 
 
 def test_an_unknown_provider(network: Network, write_graph: Any, tmp_path: Path) -> None:

@@ -23,6 +23,8 @@ from engines.variant import Bounds, Precision, Variant
 
 pytest.importorskip("tensorrt_rtx", reason="builds the engines; pip install 'smooth-rt[tensorrt-rtx]'")
 
+import tensorrt_rtx
+
 from export import stages
 from export import to_tensorrt as to_tensorrt_module
 from export.half import in_half
@@ -60,8 +62,11 @@ def test_every_network_is_built_without_a_gpu(built: Any, dims: Dims, tmp_path: 
 
 
 def test_several_profiles_and_named_gpus(
-    built: Any, dims: Dims, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    built: Any, dims: Dims, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    configs: list[Any] = []
+    made = to_tensorrt_module._config
+    monkeypatch.setattr(to_tensorrt_module, "_config", lambda *given: configs.append(made(*given)) or configs[-1])
     network = contract("text_encoder", dims)
     one, two = bounded(network, (1, 1, 1)), bounded(network, (1, 4, 8))
     sizes = {}
@@ -77,6 +82,9 @@ def test_several_profiles_and_named_gpus(
         assert facts.capabilities == tuple(architecture.split(","))
         sizes[architecture] = facts.bytes
     assert sizes["sm89"] != sizes["sm80,sm120"]
+    # On by default, and no fp32: ten bits of mantissa.
+    assert [config.get_flag(tensorrt_rtx.BuilderFlag.TF32) for config in configs] == [False, False]
+    assert [config.num_compute_capabilities for config in configs] == [1, 2]
     assert capfd.readouterr() == ("", "")
 
 
