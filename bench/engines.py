@@ -36,7 +36,7 @@ from export.graphs import Case, random_inputs
 from export.to_int8 import quantise_at
 from export.to_onnx import to_onnx
 from export.to_openvino import to_openvino, to_winograd
-from smooth_rt.errors import EngineError
+from smooth_rt.errors import SmoothRTError
 
 __all__ = ["CANDIDATES", "Row", "main", "measure", "unet", "work_folder"]
 
@@ -133,7 +133,7 @@ def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None])
                 opened = time.perf_counter() - started
                 got = engine.infer(**inputs)["noise_pred"]
                 times = _timed(engine, inputs, options.repeats)
-        except EngineError as fault:
+        except SmoothRTError as fault:
             if name in CANDIDATES:
                 raise
             left_out.append(f"{name} is left out: {fault}")  # such as TensorRT for RTX on a GPU that it does not know
@@ -215,7 +215,7 @@ def _on_gpu(
         try:
             path = bench_gpu.built(backend, precision, subject, "unet", sizes, work / name.replace(" ", "-"))
             found[f"{name}, one size"] = (Candidate(backend, precision, fixed=True), path)
-        except EngineError as error:
+        except SmoothRTError as error:
             left_out.append(f"{name} is left out: {error}")
     return found, left_out
 

@@ -31,7 +31,7 @@ from engines.base import Engine
 from engines.contract import Dims, Network, NetworkName, contract
 from engines.eager import torch_networks
 from engines.recipes import RECIPES
-from engines.select import TENSORRT, availability, gpu, open_engine
+from engines.select import TENSORRT, availability, gpu, open_engine, target
 from engines.variant import Bounds, Precision
 from export.graphs import Case, random_inputs
 from export.half import DTYPES, Cast, converted, in_half
@@ -194,7 +194,7 @@ def built(
     """The graph of a network, made in `work` unless it is there from a run before.
 
     Raises:
-        EngineError: the backend cannot build it here.
+        SmoothRTError: the backend cannot build it here.
     """
     network, module = contract(name, subject.dims), subject.modules[name]
     bounds = _bounds(network, subject, options)
@@ -219,7 +219,7 @@ def built(
     path = work / f"{name}.engine"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        to_tensorrt(onnx, path, network, bounds, backend=backend, architecture=gpu() or "")
+        to_tensorrt(onnx, path, network, bounds, backend=backend, architecture=target(backend))
     return path
 
 

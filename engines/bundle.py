@@ -127,6 +127,15 @@ class Bundle:
         return _backends(self.manifest)
 
     @property
+    def unfit(self) -> dict[str, str]:
+        """The backends whose variants are all for GPUs, and for other ones than this machine's; what this one is."""
+        faults: dict[str, list[str | None]] = {}
+        for built in self.variants:
+            of_cpu = built.variant.architecture.startswith("cpu-")
+            faults.setdefault(built.backend, []).append(None if of_cpu else runs_here(built.variant.architecture))
+        return {backend: str(found[0]) for backend, found in faults.items() if all(found)}
+
+    @property
     def variants(self) -> tuple[VariantRecord, ...]:
         """Everything that was built."""
         return tuple(self.manifest.variants)

@@ -6,7 +6,7 @@ import importlib
 import logging
 import platform
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, cast
 from engines.errors import EngineError, InputError, reason
 from engines.providers import BY_BACKEND, PROVIDERS, lacking
 from engines.recipes import RECIPES
+from engines.rtx import architectures, leaves_out
 from engines.variant import LORA_MODES, Bounds, LoraMode, Precision
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ __all__ = [
     "open_engine",
     "runs_here",
     "target",
+    "targets",
 ]
 
 LOG = logging.getLogger("smooth_rt")
@@ -131,6 +133,8 @@ def gpu() -> str | None:
 def target(backend: str, gpu_arch: str | None = None) -> str:
     """The architecture that `backend` is built for: `gpu_arch` as named, else the GPU at hand, else what runs anywhere.
 
+    Of a GPU that TensorRT for RTX does not name, that is its portable engine: whether that runs there, it says itself.
+
     Raises:
         InputError: a backend that runs on the CPU is asked for a GPU's architecture, or one that must be built on its
             GPU for another.
@@ -138,7 +142,9 @@ def target(backend: str, gpu_arch: str | None = None) -> str:
     at_hand = gpu() if backend in (*ON_GPU, "inductor") else None
     on_gpu = backend in ONNX and backend in ON_GPU
     if gpu_arch is None:
-        return at_hand or (ANY_GPU if on_gpu else PORTABLE if backend == "tensorrt-rtx" else architecture())
+        if backend == "tensorrt-rtx":
+            return at_hand if at_hand is not None and at_hand in architectures() else PORTABLE
+        return at_hand or (ANY_GPU if on_gpu else architecture())
     if on_gpu and not _ARCHITECTURES.fullmatch(gpu_arch.lower()):
         raise InputError(f"gpu_arch={gpu_arch}: no architecture; give for example sm89, or sm80,sm89")
     if on_gpu or backend == "tensorrt-rtx":
@@ -147,6 +153,21 @@ def target(backend: str, gpu_arch: str | None = None) -> str:
         where = f"the GPU at hand, {at_hand}" if at_hand else "the GPU at hand, and there is none"
         raise InputError(f"gpu_arch={gpu_arch}: {backend} is built for {where}; tensorrt-rtx builds ahead of time")
     return gpu_arch.lower()
+
+
+def targets(backends: Sequence[str], gpu_arch: str | None = None) -> dict[str, str]:
+    """The architecture of each of several backends; `gpu_arch` is for those of them that run on a GPU.
+
+    Raises:
+        InputError: none of them does, or as `target` raises it.
+    """
+    takers = {name for name in backends if name in ON_GPU or (name == "inductor" and gpu() is not None)}
+    if gpu_arch is not None and not takers:
+        raise InputError(
+            f"gpu_arch={gpu_arch}: {', '.join(backends)} is built for the CPU here; leave it out, or name a backend "
+            "that runs on a GPU, such as tensorrt-rtx"
+        )
+    return {name: target(name, gpu_arch if name in takers else None) for name in backends}
 
 
 def architecture() -> str:
@@ -243,19 +264,21 @@ def buildable(name: str) -> str | None:
     return None
 
 
-def choose(engine: str, built: Collection[str]) -> Choice:
+def choose(engine: str, built: Collection[str], unfit: Mapping[str, str] | None = None) -> Choice:
     """The backend to run on, logged once at INFO on the logger "smooth_rt".
 
     Args:
         engine: "auto" or a backend. "auto" takes the first of openvino, onnxruntime, eager that is built and can run;
-            on a CUDA GPU TensorRT, then ONNX Runtime's CUDA provider, before them.
+            on a CUDA GPU TensorRT, then ONNX Runtime's CUDA provider, before them. TensorRT for RTX is passed over on
+            a GPU that it does not name.
         built: the backends there are graphs for. Eager needs none.
+        unfit: those of them whose graphs are of another machine, and what this one is: "auto" passes them over.
 
     Raises:
         EngineError: a named engine is unknown, cannot run here or was not built; the message says how to mend it.
     """
     if engine == "auto":
-        choice = _first_that_runs(built)
+        choice = _first_that_runs(built, unfit or {})
     else:
         fault = availability(engine)
         if fault is not None:
@@ -270,11 +293,14 @@ def choose(engine: str, built: Collection[str]) -> Choice:
     return choice
 
 
-def _first_that_runs(built: Collection[str]) -> Choice:
+def _first_that_runs(built: Collection[str], unfit: Mapping[str, str]) -> Choice:
     passed_over: list[str] = []
-    on_gpu = gpu() is not None
+    at_hand = gpu()
+    on_gpu = at_hand is not None
     for name in AUTO_ON_GPU if on_gpu else AUTO_ORDER:
-        fault = "not built" if name != "eager" and name not in built else availability(name)
+        fault = "not built" if name != "eager" and name not in built else availability(name) or unfit.get(name)
+        if fault is None and name == "tensorrt-rtx" and at_hand is not None:
+            fault = leaves_out(at_hand)
         if fault is None:
             because = "the first choice on a " + ("GPU" if on_gpu else "CPU")
             if passed_over:

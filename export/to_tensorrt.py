@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import logging
 import os
-import re
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -20,6 +19,7 @@ from typing import Any
 
 from engines.contract import Network
 from engines.errors import EngineError, InputError, reason
+from engines.rtx import architectures
 from engines.select import PORTABLE, gpu
 from engines.trt_log import quiet_log
 from engines.variant import Bounds
@@ -30,7 +30,6 @@ LOG = logging.getLogger("smooth_rt")
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 POLL_S = 0.1
-_ARCH = re.compile(r"sm([0-9]{2,3})")
 # Called with what is being done, and how much of it: the fraction is that of the phase named.
 Progress = Callable[[str, int, int], None]
 
@@ -60,9 +59,7 @@ def capabilities(backend: str, architecture: str) -> list[Any]:
     if architecture == PORTABLE:
         return []
     trt = _module(backend)
-    known = {
-        name.lower(): value for name, value in trt.ComputeCapability.__members__.items() if _ARCH.match(name.lower())
-    }
+    known = architectures()
     found = []
     for name in architecture.split(","):
         if name.strip() not in known:

@@ -187,7 +187,7 @@ class SmoothPipeline(Networks):
         (lora_strength,) = check(lora_strength=lora_strength)
         precision, lora_mode, convolution = check(precision=precision, lora_mode=lora_mode, convolution=convolution)
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(*check(bundle=bundle)))
-        choice = choose(joined(engine, provider), opened.backends)
+        choice = choose(joined(engine, provider), opened.backends, opened.unfit)
         if choice.backend != "eager":
             return cls._open(opened, choice, batch_size, precision, lora_strength, lora_mode, convolution)
         return cls._eager(reopen_model(opened, config), choice, batch_size, lora_strength)

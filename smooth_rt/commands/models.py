@@ -89,9 +89,9 @@ def build_engine(
     gpu_arch: Annotated[
         str | None,
         typer.Option(
-            metavar="sm80,sm89",
-            help="For tensorrt-rtx and onnxruntime's providers: built ahead of time for these. Left out: the GPU at "
-            "hand, or else every one that it supports.",
+            metavar="sm80,sm89|rtx",
+            help="For tensorrt-rtx and onnxruntime's providers: built ahead of time for these; rtx: one engine of "
+            "tensorrt-rtx for every GPU that it supports. Left out: the GPU at hand, or else every one.",
             show_default=False,
         ),
     ] = None,

@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from bench import engines, gpu, starts
 from smooth_rt import cli
+from smooth_rt.errors import InputError
 
 
 @pytest.mark.parametrize(
@@ -45,6 +47,19 @@ def test_a_gpu_is_asked_for_in_a_line(capsys: pytest.CaptureFixture[str]) -> Non
     # inductor runs on a processor too.
     assert set(able) == {"inductor fp16"}
     assert len(left_out) == len(gpu.CANDIDATES) - 1
+
+
+def test_what_cannot_be_built_on_a_gpu_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(*_: object) -> None:
+        raise InputError("gpu_arch=sm90: tensorrt-rtx builds for others")
+
+    monkeypatch.setattr(gpu, "runnable", lambda _: ({"tensorrt-rtx fp16": ("tensorrt-rtx", "fp16")}, []))
+    monkeypatch.setattr(gpu, "built", refused)
+    options = argparse.Namespace(batch_size=1, side=16)
+    found, left_out = engines._on_gpu(torch.nn.Identity(), Any, tmp_path, options, lambda _: None)  # type: ignore[arg-type]
+    assert (found, left_out) == (
+        {}, ["tensorrt-rtx fp16 is left out: gpu_arch=sm90: tensorrt-rtx builds for others"]
+    )  # fmt: skip
 
 
 @pytest.mark.slow

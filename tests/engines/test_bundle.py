@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import re
@@ -186,6 +187,23 @@ def test_another_architecture(bundle_folder: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr("platform.machine", lambda: "riscv64")
     with pytest.raises(BundleError, match=r"was built for .*, this is cpu-riscv64; rebuild"):
         Bundle.open(bundle_folder).engine("unet", "onnxruntime")
+
+
+def test_backends_whose_engines_are_all_for_other_gpus(
+    bundle_folder: Path, edit_manifest: Edit, monkeypatch: Any
+) -> None:
+    def on_gpu(content: dict[str, Any]) -> None:
+        built = content["variants"][0]
+        for backend, gpu_arch in (("tensorrt-rtx", "sm80"), ("tensorrt-rtx", "sm89"), ("onnxruntime-cuda", "cuda")):
+            content["variants"].append(copy.deepcopy(built))
+            content["variants"][-1]["variant"] |= {"backend": backend, "architecture": gpu_arch}
+
+    edit_manifest(on_gpu)
+    monkeypatch.setattr(select, "gpu", lambda: "sm86")
+    assert Bundle.open(bundle_folder, verify=False).unfit == {"tensorrt-rtx": "this is sm86"}
+    monkeypatch.setattr(select, "gpu", lambda: "sm89")
+    monkeypatch.setattr("platform.machine", lambda: "riscv64")  # the processor's are built anew, by the command
+    assert Bundle.open(bundle_folder, verify=False).unfit == {}
 
 
 def test_a_backend_that_is_not_in_the_bundle(bundle_folder: Path) -> None:

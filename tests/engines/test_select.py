@@ -6,6 +6,7 @@ import importlib
 import logging
 from importlib import metadata
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,15 +56,70 @@ def test_tensorrt_without_a_gpu(installed: dict[str, str], monkeypatch: pytest.M
     assert availability(name) == f"{name} is not installed; run `pip install {name}`"
 
 
-def test_auto_on_a_gpu_takes_tensorrt(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def rtx(installed: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """TensorRT for RTX is installed, and builds for some GPUs."""
+    known = {name: object() for name in ("NONE", "CURRENT", "SM75", "SM80", "SM86", "SM89", "SM120")}
+    module = SimpleNamespace(ComputeCapability=SimpleNamespace(__members__=known))
     real = importlib.import_module
-    monkeypatch.setattr(importlib, "import_module", lambda module: None if "tensorrt" in module else real(module))
-    monkeypatch.setattr(select, "gpu", lambda: "sm89")
+    monkeypatch.setattr(importlib, "import_module", lambda name: module if name == "tensorrt_rtx" else real(name))
     installed["tensorrt-rtx"] = "1.7"
+
+
+@pytest.mark.usefixtures("rtx")
+def test_auto_on_a_gpu_takes_tensorrt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "gpu", lambda: "sm89")
     choice = choose("auto", ["openvino", "tensorrt-rtx"])
     assert (choice.backend, "first choice on a GPU" in choice.reason) == ("tensorrt-rtx", True)
     assert "tensorrt (not built)" in choice.reason
     assert choose("auto", ["openvino"]).backend == "openvino"
+    # Of a bundle, what was built for another GPU is none of the choice.
+    choice = choose("auto", ["openvino", "tensorrt-rtx"], {"tensorrt-rtx": "this is sm89"})
+    assert (choice.backend, "tensorrt-rtx (this is sm89)" in choice.reason) == ("openvino", True)
+
+
+@pytest.mark.usefixtures("rtx")
+@pytest.mark.parametrize(
+    ("at_hand", "target", "taken"),
+    [
+        ("sm75", "sm75", "tensorrt-rtx"),
+        ("sm89", "sm89", "tensorrt-rtx"),
+        ("sm90", "rtx", "onnxruntime-cuda"),  # Hopper, which lies between those that it names
+        ("sm100", "rtx", "onnxruntime-cuda"),
+        ("sm130", "rtx", "tensorrt-rtx"),  # newer than all of them
+        (None, "rtx", "onnxruntime"),
+    ],
+)
+def test_a_gpu_that_tensorrt_for_rtx_does_not_name(
+    at_hand: str | None, target: str, taken: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(select, "gpu", lambda: at_hand)
+    monkeypatch.setattr(select, "lacking", lambda _: None)
+    assert select.target("tensorrt-rtx") == target
+    assert select.target("tensorrt-rtx", "sm80") == "sm80"
+    choice = choose("auto", ["onnxruntime", "onnxruntime-cuda", "tensorrt-rtx"])
+    assert choice.backend == taken
+    if at_hand is not None and taken != "tensorrt-rtx":
+        why = f"TensorRT for RTX is made for sm75, sm80, sm86, sm89, sm120 and newer, and this is {at_hand}"
+        assert f"tensorrt-rtx ({why})" in choice.reason
+        # By name it is tried.
+        assert choose("tensorrt-rtx", ["tensorrt-rtx"]).backend == "tensorrt-rtx"
+
+
+def test_an_architecture_is_for_the_backends_that_run_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(select, "gpu", lambda: None)
+    here = select.architecture()
+    named = select.targets(["openvino", "inductor", "tensorrt-rtx", "onnxruntime-cuda"], "sm89")
+    assert named == {"openvino": here, "inductor": here, "tensorrt-rtx": "sm89", "onnxruntime-cuda": "sm89"}
+    assert select.targets(["openvino", "tensorrt-rtx"]) == {"openvino": here, "tensorrt-rtx": "rtx"}
+    with pytest.raises(InputError, match="gpu_arch=sm89: openvino, inductor is built for the CPU here; leave it out"):
+        select.targets(["openvino", "inductor"], "sm89")
+    with pytest.raises(InputError, match="tensorrt is built for the GPU at hand, and there is none"):
+        select.targets(["openvino", "tensorrt"], "sm89")
+    monkeypatch.setattr(select, "gpu", lambda: "sm89")
+    assert select.targets(["openvino", "inductor"], "sm89") == {"openvino": here, "inductor": "sm89"}
+    with pytest.raises(InputError, match="inductor is built for the GPU at hand, sm89"):
+        select.targets(["inductor", "tensorrt-rtx"], "sm80")
 
 
 def test_what_is_built_for_which_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
