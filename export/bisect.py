@@ -22,7 +22,7 @@ from torch import Tensor
 from engines.errors import EngineError, InputError, reason
 from export.quiet import quiet
 
-__all__ = ["RUNNERS", "Divergence", "Run", "first_divergence"]
+__all__ = ["RUNNERS", "Divergence", "Run", "first_divergence", "on_openvino"]
 
 # (graph, inputs by name, the tensor wanted) -> its value
 Run = Callable[[Path, Mapping[str, Tensor], str], np.ndarray]
@@ -161,7 +161,9 @@ def _onnxruntime(optimised: bool) -> Run:
     return run
 
 
-def _openvino(hint: str) -> Run:
+def on_openvino(hint: str, change: Callable[[Any], object] | None = None) -> Run:
+    """OpenVINO, told to compute in `hint`, on a graph that `change` has changed in place."""
+
     def run(graph: Path, inputs: Mapping[str, Tensor], tensor: str) -> np.ndarray:
         import openvino
 
@@ -171,6 +173,8 @@ def _openvino(hint: str) -> Run:
         try:
             with quiet():
                 model = openvino.convert_model(str(graph))
+            if change is not None:
+                change(model)
             rewrite(model)
             compiled = core().compile_model(model, "CPU", {"INFERENCE_PRECISION_HINT": hint})
             results = compiled.create_infer_request().infer({name: value.numpy() for name, value in inputs.items()})
@@ -185,8 +189,8 @@ def _openvino(hint: str) -> Run:
 RUNNERS: dict[str, Run] = {
     "onnxruntime-plain": _onnxruntime(optimised=False),
     "onnxruntime": _onnxruntime(optimised=True),
-    "openvino-f32": _openvino("f32"),
-    "openvino-bf16": _openvino("bf16"),
+    "openvino-f32": on_openvino("f32"),
+    "openvino-bf16": on_openvino("bf16"),
 }
 
 

@@ -11,14 +11,16 @@ import torch
 from torch import nn
 
 from engines.bundle import Bundle
-from engines.contract import NetworkName
+from engines.contract import Network, NetworkName
 from engines.lora import LoraWeights
 from engines.manifest import EngineRecord, Manifest, VariantRecord
 from engines.select import availability, runs_here
-from export.bisect import RUNNERS, Divergence, first_divergence
+from engines.variant import Variant
+from export.bisect import RUNNERS, Divergence, Run, first_divergence, on_openvino
 from export.graphs import Case, cases, random_inputs
 from export.reference import Reference
 from export.to_onnx import to_onnx
+from export.to_openvino import fewer_multiplications
 from export.verify import TOLERANCES
 
 __all__ = ["bisect", "prove"]
@@ -109,12 +111,12 @@ def bisect(
     with tempfile.TemporaryDirectory(prefix="smooth-rt-bisect-") as folder:
         for built in bundle.variants:
             network = built.variant.network(name, bundle.dims)
-            (case, *_) = cases(network, bundle.dims)
+            record = built.engine(name)
+            (case, *_) = _tried(bundle, built, record)
             inputs = random_inputs(network, bundle.dims, case, torch.Generator().manual_seed(seed))
             graph = Path(folder) / str(built.variant.takes_strength(name)) / "model.onnx"
-            record = built.engine(name)
-            runner = RUNNERS.get("-".join([built.backend, *([record.hint] if record.hint else [])]))
-            if runner is None or record.precision == "int8":
+            runner = _runner(built.variant, record, network)
+            if runner is None:
                 found[built.variant.name] = "not searched: it does not run the exported graph in fp32 or bf16 on a CPU"
                 continue
             if not graph.exists():
@@ -123,6 +125,15 @@ def bisect(
                 graph, inputs, runner, SHARE * TOLERANCES[record.precision], progress=progress
             )
     return found
+
+
+def _runner(variant: Variant, record: EngineRecord, network: Network) -> Run | None:
+    """What computes the exported fp32 graph as the engine does; None where the engine's graph is another one."""
+    if record.precision not in ("fp32", "bf16"):
+        return None
+    if variant.convolution == "winograd":
+        return on_openvino("f32", lambda model: fewer_multiplications(model, network, record.bounds))
+    return RUNNERS.get("-".join([variant.backend, *([record.hint] if record.hint else [])]))
 
 
 def _tried(bundle: Bundle, built: VariantRecord, record: EngineRecord) -> tuple[Case, ...]:

@@ -19,7 +19,7 @@ from export.rewrites.exact_timesteps import exact_timesteps
 from export.rewrites.own_weights import own_weights
 from export.rewrites.winograd import winograd
 
-__all__ = ["rewrite", "save", "to_openvino", "to_winograd"]
+__all__ = ["fewer_multiplications", "rewrite", "save", "to_openvino", "to_winograd"]
 
 _RULES = (exact_timesteps, own_weights)
 
@@ -67,12 +67,16 @@ def to_winograd(onnx: Path, path: Path, network: Network, bounds: Sequence[Bound
         network: whose graph it is.
         bounds: of one height and one width, as `recipes.check_convolution` has them; batches may differ.
     """
+    hits: Counter[int] = Counter()
+    to_openvino(onnx, path, change=lambda model: hits.update(fewer_multiplications(model, network, bounds)))
+    return hits
+
+
+def fewer_multiplications(model: openvino.Model, network: Network, bounds: Sequence[Bounds]) -> Counter[int]:
+    """What `to_winograd` does to a graph, in place."""
     sizes = {symbol: -1 if symbol == "batch" else best for symbol, (_, best, _) in bounds[0].items()}
     shapes = {spec.name: spec.shape(sizes) for spec in network.inputs}
-    rows = max(one["batch"][1] for one in bounds)
-    hits: Counter[int] = Counter()
-    to_openvino(onnx, path, change=lambda model: hits.update(winograd(model, shapes, rows)))
-    return hits
+    return winograd(model, shapes, max(one["batch"][1] for one in bounds))
 
 
 def save(model: openvino.Model, path: Path, size: int, compress: bool = False) -> None:

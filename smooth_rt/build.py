@@ -200,7 +200,8 @@ def bisect_engines(
     does, or why it cannot be searched.
 
     Args:
-        bundle: an open bundle. The graph that is searched is the exported one: of int8 it tells nothing.
+        bundle: an open bundle. The exported graph is searched, with a variant's own convolutions: of int8 and fp16,
+            whose graphs are others, it tells nothing.
         model: what the bundle was made from, as `reopen_model` gives it.
         network: which.
         seed: of the inputs.

@@ -19,6 +19,7 @@ from smooth_rt import __version__, report, writers
 from smooth_rt.metrics import Istd, istd, psnr
 
 __all__ = [
+    "FEW_STEPS",
     "EditScene",
     "Outcome",
     "Scene",
@@ -44,6 +45,13 @@ class Settings:
     null_text_steps: int = 15  # of the morph by null-text inversion, whose every step takes up to ten gradients
     seeds: tuple[int, int] = (3, 5)
     edit_strength: float = 0.8
+
+
+# Said wherever results of fewer steps are shown.
+FEW_STEPS = (
+    "Made with --small, of too few steps to judge by: edits hardly edit, and the Smooth-LoRA may look worse than "
+    "the model alone. It shows that all parts work; for pictures run it without --small."
+)
 
 
 @dataclass(frozen=True)
@@ -228,7 +236,8 @@ def describe(
         for i, e in enumerate(scene.edits)
     ]
     engines = list(dict.fromkeys(outcome.engine for outcome in outcomes))
-    lead = (
+    few = settings.num_inference_steps < Settings().num_inference_steps
+    lead = (f"{FEW_STEPS} " if few else "") + (
         "Two images turn into each other, a real image is inverted and rebuilt, and images are edited by prompt, "
         f"{'with and without the Smooth-LoRA, ' if len(shown) > 1 else ''}on engines built on the spot "
         f"({', '.join(engines)}). The pictures are those of {engines[0]}; {settings.num_inference_steps} DDIM steps. "

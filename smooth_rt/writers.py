@@ -10,6 +10,7 @@ import errno
 import io
 import json
 import os
+import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -38,14 +39,14 @@ GAP = 2  # pixels between the images of a contact sheet
 
 
 def check_output(folder: str | Path, names: Iterable[str] = (), inputs: Iterable[str | os.PathLike[str]] = ()) -> Path:
-    """Whether files can be written under `folder`, asked before a long computation. Creates nothing.
+    """Whether files can be written under `folder`, asked before a long computation. Leaves nothing.
 
     Args:
         names: the files that `write_files` will be given. Others of the same names are replaced, as by any tool.
         inputs: what the computation reads: none of it may be replaced. What is no file (a hub id) is passed over.
 
     Raises:
-        InputError: a part of the path is a file, the nearest folder that exists is not writable, the system refuses
+        InputError: a part of the path is a file, the nearest folder that exists takes no file, the system refuses
             the path (a name in it is too long, say), or a file that would be written is one of the inputs, by
             whatever path it was named.
     """
@@ -63,9 +64,14 @@ def check_output(folder: str | Path, names: Iterable[str] = (), inputs: Iterable
 def _check_parts(folder: Path) -> None:
     for part in (folder, *folder.parents):
         if part.is_dir():
-            if not os.access(part, os.W_OK | os.X_OK):
-                raise InputError(f"{folder}: {part} is not writable; name another folder with --output")
-            return
+            try:
+                # Rights alone do not tell: nobody writes into /proc or to a read-only disk, whatever they may.
+                with tempfile.TemporaryFile(dir=part):
+                    return
+            except OSError as error:
+                raise InputError(
+                    f"{folder}: {part} is not writable ({reason(error)}); name another folder with --output"
+                ) from error
         if part.exists() or part.is_symlink():
             raise InputError(f"{folder}: {part} is a file, not a folder; name another folder with --output")
 

@@ -147,9 +147,14 @@ def test_export_key_tells_why_two_bundles_differ(
     assert cli.main(["engines", "export-key", str(bundle.path), str(other)]) == 0
     told = capsys.readouterr().out
     alike, engines = told.split("engines:")
+    # The engines' names say what variant they are; a graph's digest, its weights and its sizes differ by network.
+    different = {"lora", "graph", "weights", "bounds"}
     assert "variant.backend" in alike
     assert "model.unet" in alike
-    assert "lora" in engines.splitlines()[1].split()
+    heading = engines.splitlines()[1].split()
+    assert heading[:4] == ["bundle", "engine", "network", "key"]
+    assert set(heading[4:]) == different
+    assert f"1: {bundle.path}" in " ".join(told.split())
     assert rows[0]["key"] not in told
     assert cli.main(["engines", "export-key", str(tmp_path / "none")]) == 2
 

@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 
 from smooth_rt import cli, demo
-from smooth_rt.demo_report import EditScene, Outcome, Scene, Settings, command, describe, media, table
+from smooth_rt.demo_report import FEW_STEPS, EditScene, Outcome, Scene, Settings, command, describe, media, table
 from smooth_rt.errors import InputError
 from smooth_rt.lora import Lora, LoraLayer, write_lora
 
@@ -40,6 +40,7 @@ def ran(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[dem
     return made, [str(folder), str(tiny_model), str(lora)], stages
 
 
+@pytest.mark.slow
 def test_every_variant_on_every_engine(ran: tuple[demo.Demo, list[str], list[str]]) -> None:
     rows = ran[0].rows
     assert [(row["variant"], row["engine"]) for row in rows] == [
@@ -56,12 +57,14 @@ def test_every_variant_on_every_engine(ran: tuple[demo.Demo, list[str], list[str
     assert ran[0].reused == {"base": False, "smooth": False}
 
 
+@pytest.mark.slow
 def test_stages_are_told(ran: tuple[demo.Demo, list[str], list[str]]) -> None:
     told = list(dict.fromkeys(stage.split(":")[0] for stage in ran[2]))
     assert told[:2] == ["building base", "building smooth"]
     assert told[2:] == [f"{v} on {e}" for v in ("base", "smooth") for e in ("openvino", "onnxruntime")]
 
 
+@pytest.mark.slow
 def test_files_are_whole(ran: tuple[demo.Demo, list[str], list[str]]) -> None:
     made = ran[0]
     assert made.page.name == "index.html"
@@ -76,6 +79,7 @@ def test_files_are_whole(ran: tuple[demo.Demo, list[str], list[str]]) -> None:
     assert json.loads((made.page.parent / "results.json").read_text())["rows"] == made.rows
 
 
+@pytest.mark.slow
 def test_page_shows_the_numbers_and_loads_nothing(ran: tuple[demo.Demo, list[str], list[str]]) -> None:
     text = ran[0].page.read_text(encoding="utf-8")
     assert not re.search(r'(?:src|href)="(?!data:)', text)
@@ -83,8 +87,10 @@ def test_page_shows_the_numbers_and_loads_nothing(ran: tuple[demo.Demo, list[str
         assert f"PSNR {row['inversion_psnr_db']:.2f} dB" in text or row["same_as"] is not None
         assert f'<td class="number">{row["istd"]["seeds"]:.1f}</td>' in text
     assert "openvino, onnxruntime" in text
+    assert FEW_STEPS in text  # two steps are fewer than the pictures take
 
 
+@pytest.mark.slow
 def test_second_run_reuses_and_says_so(
     ran: tuple[demo.Demo, list[str], list[str]], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

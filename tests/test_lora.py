@@ -271,6 +271,16 @@ def test_fusing_needs_pristine_fp32_weights_and_a_finite_strength(tiny_model: Pa
     refusal(lambda: fuse(unet, lora), "fused in already")
 
 
+def test_weights_beyond_fp32_are_refused_and_leave_the_unet_as_it_was(tiny_model: Path) -> None:
+    unet = new_unet(tiny_model)
+    before = {name: weight.clone() for name, weight in unet.state_dict().items()}
+    (path, (down, up)), (other, (large, same)) = list(pairs(unet).items())[:2]
+    lora = Lora({path: LoraLayer(down, up), other: LoraLayer(large * 1e30, same * 1e30, key=f"{other}.down")}, "x", "")
+    with pytest.raises(ModelError, match=rf"^x: {other}.down at strength 0.5 gives weights beyond fp32; lower"):
+        fuse(unet, lora, 0.5)
+    assert all(torch.equal(weight, before[name]) for name, weight in unet.state_dict().items())
+
+
 def test_fuse_to_folder(tiny_model: Path, tmp_path: Path) -> None:
     lora = read_lora(saved(authors(pairs(new_unet(tiny_model))), tmp_path))
     output = fuse_to_folder(load_model(tiny_model), lora, 0.6, tmp_path / "fused")

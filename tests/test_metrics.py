@@ -57,10 +57,11 @@ def test_the_interval_of_a_ratio_covers_it() -> None:
     covered = 0
     for _ in range(60):
         first, second = generator.gamma(2.0, size=100), 0.8 * generator.gamma(2.0, size=100)
-        low, high = ratio_interval(first, second)
+        low, high = ratio_interval(first, second) or (0.0, 0.0)
         assert 0.15 < high - low < 0.6
         covered += low <= 0.8 <= high
     assert 50 <= covered <= 60
+    assert ratio_interval(base[:4], base[:4]) is None  # of so few it would say nothing
     with pytest.raises(InputError, match="100 and 99 prompts"):
         ratio_interval(base[:100], base[:99])
 

@@ -104,6 +104,7 @@ def winograd(model: Any, shapes: Mapping[str, Sequence[int]], rows: int) -> Coun
             continue
         fresh = _filtered(node.input_value(0), _constant(node).data, size)
         fresh.get_node().set_friendly_name(node.get_friendly_name())
+        fresh.get_tensor().set_names(node.output(0).get_names())  # by which the result can be asked for
         for target in list(node.output(0).get_target_inputs()):
             target.replace_source_output(fresh)
         hits[size] += 1

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["export_key", "inspect_engines", "list_engines", "prune_engines", "verify_engines"]
 
 SHORT_KEY = 12  # digits of a key that tell it from others at a glance
+# Parts of a key that an engine's own name holds, as in openvino-fp32-refit.
+TOLD_BY_NAME = ("variant.backend", "variant.precision", "variant.lora_mode", "variant.convolution")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 Bundles = Annotated[
@@ -231,17 +233,20 @@ def export_key(bundles: Bundles, options: OutputOptions) -> dict[str, Any]:
                 rows.append({**named, "key": record.key, "made_of": made_of})
     if options.json:
         return {"engines": rows}
-    # For people once what all share, and beside each engine the rest.
+    # For people once what all share, and beside each engine the rest that its name does not tell, as narrow as can be.
+    bundles = list(dict.fromkeys(row["bundle"] for row in rows))
     parts = [dict(_leaves({**row["made_of"], "bounds": _sizes(row["made_of"]["bounds"])})) for row in rows]
     names = list(dict.fromkeys(name for part in parts for name in part))
     told = {name: [part.get(name) for part in parts] for name in names}
     alike = {name: values[0] for name, values in told.items() if all(value == values[0] for value in values)}
-    different = [name for name in names if name not in alike]
+    different = [name for name in names if name not in alike and name not in TOLD_BY_NAME]
     return {
+        "bundles": [f"{number}: {path}" for number, path in enumerate(bundles, 1)],
         "alike": [{"part": name, "value": value} for name, value in alike.items()],
         "engines": [
             {
-                **{column: row[column] for column in ("bundle", "engine", "network")},
+                **({"bundle": bundles.index(row["bundle"]) + 1} if len(bundles) > 1 else {}),
+                **{column: row[column] for column in ("engine", "network")},
                 "key": row["key"][:SHORT_KEY],
                 **{name: part.get(name) for name in different},
             }

@@ -26,7 +26,7 @@ def demo(
 ) -> dict[str, Any]:
     """Build engines, morph, invert and edit with and without the Smooth-LoRA, and write one page."""
     from smooth_rt.demo import run_demo
-    from smooth_rt.demo_report import table
+    from smooth_rt.demo_report import FEW_STEPS, table
 
     engines = listed(engine)
     watch = Stopwatch()
@@ -45,4 +45,5 @@ def demo(
     if options.json:
         return {**found, "reused": made.reused, "files": [str(path) for path in made.files], "results": made.rows}
     told = ", ".join(f"{name} {'reused from the cache' if kept else 'built'}" for name, kept in made.reused.items())
-    return {**found, "engines": told, "files": f"{len(made.files)} in {output}", "results": table(made.rows)}
+    note = {"note": FEW_STEPS} if small else {}
+    return {**found, "engines": told, "files": f"{len(made.files)} in {output}", **note, "results": table(made.rows)}

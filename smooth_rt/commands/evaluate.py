@@ -48,7 +48,7 @@ def istd(
 ) -> dict[str, Any]:
     """ISTD, mean step and diversity over prompts, without and with the LoRA, from the same noises."""
     from smooth_rt.evaluation import IstdTask, read_prompts, summarise_istd
-    from smooth_rt.evaluation.tables import distances_plot
+    from smooth_rt.evaluation.tables import distances_plot, said_interval
     from smooth_rt.metrics import ratio_interval
 
     if not 0 < pixel_range <= 1e9:
@@ -84,10 +84,9 @@ def istd(
         base, smooth = rows
         keys = ("istd", "mean_step", "istd_over_mean_step", "diversity")
         setup["smooth_over_base"] = {key: smooth[key] / base[key] if base[key] else None for key in keys}
-        setup["istd_95_percent"] = list(ratio_interval(base["per_prompt"], smooth["per_prompt"]))
-        low, high = setup["istd_95_percent"]
+        setup["istd_95_percent"] = ratio_interval(base["per_prompt"], smooth["per_prompt"])
         ratio = setup["smooth_over_base"]["istd"] or float("nan")
-        notes = [f"ISTD, smooth over base: {ratio:.3f} (95 %, bootstrap over prompts: {low:.3f} to {high:.3f})."]
+        notes = [f"ISTD, smooth over base: {ratio:.3f} ({said_interval(setup['istd_95_percent'], 'prompts')})."]
     columns = {
         "variant": "model", "istd": "ISTD", "mean_step": "mean step", "istd_over_mean_step": "ISTD / mean step",
         "diversity": "diversity",

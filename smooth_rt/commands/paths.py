@@ -41,6 +41,7 @@ def interpolation(
     """How even paths between images are and whether pictures lie on them, without and with the LoRA."""
     from smooth_rt.evaluation import InterpolationTask, captioned, examples, summarise_interpolation
     from smooth_rt.evaluation.interpolation import options_of
+    from smooth_rt.evaluation.tables import said_interval
     from smooth_rt.metrics import ratio_interval
     from smooth_rt.metrics.attributes import load_attributes
     from smooth_rt.tasks.inversion import METHODS
@@ -71,10 +72,10 @@ def interpolation(
     for row in rows:
         plain = next((one for one in rows if (one["variant"], one["way"]) == (row["variant"], "plain")), None)
         if plain is not None and row is not plain:
-            row["istd_over_plain_95_percent"] = list(ratio_interval(plain["per_prompt"], row["per_prompt"]))
-            low, high = row["istd_over_plain_95_percent"]
+            between = ratio_interval(plain["per_prompt"], row["per_prompt"])
+            row["istd_over_plain_95_percent"] = between
             said = f"ISTD of {row['variant']}, {row['way']} over plain: {row['istd'] / plain['istd']:.3f}"
-            notes[f"{said} (95 %, bootstrap over paths: {low:.3f} to {high:.3f})."] = None
+            notes[f"{said} ({said_interval(between, 'paths')})."] = None
     if attributes is None:
         notes["Certainty is not measured: the classifier knows the default model's data alone."] = None
     scale = METHODS[method].guidance_scale if scale is None else scale

@@ -10,7 +10,7 @@ import numpy as np
 from smooth_rt.plot import Curve, line_plot
 from smooth_rt.scatter import Point, scatter_plot
 
-__all__ = ["distances_plot", "inversion_plot", "markdown"]
+__all__ = ["distances_plot", "inversion_plot", "markdown", "said_interval"]
 
 # The plot is a file of its own, with no page to take colours from.
 STYLE = (
@@ -38,6 +38,13 @@ def _cell(value: Any) -> str:
     if isinstance(value, list):
         return " to ".join(_cell(one) for one in value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def said_interval(between: tuple[float, float] | None, drawn: str) -> str:
+    """What `metrics.ratio_interval` found over `drawn` ("prompts", "paths"), as a note says it."""
+    if between is None:
+        return f"too few {drawn} to say how far others may lie from that"
+    return f"95 %, bootstrap over {drawn}: {between[0]:.3f} to {between[1]:.3f}"
 
 
 def distances_plot(distances: Mapping[str, Sequence[Sequence[float]]]) -> str:

@@ -33,7 +33,7 @@ def fuse(unet: nn.Module, lora: Lora, strength: float = 1.0) -> None:
     Raises:
         InputError: `strength` is out of its range.
         ModelError: a key matches nothing in the UNet or its shape does not fit (the line names the key), the UNet is
-            not in fp32, or a LoRA was fused into it before.
+            not in fp32, a sum is beyond fp32, or a LoRA was fused into it before.
     """
     check(lora_strength=strength)
     if fused_with(unet) is not None:
@@ -42,8 +42,13 @@ def fuse(unet: nn.Module, lora: Lora, strength: float = 1.0) -> None:
     targets = [(_target(modules, path, layer, lora.source), layer) for path, layer in lora.layers.items()]
     with torch.no_grad():
         for weight, layer in targets:
-            change = layer.up.float().flatten(1) @ layer.down.float().flatten(1)
-            weight.add_(change.reshape(weight.shape), alpha=strength * layer.scale)
+            if not torch.isfinite(_fused(weight, layer, strength)).all():
+                raise ModelError(
+                    f"{lora.source}: {layer.key} at strength {strength:g} gives weights beyond fp32; "
+                    "lower --lora-strength or take another LoRA"
+                )
+        for weight, layer in targets:
+            weight.copy_(_fused(weight, layer, strength))
     setattr(unet, MARK, (lora.digest, strength))
 
 
@@ -89,6 +94,11 @@ def fuse_to_folder(model: Model, lora: Lora, strength: float, output: Path) -> P
     fuse(model.unet, lora, strength)
     model.save(output)
     return output
+
+
+def _fused(weight: Tensor, layer: LoraLayer, strength: float) -> Tensor:
+    change = layer.up.float().flatten(1) @ layer.down.float().flatten(1)
+    return weight.add(change.reshape(weight.shape), alpha=strength * layer.scale)
 
 
 def _target(modules: dict[str, nn.Module], path: str, layer: LoraLayer, source: str) -> Tensor:

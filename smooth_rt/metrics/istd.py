@@ -28,6 +28,7 @@ from smooth_rt.metrics.pixels import FramesLike, as_pixels
 __all__ = ["Istd", "diversity", "istd", "istd_of", "neighbour_distances", "ratio_interval"]
 
 DRAWS = 4000
+LEAST_RESAMPLED = 5  # prompts
 
 
 @dataclass(frozen=True)
@@ -131,8 +132,10 @@ def diversity(images_per_prompt: ArrayLike | Sequence[FramesLike], *, pixel_rang
     return pixel_range * float(np.mean(means))
 
 
-def ratio_interval(base: Sequence[float], other: Sequence[float], seed: int = 0) -> tuple[float, float]:
+def ratio_interval(base: Sequence[float], other: Sequence[float], seed: int = 0) -> tuple[float, float] | None:
     """Where `mean(other) / mean(base)` lies with 95 % confidence: a bootstrap over prompts, which are drawn in pairs.
+
+    None for fewer than `LEAST_RESAMPLED` prompts: drawn again, so few say nothing about others.
 
     Args:
         base: a number above 0 for each prompt, as `Istd.per_prompt`.
@@ -144,6 +147,8 @@ def ratio_interval(base: Sequence[float], other: Sequence[float], seed: int = 0)
     first, second = np.asarray(base, float), np.asarray(other, float)
     if first.shape != second.shape or not first.size:
         raise InputError(f"per_prompt: {first.size} and {second.size} prompts; give the same prompts for both")
+    if first.size < LEAST_RESAMPLED:
+        return None
     drawn = np.random.default_rng(seed).integers(0, first.size, (DRAWS, first.size))
     with np.errstate(divide="ignore", invalid="ignore"):  # a base that does not move at all
         low, high = np.percentile(second[drawn].mean(1) / first[drawn].mean(1), [2.5, 97.5])

@@ -9,6 +9,7 @@ import pytest
 from bench.cases import MEASURED
 from bench.results import MorphResult, NetworkResult, Report
 
+pytestmark = pytest.mark.slow  # .ci/run makes a quick benchmark of the default model, and these in a step of their own
 ENGINES = {"eager", "openvino"}
 PEERS = {"diffusers", "openvino-genai"}
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,10 @@ from torch import Tensor
 
 from engines.contract import Dims, contract
 from engines.errors import EngineError
-from export.bisect import RUNNERS, first_divergence
+from engines.variant import Bounds
+from export.bisect import RUNNERS, _probe, first_divergence, on_openvino
 from export.graphs import Case, random_inputs
+from export.to_openvino import fewer_multiplications
 
 
 @pytest.fixture(scope="module")
@@ -72,6 +75,29 @@ def test_a_lower_precision_parts_somewhere(graph: Path, inputs: dict[str, Tensor
     if found is not None:  # a processor without bf16 computes in fp32
         assert 1e-4 < found.error < 0.5
         assert found.index < found.count
+
+
+def test_a_rewritten_graph_is_searched_where_the_rewriting_is(
+    graph: Path, inputs: dict[str, Tensor], dims: Dims, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("export.rewrites.winograd.LEAST_PAIRS", 0)
+    monkeypatch.setattr("export.rewrites.winograd.LEAST_TILES", 1)
+    network, hits = contract("unet", dims), []
+    bounds: list[Bounds] = [{"batch": (1, 1, 1), "height": (8, 8, 8), "width": (8, 8, 8)}]
+
+    def change(model: Any) -> None:
+        hits.append(fewer_multiplications(model, network, bounds).total())
+
+    assert first_divergence(graph, inputs, on_openvino("f32", change), 1e-4) is None
+    assert min(hits) > 0
+    # The result of a rewritten layer goes by the name of the layer that it stands for.
+    model = onnx.load(graph, load_external_data=False)
+    layers = [node.output[0] for node in model.graph.node if node.op_type == "Conv"]
+    probe = _probe(model, layers[len(layers) // 2], tmp_path / graph.name)
+    shutil.copyfile(f"{graph}.data", f"{probe}.data")
+    wanted = RUNNERS["onnxruntime-plain"](probe, inputs, layers[len(layers) // 2])
+    found = on_openvino("f32", change)(probe, inputs, layers[len(layers) // 2])
+    np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
 def test_a_file_that_is_none(tmp_path: Path, inputs: dict[str, Tensor]) -> None:

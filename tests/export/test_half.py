@@ -91,7 +91,7 @@ def test_numbers_that_no_island_can_save(networks: Networks, dims: Dims) -> None
         in_half(module, contract("vae_decoder", dims), dims, "fp32")
 
 
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("fp16", marks=pytest.mark.slow)])
 def test_layers_are_found_in_the_graph_by_name(
     exported_once: Any, networks: Networks, dims: Dims, tmp_path: Path, precision: Any
 ) -> None:

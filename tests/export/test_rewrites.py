@@ -129,6 +129,7 @@ def test_fixed_sizes(unet: Path, networks: Networks, dims: Dims) -> None:
         verify(engine, networks["unet"], network, dims, "fp32", 1, cases(network, dims, bounds))
 
 
+@pytest.mark.slow
 def test_a_strength_stays_with_the_latent(networks: Networks, dims: Dims, tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     block = "mid_block.attentions.0.transformer_blocks.0"

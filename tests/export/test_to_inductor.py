@@ -63,6 +63,7 @@ def errors(engine: InductorEngine, module: nn.Module, network: Network, dims: Di
     return [float((got[name] - wanted[name]).norm() / wanted[name].norm()) for name in wanted]
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_the_unet_is_the_torch_module_at_every_batch_and_size(unet: Path, networks: Networks, dims: Dims) -> None:
     network = contract("unet", dims)

@@ -77,6 +77,7 @@ def test_a_quantised_unet_is_near_and_holds_int8(
     assert 1e-3 < parity[0].relative < TOLERANCES["int8"]
 
 
+@pytest.mark.slow
 def test_the_ladder_leaves_out_more_at_each_rung(exported: Path, dims: Dims, tmp_path: Path) -> None:
     left = [
         set(
@@ -90,7 +91,10 @@ def test_the_ladder_leaves_out_more_at_each_rung(exported: Path, dims: Dims, tmp
     assert not any(name.endswith("conv1.weight") for name in left[1])
 
 
-@pytest.mark.parametrize(("quantise", "backend"), [(quantise_openvino, "openvino"), (quantise_onnx, "onnxruntime")])
+@pytest.mark.parametrize(
+    ("quantise", "backend"),
+    [(quantise_openvino, "openvino"), pytest.param(quantise_onnx, "onnxruntime", marks=pytest.mark.slow)],
+)
 def test_images_decide_which_rung_is_taken(
     exported: Path, dims: Dims, tmp_path: Path, quantise: Any, backend: str, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -105,6 +109,7 @@ def test_images_decide_which_rung_is_taken(
     assert f"unet in int8 for {backend}, all: 26.0 dB" in caplog.text
 
 
+@pytest.mark.slow
 def test_what_no_rung_can_help_is_not_published(
     exported: Path, dims: Dims, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -126,6 +131,7 @@ def test_a_graph_that_is_none(dims: Dims, tmp_path: Path) -> None:
         quantise_at(0, tmp_path / "model.onnx", tmp_path / "x.xml", contract("unet", dims), "openvino", rows(dims))
 
 
+@pytest.mark.slow
 def test_it_is_silent(exported: Path, dims: Dims, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     quantise_at(0, exported, tmp_path / FILES["openvino"], contract("unet", dims), "openvino", rows(dims))
     assert capfd.readouterr() == ("", "")

@@ -147,6 +147,7 @@ def test_killed_at_twenty_random_moments(tmp_path: Path, lives: Lives) -> None:
     assert_equal(ended(tmp_path / "killed"), ended(tmp_path / "whole"))
 
 
+@pytest.mark.slow
 def test_killed_after_every_file_operation_of_a_save(tmp_path: Path, lives: Lives) -> None:
     assert lives.live(tmp_path / "whole", 3)
     whole = ended(tmp_path / "whole")
