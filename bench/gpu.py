@@ -202,16 +202,16 @@ def built(
         from engines.inductor import package_of
         from export.to_inductor import to_inductor
 
-        for index, one in enumerate(bounds):
-            path = package_of(work / f"{name}.pt2", index)
+        paths = [package_of(work / f"{name}.pt2", index) for index in range(len(bounds))]
+        half = module if all(path.exists() for path in paths) else _in(precision, module, network, subject)
+        for path, one in zip(paths, bounds, strict=True):
             ends = {symbol: (least, most) for symbol, (least, _, most) in one.items()}
             if not path.exists():
-                to_inductor(module, network, subject.dims, path, precision=precision, device="cuda", symbol_bounds=ends)
-        return work / f"{name}.pt2"
+                to_inductor(half, network, subject.dims, path, precision=precision, device="cuda", symbol_bounds=ends)
+        return paths[0]
     onnx = work.parent / f"onnx-{precision}" / name / "model.onnx"
     if not onnx.exists():
-        exact = module if precision == "fp32" else in_half(module, network, subject.dims, precision)[0]
-        to_onnx(exact, network, subject.dims, onnx)
+        to_onnx(_in(precision, module, network, subject), network, subject.dims, onnx)
     if backend not in TENSORRT:
         return onnx
     from export.to_tensorrt import to_tensorrt
@@ -221,6 +221,10 @@ def built(
         path.parent.mkdir(parents=True, exist_ok=True)
         to_tensorrt(onnx, path, network, bounds, backend=backend, architecture=target(backend))
     return path
+
+
+def _in(precision: Precision, module: nn.Module, network: Network, subject: Subject) -> nn.Module:
+    return module if precision == "fp32" else in_half(module, network, subject.dims, precision)[0]
 
 
 def _opened(

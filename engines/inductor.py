@@ -17,6 +17,7 @@ from engines.base import Engine
 from engines.contract import Axis, Network
 from engines.errors import EngineError, InputError, reason
 from engines.pt2 import Package, read_package
+from engines.tf32 import no_tf32
 from engines.variant import Bounds
 
 __all__ = ["InductorEngine", "package_of"]
@@ -90,7 +91,10 @@ class InductorEngine(Engine):
             _TORCHS_LOG.disabled = False
         # The loader itself: calling the model would parse its signature anew at each call.
         run = model.loader.run
-        return _Opened(package, _Graphs(run).run if on_gpu else run)
+        if not on_gpu:
+            return _Opened(package, run)
+        graphs = _Graphs(run)
+        return _Opened(package, no_tf32()(graphs.run) if package.precision == "fp32" else graphs.run)
 
     def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:
         opened = self._package(profile or 0)

@@ -44,6 +44,9 @@ def _compile(folder: Path, job: dict[str, Any]) -> None:
     args, kwargs = program.example_inputs
     module = program.module()
     del program
+    if job["precision"] == "fp32":  # by this the compiler chooses kernels, see `engines.tf32`; the process is our own
+        torch.backends.cudnn.allow_tf32 = False
+        torch.set_float32_matmul_precision("highest")
     with torch.no_grad():
         files: Any = aot_compile(module, args, kwargs, options=job["options"])
     # Without the sources: they are not needed to run, and hold this machine's folders.

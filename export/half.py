@@ -8,7 +8,7 @@ outgrow fp16 (VAE decoders are known for it, and give black images). So each is 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -20,7 +20,7 @@ from engines.errors import EngineError, InputError
 from engines.variant import Precision
 from export.graphs import Case, random_inputs
 
-__all__ = ["DTYPES", "ISLANDS", "Cast", "converted", "in_half"]
+__all__ = ["DTYPES", "ISLANDS", "Cast", "channels_last", "converted", "in_half"]
 
 DTYPES: dict[str, torch.dtype] = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # Kinds of modules that may be left in fp32, by what they are called in the manifest.
@@ -71,22 +71,28 @@ def in_half(module: nn.Module, network: Network, dims: Dims, precision: Precisio
     return _built(module, dtype, kept, large), [*kept, *large]
 
 
-def converted(module: nn.Module, dtype: torch.dtype, keep: Sequence[nn.Module] = (), last: bool = False) -> nn.Module:
-    """A copy in `dtype`. Each tensor is converted on its own, so that there is never a second fp32 copy of them all;
-    one that needs no conversion is shared with `module`.
+def converted(module: nn.Module, dtype: torch.dtype, keep: Sequence[nn.Module] = ()) -> nn.Module:
+    """A copy in `dtype`. A tensor that needs no conversion is shared with `module`.
 
     Args:
         keep: modules whose tensors stay as they are.
-        last: whether weights of convolutions are laid out channels-last.
     """
     kept = {id(tensor) for one in keep for tensor in (*one.parameters(), *one.buffers())}
+    return _copied(
+        module, lambda tensor: tensor.to(dtype) if tensor.is_floating_point() and id(tensor) not in kept else tensor
+    )
+
+
+def channels_last(module: nn.Module) -> nn.Module:
+    """A copy whose convolutions' weights are laid out channels-last; all others are shared with `module`."""
+    return _copied(module, lambda one: one.contiguous(memory_format=torch.channels_last) if one.ndim == 4 else one)
+
+
+def _copied(module: nn.Module, change: Callable[[Tensor], Tensor]) -> nn.Module:
+    """A copy on changed tensors. Each is changed on its own, so that there is never a second copy of them all."""
     memo: dict[int, Any] = {}
     for tensor in (*module.parameters(), *module.buffers()):
-        new = tensor.detach()
-        if new.is_floating_point() and id(tensor) not in kept:
-            new = new.to(dtype)
-        if last and new.ndim == 4:
-            new = new.contiguous(memory_format=torch.channels_last)
+        new = change(tensor).detach()
         memo[id(tensor)] = nn.Parameter(new, requires_grad=False) if isinstance(tensor, nn.Parameter) else new
     # deepcopy takes from the memo what it finds there, and copies the modules around.
     return copy.deepcopy(module, memo)

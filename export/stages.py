@@ -61,7 +61,7 @@ class Stages:
     ) -> None:
         self._folder = folder
         self._ready = ready
-        self._islands: list[str] = []
+        self._islands: dict[Path, list[str]] = {}
         self._dims = dims
         self._real_runs = calibration
         self._begin = begin
@@ -118,7 +118,7 @@ class Stages:
         if variant.backend == "inductor":
             return self._as_inductor(network, module, variant, precision, bounds, folder / "model.pt2")
         if variant.backend in TENSORRT and onnx is not None:
-            return self._as_tensorrt(network, variant, onnx, bounds, folder / "model.engine", replaceable)
+            return self._as_tensorrt(network, variant, precision, onnx, bounds, folder / "model.engine", replaceable)
         raise EngineError(f"engine {variant.backend!r}: this version does not build it")
 
     def exported(self, network: Network, precision: Precision) -> Path:
@@ -144,11 +144,18 @@ class Stages:
             elif precision == "fp32":
                 to_onnx(module, network, self._dims, path)
             else:
-                from export.half import in_half
-
-                half, self._islands = in_half(module, network, self._dims, precision)
-                to_onnx(half, network, self._dims, path)
+                to_onnx(self._half(network, module, precision), network, self._dims, path)
         return path
+
+    def _half(self, network: Network, module: nn.Module, precision: Precision) -> nn.Module:
+        """The module in half precision; its islands are kept for the manifest."""
+        from export.half import in_half
+
+        half, self._islands[self.exported(network, precision)] = in_half(module, network, self._dims, precision)
+        return half
+
+    def _noted(self, network: Network, precision: Precision) -> Notes:
+        return {} if precision == "fp32" else {"fp32_islands": self._islands[self.exported(network, precision)]}
 
     def _ready_made(self, network: Network) -> Path | None:
         """Where the network's graph in fp32 lies: in a variant that is the exported graphs as they are."""
@@ -171,7 +178,7 @@ class Stages:
         # The CPU's variant and a GPU's have one graph; weights of several links onnx would refuse.
         for part in onnx.parent.iterdir():
             take(part, path.parent / part.name)
-        return Graph(path, {} if precision == "fp32" else {"fp32_islands": self._islands})
+        return Graph(path, self._noted(network, precision))
 
     def _as_openvino(
         self,
@@ -198,6 +205,7 @@ class Stages:
         self,
         network: Network,
         variant: Variant,
+        precision: Precision,
         onnx: Path,
         bounds: Sequence[Bounds],
         path: Path,
@@ -217,8 +225,7 @@ class Stages:
             # A phase says nothing of the whole build.
             progress=lambda phase, done, total: self._detail(f"{network.name}: {phase} {done}/{total}", 0.0),
         )
-        notes = facts.notes() | ({} if variant.precision == "fp32" else {"fp32_islands": self._islands})
-        return Graph(path, notes)
+        return Graph(path, facts.notes() | self._noted(network, precision))
 
     def _as_inductor(
         self,
@@ -232,6 +239,8 @@ class Stages:
         from export.to_inductor import to_inductor
 
         device = "cpu" if variant.architecture.startswith("cpu-") else "cuda"
+        if precision != "fp32":
+            module = self._half(network, module, precision)
         for index, one in enumerate(bounds):
             ends = {symbol: (least, most) for symbol, (least, _, most) in one.items()}
             package = package_of(path, index)
@@ -240,7 +249,7 @@ class Stages:
                     f"{network.name}: compile {variant.name}, size {index + 1} of {len(bounds)}", index / len(bounds)
                 )
             to_inductor(module, network, self._dims, package, precision=precision, device=device, symbol_bounds=ends)
-        return Graph(path, {"packages": len(bounds)})
+        return Graph(path, {"packages": len(bounds), **self._noted(network, precision)})
 
     def _within(self, what: str) -> None:
         self._detail(what, 0.0)  # of which nobody knows how much it is

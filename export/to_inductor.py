@@ -26,7 +26,7 @@ from engines.errors import EngineError, InputError, reason
 from engines.pt2 import Package
 from export import aoti_compile
 from export.graphs import TRACED_BATCH_MAX, Case, random_inputs
-from export.half import DTYPES, Cast, converted
+from export.half import DTYPES, Cast, channels_last
 from export.quiet import quiet
 
 __all__ = ["DTYPES", "cannot_build", "to_inductor"]
@@ -78,11 +78,11 @@ def to_inductor(
     three times the weights.
 
     Args:
-        module: a module of `engines.eager.torch_networks`, on the CPU; it stays as it is.
+        module: a module of `engines.eager.torch_networks`, or that by `half.in_half`, on the CPU; it stays as it is.
         network: its contract.
         dims: the model's sizes.
         path: the .pt2 file; its folder is created.
-        precision: fp32, bf16 or fp16. Inputs and outputs stay the contract's.
+        precision: fp32, bf16 or fp16, in which `module` computes. Inputs and outputs are the contract's.
         device: "cpu", or "cuda" for the GPU that torch takes by default; the module stays on the CPU.
         symbol_bounds: per symbol of the contract, the least and the greatest size (None: no bound). Equal ones make
             the axis static. None, or a symbol left out: what the network itself takes.
@@ -104,10 +104,10 @@ def to_inductor(
         room = Path(folder)
         report(f"{network.name}: export", 0, 2)
         with _cache(room / _FOLDERS[_CACHE]):
-            _export(module, network, dims, room / aoti_compile.PROGRAM, DTYPES[precision], device, bounds)
+            _export(module, network, dims, room / aoti_compile.PROGRAM, device, bounds)
         report(f"{network.name}: compile", 1, 2)
         package = Package.of_this_machine(network, precision, device, bounds)
-        job = {"name": path.name, "device": device, "options": _options(package)}
+        job = {"name": path.name, "device": device, "precision": precision, "options": _options(package)}
         (room / aoti_compile.JOB).write_text(json.dumps(job), encoding="utf-8")
         _compile(network, room)
         os.replace(room / path.name, path)
@@ -135,17 +135,14 @@ def _checked(network: Network, path: Path, precision: str, device: str, given: B
     return {**own, **(given or {})}
 
 
-def _export(
-    module: nn.Module, network: Network, dims: Dims, path: Path, dtype: torch.dtype, device: str, bounds: Bounds
-) -> None:
+def _export(module: nn.Module, network: Network, dims: Dims, path: Path, device: str, bounds: Bounds) -> None:
     inputs, shapes = _traced(network, dims, bounds)
+    if isinstance(module, Cast):  # it takes any number of inputs, in one tuple
+        shapes = (shapes,)
     try:
         with quiet(), torch.no_grad():
-            if dtype is not torch.float32 or device == "cuda":
-                module = converted(module, dtype, last=device == "cuda")
-            if dtype is not torch.float32:
-                module, shapes = Cast(module, dtype).eval(), (shapes,)
-            program = torch.export.export(module, inputs, dynamic_shapes=shapes)
+            laid = channels_last(module) if device == "cuda" else module
+            program = torch.export.export(laid, inputs, dynamic_shapes=shapes)
     except Exception as error:
         raise EngineError(f"{network.name}: torch.export failed: {reason(error)}") from error
     with quiet():

@@ -10,13 +10,14 @@ import zipfile
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from engines import pt2, select
+from engines import inductor, pt2, select
 from engines.contract import Dims, Network, contract
 from engines.errors import EngineError, InputError
 from engines.inductor import InductorEngine
@@ -162,6 +163,62 @@ def test_another_gpu(
     monkeypatch.setattr(pt2, "gpu_capability", lambda: gpu)
     with pytest.raises(EngineError, match=said):
         InductorEngine(NETWORK, repacked(package, tmp_path / "other.pt2", device="cuda", capability="9.0"))
+
+
+def _tf32() -> tuple[Any, ...]:
+    return torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+
+
+@needs_a_package
+@pytest.mark.parametrize(("precision", "exact"), [("fp32", True), ("bf16", False)])
+def test_fp32_is_not_tf32_on_a_gpu(
+    package: Path, precision: str, exact: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = []
+
+    def run(inputs: list[Tensor]) -> list[Tensor]:
+        seen.append(_tf32())
+        return [torch.zeros(2, 3, 3, 2)] * 2
+
+    loaded = SimpleNamespace(loader=SimpleNamespace(run=run))
+    monkeypatch.setattr(torch._inductor, "aoti_load_package", lambda *_, **__: loaded)
+    monkeypatch.setattr(inductor, "_Graphs", lambda run: SimpleNamespace(run=run))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(pt2, "gpu_capability", lambda: "9.0")
+    before = _tf32()
+    assert before[0]  # torch's own default
+    path = repacked(package, tmp_path / "gpu.pt2", device="cuda", capability="9.0", precision=precision)
+    with InductorEngine(NETWORK, path) as engine:
+        for _ in range(2):
+            engine.infer(sample=image())
+            assert _tf32() == before
+    assert seen == [(False, False) if exact else before] * 2
+
+
+@pytest.mark.parametrize("told", ["torch.set_float32_matmul_precision('medium')", "matmul.fp32_precision = 'tf32'"])
+def test_tf32_is_off_and_then_as_it_was_told(told: str, pytestconfig: Any) -> None:
+    """In a process of its own: what was told the newer way cannot be read the older way any more."""
+    code = f"""
+import torch
+from engines.tf32 import no_tf32
+cudnn, matmul = torch.backends.cudnn, torch.backends.cuda.matmul
+def read(name):
+    try:
+        return eval(name)
+    except RuntimeError:
+        return "unreadable"
+def state():
+    older = "cudnn.allow_tf32", "matmul.allow_tf32", "torch.get_float32_matmul_precision()"
+    return [read(name) for name in (*older, "cudnn.conv.fp32_precision", "matmul.fp32_precision")]
+{told}
+before = state()
+with no_tf32():
+    assert True not in state()[:2], state()
+    assert "tf32" not in state()[3:], state()
+assert state() == before, (before, state())
+"""
+    environment = {**os.environ, "PYTHONPATH": "."}
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=pytestconfig.rootpath, env=environment)
 
 
 @needs_a_package

@@ -15,6 +15,9 @@ from torch import nn
 from engines.contract import Dims, NetworkName, contract
 from engines.errors import EngineError
 from engines.manifest import digest_file
+from engines.select import architecture
+from engines.variant import Bounds, Variant
+from export import half, stages
 from export.to_onnx import to_onnx
 from export.to_openvino import to_openvino
 
@@ -104,3 +107,27 @@ def test_the_timestep_is_exact_in_every_precision_of_openvino(built: Any) -> Non
     assert marked["unet"] >= {"Convert", "Multiply", "Sin", "Cos", "Concat"}
     assert not marked["unet"] & {"MatMul", "Convolution", "MVN", "Add", "Swish"}
     assert marked["text_encoder"] == set()
+
+
+def test_a_package_in_half_precision_has_its_islands_and_notes_them(
+    networks: Networks, dims: Dims, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(half, "WORTH", 0.0)  # every island is kept
+    compiled: list[tuple[nn.Module, str]] = []
+    monkeypatch.setattr(
+        "export.to_inductor.to_inductor", lambda module, *_, precision, **__: compiled.append((module, precision))
+    )
+    made = stages.Stages(tmp_path, dims, None, lambda *_: None)
+    sizes: Bounds = {symbol: (size, size, size) for symbol, size in {"batch": 1, "height": 8, "width": 8}.items()}
+    variant = Variant(backend="inductor", precision="bf16", lora_mode="fused", architecture=architecture())
+    network = contract("unet", dims)
+    graph = made.build(network, networks["unet"], variant, "bf16", [sizes, sizes], tmp_path)
+    assert graph.notes == {"packages": 2, "fp32_islands": ["norms", "timestep embedding"]}
+    for module, precision in compiled:
+        assert precision == "bf16"
+        of = {type(one).__name__: {weight.dtype for weight in one.parameters()} for one in module.modules()}
+        assert of["GroupNorm"] == of["TimestepEmbedding"] == {torch.float32}
+        assert of["Conv2d"] == {torch.bfloat16}
+    exact = variant.model_copy(update={"precision": "fp32"})
+    assert made.build(network, networks["unet"], exact, "fp32", [sizes], tmp_path).notes == {"packages": 1}
+    assert compiled[-1] == (networks["unet"], "fp32")

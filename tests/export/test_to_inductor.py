@@ -21,9 +21,10 @@ from engines.contract import NETWORKS, Dims, Network, NetworkName, contract
 from engines.eager import EagerEngine
 from engines.errors import EngineError, InputError
 from engines.inductor import InductorEngine
+from engines.variant import Precision
 from export import to_inductor as stage
 from export.graphs import Case, random_inputs
-from export.half import converted
+from export.half import channels_last, converted, in_half
 from export.to_inductor import _traced, cannot_build, to_inductor
 from export.verify import verify
 
@@ -89,10 +90,11 @@ def test_every_network_in_fp32(name: NetworkName, networks: Networks, dims: Dims
 @needs_compiler
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_strength_that_is_an_input(
-    runtime: tuple[nn.Module, Network], precision: str, dims: Dims, tmp_path: Path
+    runtime: tuple[nn.Module, Network], precision: Precision, dims: Dims, tmp_path: Path
 ) -> None:
     module, network = runtime
-    to_inductor(module, network, dims, tmp_path / "network.pt2", precision=precision)
+    compiled = module if precision == "fp32" else in_half(module, network, dims, precision)[0]
+    to_inductor(compiled, network, dims, tmp_path / "network.pt2", precision=precision)
     with InductorEngine(network, tmp_path / "network.pt2") as engine:
         verify(engine, module, network, dims, precision, 3)
 
@@ -101,9 +103,12 @@ def test_a_strength_that_is_an_input(
 @needs_compiler
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
 @pytest.mark.parametrize("name", NETWORKS)
-def test_half_precision(name: NetworkName, precision: str, networks: Networks, dims: Dims, tmp_path: Path) -> None:
+def test_half_precision(
+    name: NetworkName, precision: Precision, networks: Networks, dims: Dims, tmp_path: Path
+) -> None:
     network, module = contract(name, dims), networks[name]
-    to_inductor(module, network, dims, tmp_path / "network.pt2", precision=precision)
+    half, _ = in_half(module, network, dims, precision)
+    to_inductor(half, network, dims, tmp_path / "network.pt2", precision=precision)
     assert all(parameter.dtype is torch.float32 for parameter in module.parameters())
     case = Case({"batch": 2, "height": 8, "width": 12}, 1.0)
     with InductorEngine(network, tmp_path / "network.pt2") as engine:
@@ -126,7 +131,8 @@ def test_in_bf16_and_bounds_silent_alone_and_reported(
     steps: list[tuple[str, int, int]] = []
     path = tmp_path / "made" / "here.pt2"
     to_inductor(
-        module, network, dims, path, precision="bf16", symbol_bounds={"batch": (2, 5)},
+        in_half(module, network, dims, "bf16")[0], network, dims, path,
+        precision="bf16", symbol_bounds={"batch": (2, 5)},
         progress=lambda *step: steps.append(step),
     )  # fmt: skip
     assert capfd.readouterr() == ("", "")
@@ -332,7 +338,7 @@ def test_a_copy_in_half_precision_shares_nothing_and_leaves_the_module(networks:
     assert all(torch.equal(value, before[name]) for name, value in module.state_dict().items())
     # Islands of fp32 stay.
     half.unet.conv_out.float()  # type: ignore[union-attr, operator]
-    again = converted(half, torch.bfloat16, [half.unet.conv_out], last=True)  # type: ignore[list-item]
+    again = channels_last(converted(half, torch.bfloat16, [half.unet.conv_out]))  # type: ignore[list-item]
     assert again.unet.conv_out.weight.dtype is torch.float32  # type: ignore[union-attr]
     assert again.unet.conv_out.weight.is_contiguous(memory_format=torch.channels_last)  # type: ignore[union-attr, operator]
     # What needs no conversion is not copied.

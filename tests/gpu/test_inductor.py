@@ -13,8 +13,11 @@ from engines import inductor
 from engines.contract import Dims, contract
 from engines.eager import EagerEngine, torch_networks
 from engines.inductor import InductorEngine
+from engines.variant import Precision
 from export.graphs import Case, random_inputs
+from export.half import in_half
 from export.to_inductor import cannot_build, to_inductor
+from export.verify import TOLERANCES
 
 NO_GPU = None if torch.cuda.is_available() else "needs a GPU that torch can use (CUDA)"
 
@@ -34,16 +37,17 @@ def unet(tiny_model: Path) -> nn.Module:
     return torch_networks(nn.Identity(), unet, nn.Identity())["unet"]
 
 
-@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", 1e-3), ("bf16", 5e-2), ("fp16", 7e-3)])
+@pytest.mark.parametrize(("precision", "tolerance"), [("fp32", TOLERANCES["fp32"]), ("bf16", 5e-2), ("fp16", 7e-3)])
 def test_the_unet_on_the_gpu(
-    unet: nn.Module, precision: str, tolerance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unet: nn.Module, precision: Precision, tolerance: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     fault = cannot_build("cuda")
     if fault is not None:
         pytest.skip(fault)
     monkeypatch.setattr(inductor, "GRAPHS", 2)
     network, path = contract("unet", DIMS), tmp_path / "made" / "unet.pt2"
-    to_inductor(unet, network, DIMS, path, precision=precision, device="cuda")
+    compiled = unet if precision == "fp32" else in_half(unet, network, DIMS, precision)[0]
+    to_inductor(compiled, network, DIMS, path, precision=precision, device="cuda")
     assert os.listdir(path.parent) == ["unet.pt2"]
     assert next(unet.parameters()).device.type == "cpu"
     eager = EagerEngine(network, unet)
