@@ -66,7 +66,7 @@ MANIFEST = "manifest.json"
 class Bundle:
     """An opened bundle. `open` has checked it; `engine` opens a network on a backend.
 
-    Attributes: `caches` is the folder for what ONNX Runtime's TensorRT compiles as an engine opens, a folder a key;
+    Attributes: `caches` is the folder for what TensorRT compiles as an engine opens or runs, a folder a key;
     None keeps nothing. Who opens the bundle may set it.
     """
 

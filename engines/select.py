@@ -323,7 +323,7 @@ def open_engine(
     Args:
         hint: OpenVINO's precision hint; None stands for "f32".
         bounds: the sizes that it was built for, as in `Engine`.
-        cache: for ONNX Runtime's TensorRT, as in `OrtEngine`.
+        cache: for what TensorRT compiles, as in `OrtEngine` and `TrtEngine`.
 
     Raises:
         EngineError: the backend is unknown, cannot run here or cannot read the graph.
@@ -346,5 +346,5 @@ def open_engine(
     if backend in TENSORRT:
         from engines.trt import TrtEngine
 
-        return TrtEngine(network, path, bounds, backend)
+        return TrtEngine(network, path, bounds, backend, cache)
     raise EngineError(f"engine {backend!r}: runs torch modules, not graphs; open the model instead of a bundle")

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping, Sequence
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +16,34 @@ from engines.base import Engine
 from engines.contract import Network
 from engines.device import OnDevice
 from engines.errors import EngineError, InputError, reason
+from engines.rtx import leaves_out
+from engines.select import gpu
+from engines.trt_cache import Kernels
 from engines.trt_log import quiet_log
 from engines.variant import Bounds
 
 __all__ = ["TrtEngine", "given_weights"]
 
+LOG = logging.getLogger("smooth_rt")
+
 _WARM_UP = 2  # runs before a capture: TensorRT allocates and compiles at the first ones
+_KERNELS = "kernels.bin"
 
 
 class TrtEngine(Engine):
     """One engine file. `infer` takes turns: threads wait for each other.
 
     Inputs are copied into buffers on the GPU that stay, bound by address; outputs leave the GPU before the next call
-    writes over them. Each shape is captured as a CUDA graph at its first use. One context serves each set of bounds.
+    writes over them. Each shape has a context of its own, which is captured as a CUDA graph at its first use and left
+    as it is from then on. As they run in turns, all contexts share the memory that they compute in.
 
     Args:
         network: the contract; the engine's inputs and outputs must bear its names.
         path: of the engine.
         bounds: as in `Engine`, in the order of the engine's optimization profiles.
         backend: "tensorrt" or "tensorrt-rtx".
+        cache: a folder for the kernels that TensorRT for RTX compiles as the engine runs; of this engine and this GPU
+            alone. They are read as it opens and written as it closes. None: nothing is kept.
 
     Raises:
         EngineError: there is no CUDA GPU, the module does not load, or the file is damaged, of another version of
@@ -42,7 +53,14 @@ class TrtEngine(Engine):
     # Which of the two is known when one is made.
     backend: str  # type: ignore[misc]
 
-    def __init__(self, network: Network, path: Path, bounds: Sequence[Bounds] = (), backend: str = "tensorrt") -> None:
+    def __init__(
+        self,
+        network: Network,
+        path: Path,
+        bounds: Sequence[Bounds] = (),
+        backend: str = "tensorrt",
+        cache: Path | None = None,
+    ) -> None:
         super().__init__(network, bounds)
         self.backend = backend
         # Before anything is read: TensorRT's own refusal without a GPU says nothing.
@@ -61,15 +79,28 @@ class TrtEngine(Engine):
         except OSError as error:
             raise EngineError(f"{path}: cannot be read ({error.strerror}); rebuild") from error
         if self._engine is None:
+            left_out = leaves_out(gpu() or "") if backend == "tensorrt-rtx" else None
             raise EngineError(
                 f"{path}: {backend} {self._trt.__version__} cannot open it on {torch.cuda.get_device_name()} "
-                f"({self._log.fault()}); rebuild it here"
+                f"({self._log.fault()}); {f'{left_out}; choose another engine' if left_out else 'rebuild it here'}"
             )
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         kinds = {name: self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT for name in names}
         self.check_names([n for n in names if kinds[n]], [n for n in names if not kinds[n]])
-        self._device = OnDevice("cuda", self._capture)
-        self._contexts: dict[int, Any] = {}
+        self._device = OnDevice("cuda", self._prepare)
+        self._memory: Tensor | None = None
+        self._graphs = True
+        self._config = self._engine.create_runtime_config()
+        self._config.set_execution_context_allocation_strategy(
+            self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
+        )
+        self._kernels: Kernels | None = None
+        if backend == "tensorrt-rtx":
+            # Otherwise kernels made for the shape would take over at some later run, and a captured graph miss them.
+            eager = self._trt.DynamicShapesKernelSpecializationStrategy.EAGER
+            self._config.dynamic_shapes_kernel_specialization_strategy = eager
+            if cache is not None:
+                self._kernels = Kernels(self._config, cache / _KERNELS)
 
     def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:
         dtypes = {spec.name: getattr(torch, spec.dtype) for spec in self.network.outputs}
@@ -105,35 +136,64 @@ class TrtEngine(Engine):
                 self.close()
                 raise EngineError(f"{self.network.name}: {self.backend} cannot refit ({self._log.fault()}); rebuild")
 
-    def _capture(self, bounds: int | None, inputs: Mapping[str, Tensor]) -> _Run:
-        profile, stream = bounds or 0, self._device.stream
-        context = self._contexts.get(profile)
-        if context is None:
-            context = self._contexts[profile] = self._engine.create_execution_context()
-            if context is None:
-                raise EngineError(f"{self.network.name}: {self.backend} has no memory for it ({self._log.fault()})")
-            context.set_optimization_profile_async(profile, stream.cuda_stream)
+    def _prepare(self, bounds: int | None, inputs: Mapping[str, Tensor]) -> _Run:
+        device, context = self._device.device, self._context(bounds or 0)
         buffers = {
-            name: torch.empty(tensor.shape, dtype=self._dtype(name), device="cuda") for name, tensor in inputs.items()
+            name: torch.empty(tensor.shape, dtype=self._dtype(name), device=device) for name, tensor in inputs.items()
         }
-        for name, buffer in buffers.items():
-            context.set_input_shape(name, tuple(buffer.shape))
+        if not all(context.set_input_shape(name, tuple(buffer.shape)) for name, buffer in buffers.items()):
+            raise EngineError(f"{self.network.name}: {self.backend} takes no such shape ({self._log.fault()}); rebuild")
         outputs = {
             spec.name: torch.empty(
-                tuple(context.get_tensor_shape(spec.name)), dtype=self._dtype(spec.name), device="cuda"
+                tuple(context.get_tensor_shape(spec.name)), dtype=self._dtype(spec.name), device=device
             )
             for spec in self.network.outputs
         }
-        return _Run(context, stream, buffers, outputs)
+        for name, buffer in {**buffers, **outputs}.items():
+            context.set_tensor_address(name, buffer.data_ptr())
+        run = _Run(partial(self._enqueue, context), buffers, outputs)
+        for _ in range(_WARM_UP):
+            run.replay()
+        self._device.stream.synchronize()
+        if self._graphs:
+            try:
+                self._check_capturable(context)
+                run.capture(self._device.stream)
+            except (RuntimeError, EngineError) as error:
+                LOG.warning("%s: %s runs without CUDA graphs (%s)", self.network.name, self.backend, reason(error))
+                self._graphs = False
+        return run
+
+    def _context(self, profile: int) -> Any:
+        """A fresh one, in the memory that all of them share."""
+        stream = self._device.stream.cuda_stream
+        if self._memory is None:  # enough for each profile
+            size = max(1, self._engine.device_memory_size_v2)
+            self._memory = torch.empty(size, dtype=torch.uint8, device=self._device.device)
+        context = self._engine.create_execution_context(self._config)
+        if context is None or not context.set_optimization_profile_async(profile, stream):
+            raise EngineError(f"{self.network.name}: {self.backend} has no memory for it ({self._log.fault()})")
+        context.set_device_memory(self._memory.data_ptr(), self._memory.numel())
+        return context
+
+    def _check_capturable(self, context: Any) -> None:
+        # TensorRT itself has no such question; what cannot be captured fails.
+        if self.backend == "tensorrt-rtx" and not context.is_stream_capturable(self._device.stream.cuda_stream):
+            raise EngineError("TensorRT for RTX does not let this engine be captured")
+
+    def _enqueue(self, context: Any) -> None:
+        if not context.execute_async_v3(self._device.stream.cuda_stream):
+            raise EngineError(f"{self.network.name}: {self.backend} cannot run it ({self._log.fault()}); rebuild")
 
     def _dtype(self, name: str) -> torch.dtype:
         return _TORCH_TYPES[self._engine.get_tensor_dtype(name).name]
 
     def close(self) -> None:
-        """Free the engine and its buffers."""
+        """Free the engine and its buffers; keep the kernels that were compiled."""
+        if self._kernels is not None:
+            self._kernels.save()
         self._device.clear()
-        self._contexts.clear()
-        self._engine = None
+        self._kernels = self._memory = self._config = self._engine = None
         super().close()
 
 
@@ -155,40 +215,23 @@ def given_weights(trt: Any, dtype: Any, tensor: Tensor) -> tuple[Any, Tensor]:
 
 
 class _Run:
-    """One shape on one context: its buffers, and the CUDA graph over them, or plain runs where a capture fails."""
+    """One shape on a context of its own: its buffers, and a run over them, or the CUDA graph that it became."""
 
-    lasting = False  # the graph goes with the buffers
+    lasting = False  # the context and the graph go with the buffers
 
-    def __init__(self, context: Any, stream: Any, inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
+    def __init__(self, run: Callable[[], None], inputs: dict[str, Tensor], outputs: dict[str, Tensor]) -> None:
         self.inputs = inputs
         self.outputs = outputs
-        self._context = context
-        self._stream = stream
-        for _ in range(_WARM_UP):
-            self._plain()
-        stream.synchronize()
-        self._graph: Any = torch.cuda.CUDAGraph()
-        try:
-            with torch.cuda.graph(self._graph, stream=stream):
-                self._enqueue()
-        except RuntimeError:  # some layers cannot be captured
-            self._graph = None
+        self._run = run  # holds the context, which a graph needs as well
+        self._replay = run
+
+    def capture(self, stream: Any) -> None:
+        """Replay a CUDA graph from now on; where that fails the run stays as it is."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            self._run()
+        self._replay = graph.replay
 
     def replay(self) -> None:
         """Run on what the inputs' buffers hold."""
-        if self._graph is None:
-            self._plain()
-        else:
-            self._graph.replay()
-
-    def _plain(self) -> None:
-        # Another shape may have used the context since.
-        for name, buffer in self.inputs.items():
-            self._context.set_input_shape(name, tuple(buffer.shape))
-        for name, buffer in {**self.inputs, **self.outputs}.items():
-            self._context.set_tensor_address(name, buffer.data_ptr())
-        self._enqueue()
-
-    def _enqueue(self) -> None:
-        if not self._context.execute_async_v3(self._stream.cuda_stream):
-            raise EngineError("TensorRT cannot run the engine; verify the bundle")
+        self._replay()

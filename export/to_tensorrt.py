@@ -6,10 +6,7 @@ none named, for every one that TensorRT for RTX supports. An engine of TensorRT 
 
 from __future__ import annotations
 
-import contextlib
 import importlib
-import logging
-import os
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -21,12 +18,11 @@ from engines.contract import Network
 from engines.errors import EngineError, InputError, reason
 from engines.rtx import architectures
 from engines.select import PORTABLE, gpu
+from engines.trt_cache import keep, kept
 from engines.trt_log import quiet_log
 from engines.variant import Bounds
 
 __all__ = ["MODULES", "BuildFacts", "capabilities", "to_tensorrt"]
-
-LOG = logging.getLogger("smooth_rt")
 
 MODULES = {"tensorrt": "tensorrt", "tensorrt-rtx": "tensorrt_rtx"}
 POLL_S = 0.1
@@ -117,7 +113,7 @@ def to_tensorrt(
     builder = trt.Builder(log)
     definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     _parse(trt, onnx, definition, log, network, backend)
-    config = _config(trt, builder)
+    config = _config(trt, builder, backend)
     for one in bounds:
         config.add_optimization_profile(_profile(builder, network, one))
     targets = capabilities(backend, architecture) if backend == "tensorrt-rtx" else []
@@ -165,10 +161,13 @@ def _module(backend: str) -> Any:
         ) from error
 
 
-def _config(trt: Any, builder: Any) -> Any:
+def _config(trt: Any, builder: Any, backend: str) -> Any:
     """A builder's configuration, in which fp32 is fp32: TF32, on by default, has ten bits of mantissa."""
     config = builder.create_builder_config()
     config.clear_flag(trt.BuilderFlag.TF32)
+    if backend == "tensorrt-rtx":
+        # Runs then allocate nothing, so that they can be captured as CUDA graphs.
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     return config
 
 
@@ -196,10 +195,7 @@ def _load_cache(config: Any, path: Path | None) -> Any:
     """The timing cache of the config. One that cannot be read is begun anew: it only saves time."""
     if path is None:
         return None
-    try:
-        content = path.read_bytes()
-    except OSError:
-        content = b""
+    content = kept(path)
     cache = config.create_timing_cache(content) or config.create_timing_cache(b"")
     if cache is not None:
         config.set_timing_cache(cache, ignore_mismatch=False)
@@ -207,22 +203,9 @@ def _load_cache(config: Any, path: Path | None) -> Any:
 
 
 def _save_cache(cache: Any, path: Path | None) -> None:
-    """Keep the cache for the next build; of builds that keep theirs at the same time, the last one's stays."""
-    if cache is None or path is None:
-        return
-    content = bytes(memoryview(cache.serialize()))
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
-    try:
-        if path.is_file() and path.read_bytes() == content:
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_bytes(content)
-        partial.replace(path)
-    except OSError as error:  # the engine is built all the same
-        LOG.info("%s: the timing cache is not kept (%s)", path, error.strerror)
-    finally:
-        with contextlib.suppress(OSError):
-            partial.unlink()
+    """Keep the cache for the next build."""
+    if cache is not None and path is not None:
+        keep(path, bytes(memoryview(cache.serialize())), "the timing cache is")
 
 
 def _apart(build: Callable[[], Any], monitor: Any) -> Any:

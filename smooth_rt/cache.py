@@ -104,8 +104,8 @@ def prune(root: Path | None = None, every: bool = False) -> list[Entry]:
 
 
 def _forget_compiled(entries: Sequence[Entry]) -> None:
-    """Remove what ONNX Runtime's providers compiled for engines of no bundle in the cache. A bundle elsewhere has it
-    compiled again."""
+    """Remove what TensorRT compiled, by itself or in ONNX Runtime, for engines of no bundle in the cache. A bundle
+    elsewhere has it compiled again."""
     bundles = [entry.bundle for entry in entries if entry.bundle is not None]
     keys = {record.key for bundle in bundles for built in bundle.variants for record in built.engines}
     folder = compiled()

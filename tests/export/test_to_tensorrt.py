@@ -84,6 +84,8 @@ def test_several_profiles_and_named_gpus(
     assert sizes["sm89"] != sizes["sm80,sm120"]
     # On by default, and no fp32: ten bits of mantissa.
     assert [config.get_flag(tensorrt_rtx.BuilderFlag.TF32) for config in configs] == [False, False]
+    # Else a run may allocate, which no CUDA graph can hold.
+    assert [config.get_flag(tensorrt_rtx.BuilderFlag.REQUIRE_USER_ALLOCATION) for config in configs] == [True, True]
     assert [config.num_compute_capabilities for config in configs] == [1, 2]
     assert capfd.readouterr() == ("", "")
 
