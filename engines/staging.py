@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from engines.contract import NETWORKS
+from engines.contract import DERIVED, NETWORKS
 from engines.errors import BundleError
 from engines.select import BACKENDS
 
@@ -22,7 +22,7 @@ _TOP = frozenset({"manifest.json", "config"})
 _FORMER = {  # format 2 had one folder a backend, and in it the graphs alone
     part: re.compile(rf"({'|'.join(NETWORKS)})\.(onnx|onnx\.data|xml|bin)") for part in ("onnx", "openvino")
 }
-_PARTS = frozenset({*NETWORKS, "model_index.json", "scheduler", "tokenizer", "lora.safetensors"})
+_PARTS = frozenset({*NETWORKS, *DERIVED, "model_index.json", "scheduler", "tokenizer", "lora.safetensors"})
 
 _OURS: set[Path] = set()  # partial folders that this process is working in
 _PUBLISH_TRIES = 3

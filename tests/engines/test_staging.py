@@ -16,6 +16,7 @@ import pytest
 
 import engines
 from engines.bundle import Bundle
+from engines.contract import DERIVED, NETWORKS
 from engines.errors import BundleError, SmoothRTError
 from engines.staging import foreign, staging
 
@@ -146,6 +147,13 @@ def test_a_folder_of_models_is_never_replaced(target: Path, mine: str) -> None:
     assert (target / mine).read_text() == "mine"
     (target / "manifest.json").write_text("{}")
     assert (foreign(target) is None) == mine.startswith("config")
+
+
+def test_a_bundle_of_every_network_is_replaced(target: Path) -> None:
+    for name in (*NETWORKS, *DERIVED):
+        (target / "onnxruntime-fp32" / name).mkdir(parents=True)
+    (target / "manifest.json").write_text("{}")
+    assert foreign(target) is None
 
 
 def test_a_write_that_stops_short_is_a_full_disk(target: Path) -> None:
