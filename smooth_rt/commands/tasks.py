@@ -115,12 +115,13 @@ def interpolate(
         _check_images(images, method, prompt)
     else:
         _check_ends(prompt)
+    walks = _walks(method)
     names = _names({"frame": frames}, film="morph")
     noise: Any = None if images else generators(seeds) if seeds is not None else generators((options.seed,))[0]
     result, told = run(
         options,
         "interpolate",
-        options.num_inference_steps * ((_walks(method) if images else 1) + (reschedule is not None)),
+        options.num_inference_steps * ((walks if images else 1) + (reschedule is not None)),
         lambda pipe, shared: pipe.interpolate(
             prompt,
             images or None,
@@ -151,6 +152,7 @@ def interpolate(
 
 def invert(
     options: RunOptions,
+    context: typer.Context,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="One or more images.", show_default=False)],
     prompt: Prompts = None,
     method: Annotated[
@@ -158,7 +160,10 @@ def invert(
     ] = "ddim",
     budget: Annotated[
         int | None,
-        typer.Option(help="For auto: evaluations of the UNet an image, there and back.", show_default=False),
+        typer.Option(
+            help="For auto: evaluations of the UNet an image, there and back; of gradients, on average.",
+            show_default=False,
+        ),
     ] = None,
 ) -> dict[str, Any]:
     """Turn images into noise and back: reconstructions as PNG, the noise and what else leads back as safetensors."""
@@ -166,6 +171,12 @@ def invert(
     if method == "auto":
         from smooth_rt.tasks.inversion import choose
 
+        given = context.get_parameter_source("num_inference_steps")
+        if given is not None and given.name == "COMMANDLINE":
+            raise InputError(
+                f"--num-inference-steps={options.num_inference_steps}: --method auto picks the steps, by --budget; "
+                "leave it out, or name a method"
+            )
         picked = choose(budget, options.guidance_scale)
         method = picked.method
         options = replace(options, num_inference_steps=picked.num_inference_steps)
@@ -219,6 +230,7 @@ def edit(
     if edit_method == "eq15" and not source_prompt:
         raise InputError("--source-prompt: missing; eq15 needs what each image shows now")
     _check_count("--source-prompt", source_prompt, images)
+    walks = _walks(method)
     names = _names({"before": len(images), "after": len(images)})
     targets, noise = prompt, generators(seeds_from(options.seed, len(images)))
     _check_readable(images)
@@ -226,7 +238,7 @@ def edit(
     result, told = run(
         options,
         "edit",
-        int(min(steps, MOST_SHOWN) * edit_strength) if edit_method == "sdedit" else _walks(method) * steps,
+        int(min(steps, MOST_SHOWN) * edit_strength) if edit_method == "sdedit" else walks * steps,
         lambda pipe, shared: pipe.edit(
             images,
             targets,

@@ -86,6 +86,7 @@ def edit(
     edit_method, edit_strength, guidance_scale = check(
         edit_method=edit_method, edit_strength=edit_strength, guidance_scale=guidance_scale
     )
+    method = choice("method", method, tuple(METHODS))
     if prompts is None:
         raise InputError("prompts: missing; give what the images shall show")
     schedule = pipe.schedule(num_inference_steps)
@@ -108,7 +109,7 @@ def edit(
 
     if source_prompts is None:
         raise InputError("source_prompts: eq15 needs what each image shows now; give one for each image")
-    if not METHODS[choice("method", method, tuple(METHODS))].with_text:
+    if not METHODS[method].with_text:
         raise InputError(f"method={method!r}: eq15 follows the source prompt, which it inverts without; use ddim")
     if negative_prompts is not None:
         raise InputError("negative_prompts: eq15 takes what the inversion brings; leave them out, or use sdedit")

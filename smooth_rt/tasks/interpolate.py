@@ -100,6 +100,7 @@ def interpolate(
     """
     (frames, *_) = check(frames=frames, output_type=output_type, callback_on_step_end=callback_on_step_end)
     (reschedule,) = check(reschedule=reschedule)
+    method = choice("method", method, tuple(METHODS))  # "auto" would choose the number of steps, too
     schedule = pipe.schedule(num_inference_steps)
     if attention_blend:
         pipe.attentions()  # an engine without them is refused before the work
@@ -110,7 +111,6 @@ def interpolate(
         both = as_list(images)
         if len(both) != 2:
             raise InputError(f"images: {len(both)}; give the two ends")
-        method = choice("method", method, tuple(METHODS))  # "auto" would choose the number of steps, too
         inverted = invert(
             pipe, both, prompts, method=method, height=height, width=width, num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale, reconstruct=False, shared=method == "null-text", keep=keep,

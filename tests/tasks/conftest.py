@@ -123,3 +123,10 @@ def images() -> Tensor:
 @pytest.fixture(scope="session")
 def eager(tiny_model: Path) -> SmoothPipeline:
     return SmoothPipeline.from_pretrained(tiny_model, engine="eager")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where inversions of this test are kept, if its pipeline has digests."""
+    monkeypatch.setenv("SMOOTH_RT_CACHE", str(tmp_path))
+    return tmp_path / "inversions"

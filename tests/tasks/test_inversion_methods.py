@@ -117,6 +117,14 @@ def test_corrections_end_where_the_target_begins(fake: Callable[..., SmoothPipel
     assert (seen[11] - found.image_latents).abs().max() > 1e-3
 
 
+def test_a_method_that_is_none_is_refused_where_none_is_needed(pipe: SmoothPipeline, images: Tensor) -> None:
+    said = "method='magic' is unknown; it is one of ddim, "
+    with pytest.raises(InputError, match=said):
+        pipe.interpolate(["dog", "apple"], method="magic")
+    with pytest.raises(InputError, match=said):
+        pipe.edit(images[0], "dog", edit_method="sdedit", method="magic")
+
+
 def test_edit_refuses_a_method_without_the_source(pipe: SmoothPipeline, images: Tensor) -> None:
     with pytest.raises(InputError, match=r"ddim-without-text.*: eq15 follows the source prompt"):
         pipe.edit(images[0], "a", "b", method="ddim-without-text")

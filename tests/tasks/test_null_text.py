@@ -17,12 +17,6 @@ from smooth_rt.tasks.inversion.adam import Adam
 METHOD: dict[str, Any] = {"method": "null-text", "guidance_scale": 3.0, "output_type": "pt"}
 
 
-@pytest.fixture
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv("SMOOTH_RT_CACHE", str(tmp_path))
-    return tmp_path / "inversions"
-
-
 def gradient_rows(pipe: SmoothPipeline) -> list[int]:
     unet: Any = pipe._engines["unet"]
     return [rows for engine in unet._gradient_engines.values() for rows in engine.batches]

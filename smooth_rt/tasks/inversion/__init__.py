@@ -39,7 +39,7 @@ from smooth_rt.tasks.inversion import (
 )
 from smooth_rt.tasks.inversion.base import Evaluations, Job, Method, Noise, between, guided_back
 from smooth_rt.tasks.inversion.choosing import Chosen, choose
-from smooth_rt.tasks.inversion.kept import image_names
+from smooth_rt.tasks.inversion.kept import Watched, image_names
 
 if TYPE_CHECKING:
     from smooth_rt.pipeline import SmoothPipeline, StepCallback
@@ -58,6 +58,8 @@ __all__ = [
 ]
 
 LOG = logging.getLogger("smooth_rt")
+
+STEPS = 50
 
 METHODS: dict[str, Method] = {
     "ddim": ddim.METHOD,
@@ -116,7 +118,7 @@ def invert(
     budget: int | None = None,
     height: int | None = None,
     width: int | None = None,
-    num_inference_steps: int = 50,
+    num_inference_steps: int | None = None,
     guidance_scale: float | None = None,
     reconstruct: bool = True,
     return_trajectory: bool = False,
@@ -133,17 +135,18 @@ def invert(
             They may differ in size: each is scaled and centre-cropped to `height` x `width`.
         prompts: what the images show; one for all or one each. "ddim-without-text" needs none and uses none.
         method: a name of `METHODS`, or "auto": method and steps are those that `choose` finds; logged.
-        budget: for "auto": the most evaluations of the UNet an image, there and back.
+        budget: for "auto": the most evaluations of the UNet an image, there and back; of gradients, on average.
         height: pixels, a multiple of `dims.image_multiple`; None: the model's size.
         width: as `height`.
-        num_inference_steps: steps there, and as many back.
+        num_inference_steps: steps there, and as many back. None: 50, or what "auto" picks.
         guidance_scale: of the way back; "fixed-point", "edict" and "belm" invert at it too, the others at 1. None: the
             method's own.
         reconstruct: False skips the way back.
         return_trajectory: keep the latents of every inversion step.
         shared: "null-text" fits one list of embeddings to all images together, as a morph between them wants it.
-        early_stop: False has "null-text" fit every step in all of its rounds.
-        keep: what takes long ("null-text") is kept in the cache, and taken from there: a stopped one goes on.
+        early_stop: False has "null-text" and "spdinv" fit every step in all of their rounds.
+        keep: what takes long ("null-text", "spdinv") is kept in the cache, and taken from there: a stopped one goes on.
+            What a callback changed is not kept.
         output_type: "pil", "np", "pt" or "latent".
         callback_on_step_end: as in `generate`, for the steps there and then for those back. "edict" and "belm" walk
             with two latents an image, stacked [2N, C, h, w].
@@ -154,6 +157,10 @@ def invert(
             needs gradients that cannot be had.
     """
     if method == "auto":
+        if num_inference_steps is not None:
+            raise InputError(
+                f"num_inference_steps={shown(num_inference_steps)}: method 'auto' picks them by budget; leave it out"
+            )
         picked = choose(budget, guidance_scale)
         method, num_inference_steps = picked.method, picked.num_inference_steps
         LOG.info("inversion: %s", picked.reason)
@@ -163,18 +170,19 @@ def invert(
     chosen = METHODS[method]
     check(output_type=output_type, callback_on_step_end=callback_on_step_end)
     (scale,) = check(guidance_scale=chosen.guidance_scale if guidance_scale is None else guidance_scale)
-    schedule = pipe.schedule(num_inference_steps)
+    schedule = pipe.schedule(STEPS if num_inference_steps is None else num_inference_steps)
     height, width = pipe.image_size(height, width)
     found = as_list(images)
     texts = source_texts(method, prompts, len(found))
     if shared and method != "null-text":
         raise InputError(f"shared: method {method!r} fits nothing that images share; use null-text")
+    if not early_stop and not chosen.wrt:
+        raise InputError(f"early_stop: method {method!r} fits nothing by rounds; leave it out")
     pixels = read(found, height, width)
     names = image_names(pixels, texts) if keep and pipe.digests else ()
     image_latents = pipe.encode_image(pixels, height, width)
-    job = Job(
-        pipe, image_latents, pipe.encode_prompt(texts), schedule, scale, callback_on_step_end, shared, early_stop, names
-    )  # fmt: skip
+    watched = Watched(callback_on_step_end)
+    job = Job(pipe, image_latents, pipe.encode_prompt(texts), schedule, scale, watched, shared, early_stop, names)
     noise = chosen.invert(job)
     images_back: Images = []
     final = None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from smooth_rt.schedule import Schedule
 from smooth_rt.tasks.generate import guided
+from smooth_rt.tasks.inversion.kept import Watched
 from smooth_rt.tasks.mixing import lerp, slerp
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ class Job:
         prompt_embeds: what they show [N, L, D].
         guidance_scale: that of the way back.
         shared: the images share what is optimised (null-text alone optimises something that can be shared).
-        early_stop: what is fitted by rounds (null-text) ends them where it is close enough.
+        early_stop: what is fitted by rounds (null-text, SPDInv) ends them where it is close enough.
         names: what tells each image with its prompt from others, for keeping results; empty: nothing is kept.
     """
 
@@ -42,7 +43,7 @@ class Job:
     prompt_embeds: Tensor
     schedule: Schedule
     guidance_scale: float
-    callback_on_step_end: StepCallback | None = None
+    callback_on_step_end: Watched = field(default_factory=Watched)
     shared: bool = False
     early_stop: bool = True
     names: tuple[str, ...] = ()

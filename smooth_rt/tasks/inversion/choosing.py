@@ -7,6 +7,9 @@ finest, at the least cost. Two kinds of rows are left out:
 - direct, whose reconstruction is stored and says nothing of its noise;
 - those whose noise deviates by more than WIDEST (the prior's is 1): such noise comes back exactly and to nothing else,
   so it can be neither mixed nor edited. Exact methods under guidance are of this kind.
+
+How many gradients null-text and SPDInv take depends on the image, for both end their rounds early: their rows hold the
+mean over the images that were measured, so one image may take more than the budget.
 """
 
 from __future__ import annotations
@@ -39,6 +42,8 @@ class Chosen:
 def choose(budget: int | None = None, guidance_scale: float | None = None) -> Chosen:
     """The method for at most `budget` evaluations of the UNet an image, there and back; a gradient counts as three.
 
+    Of methods that take gradients that is so on average: see above.
+
     Args:
         budget: None is BUDGET.
         guidance_scale: of the way back. None and 1 are without guidance; any other takes the figures measured at 7.5.
@@ -67,7 +72,8 @@ def choose(budget: int | None = None, guidance_scale: float | None = None) -> Ch
     near = [row for row in fitting if row["psnr"] >= best - NEAR]
     taken = min(near, key=lambda row: (-row["steps"], _cost(row), -row["psnr"]))
     reason = (
-        f"{taken['method']} in {taken['steps']} steps: {_cost(taken):.0f} evaluations of the {most} allowed, "
+        f"{taken['method']} in {taken['steps']} steps: {_cost(taken):.0f} evaluations of the {most} allowed"
+        f"{' on average' if taken['gradient_evaluations'] else ''}, "
         f"{taken['psnr']:.2f} dB on the default model at guidance {taken['guidance_scale']:g}"
     )
     return Chosen(taken["method"], taken["steps"], reason)

@@ -3,15 +3,19 @@
 A file is named by all that decides its numbers: the pixels and the prompt, the digests of the weights, the engine,
 the schedule and the method's settings. It is replaced whole, so one that is there is complete, and a run that was
 stopped goes on from it to the same result bit for bit.
+
+One thing that may decide the numbers has no name: a callback that changes the latents (`Watched`). What it changed is
+not kept, and where the latents that are kept are not those that it leaves, they are not taken.
 """
 
 from __future__ import annotations
 
 import hashlib
+import itertools
 import logging
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,50 +23,74 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from smooth_rt.errors import SmoothRTError, reason
+from smooth_rt.errors import EngineError, InputError, SmoothRTError, reason
+from smooth_rt.tasks import checks
 
 if TYPE_CHECKING:
+    from smooth_rt.pipeline import Move, SmoothPipeline, StepCallback
+    from smooth_rt.schedule import Step
     from smooth_rt.tasks.inversion.base import Job
 
-__all__ = ["Kept", "Store", "image_names", "keep_of"]
+__all__ = ["Fit", "Kept", "Watched", "cohorts", "image_names", "not_finite", "opened", "walk_on"]
 
 LOG = logging.getLogger("smooth_rt")
-FORMAT = 1
+FORMAT = 2
 EVERY = 5.0  # seconds between two writes of a run
 MOST_BYTES = 2 * 2**30  # of all files; those not used for longest go first
 
 
+class Watched:
+    """A caller's callback, or None, and whether it ever `changed` the latents: by what it returned, or in place."""
+
+    def __init__(self, callback: StepCallback | None = None) -> None:
+        self.callback = callback
+        self.changed = False
+
+    def __call__(
+        self, pipe: SmoothPipeline, i: int, timestep: int, tensors: dict[str, Tensor]
+    ) -> Mapping[str, Tensor] | None:
+        if self.callback is None:
+            return None
+        before = tensors["latents"].clone()
+        value = self.callback(pipe, i, timestep, tensors)
+        self.changed = self.changed or not torch.equal(checks.answer(value, tensors["latents"]), before)
+        return value
+
+
 @dataclass(frozen=True)
 class Kept:
-    """An inversion of g images that share their embeddings, as far as it has come.
+    """An inversion of g images that are fitted together, as far as it has come.
 
     Args:
-        path: the latents of every level of DDIM inversion, from the image's on [T + 1, g, C, h, w].
-        latents: those of the last step that was fitted [g, C, h, w].
-        embed: what the next step begins from [L, D].
-        embeds: what was found for each step so far [L, D].
+        levels: the latents from the image's on, each [g, C, h, w]: T + 1 where the way there is done.
+        latents: those that the last step left [g, C, h, w].
+        embeds: what was fitted to each step back so far [L, D]; a method that fits none has none.
     """
 
-    path: Tensor
+    levels: list[Tensor]
     latents: Tensor
-    embed: Tensor
     embeds: list[Tensor]
 
-    def after(self, latents: Tensor, embed: Tensor) -> Kept:
-        """One step on."""
-        return Kept(self.path, latents, embed, [*self.embeds, embed])
 
-
-class Store:
+class _Store:
     """The file of one inversion; without a path nothing is kept.
 
     Args:
-        shapes: of `path` and `latents` as they must be, and the number of steps.
+        method: as a message names it.
+        latents: the shape of one level, `embed`: of what a step back is fitted.
+        steps: T.
+
+    Attributes: `taken` is whether what it holds was read.
     """
 
-    def __init__(self, path: Path | None, sizes: Sequence[int], steps: int) -> None:
+    def __init__(
+        self, path: Path | None, method: str, latents: Sequence[int], embed: Sequence[int], steps: int
+    ) -> None:
         self.path = path
-        self._sizes = tuple(sizes)
+        self.taken = False
+        self._method = method
+        self._latents = tuple(latents)
+        self._embed = tuple(embed)
         self._steps = steps
         self._said = time.monotonic()
 
@@ -75,16 +103,17 @@ class Store:
 
         try:
             held = load_file(self.path)
-            found = Kept(held["path"], held["latents"], held["embed"], list(held["embeds"]))
-            fits = found.path.shape == (self._steps + 1, *self._sizes) and found.latents.shape == self._sizes
-            if not fits or len(found.embeds) > self._steps:
+            found = Kept(list(held["levels"]), held["latents"], list(held["embeds"]))
+            shapes = {one.shape for one in (*found.levels, found.latents)}, {one.shape for one in found.embeds}
+            fits = shapes[0] == {self._latents} and shapes[1] <= {self._embed}
+            if not fits or len(found.levels) > self._steps + 1 or len(found.embeds) > self._steps:
                 raise ValueError("of other sizes")
         except (OSError, SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
             LOG.warning("%s: cannot be read (%s); inverted anew", self.path, reason(error))
             return None
         os.utime(self.path)
-        done = len(found.embeds)
-        LOG.info("null-text: %s", f"{done} of {self._steps} steps are kept in {self.path}")
+        LOG.info("%s: goes on from what is kept in %s", self._method, self.path)
+        self.taken = True
         return found
 
     def write(self, kept: Kept, last: bool) -> None:
@@ -96,14 +125,110 @@ class Store:
         from smooth_rt.writers import write_files
 
         self._said = time.monotonic()
-        embeds = torch.stack(kept.embeds) if kept.embeds else kept.embed.new_zeros((0, *kept.embed.shape))
-        held = {"path": kept.path, "latents": kept.latents, "embed": kept.embed, "embeds": embeds}
+        embeds = torch.stack(kept.embeds) if kept.embeds else kept.latents.new_zeros((0, *self._embed))
+        held = {"levels": torch.stack(kept.levels), "latents": kept.latents, "embeds": embeds}
         content = save({name: tensor.contiguous() for name, tensor in held.items()})
         try:
             write_files(self.path.parent, {self.path.name: content})
             _make_room(self.path.parent, self.path)
         except SmoothRTError as error:
-            LOG.warning("null-text: not kept: %s", error)
+            LOG.warning("%s: not kept: %s", self._method, error)
+
+
+@dataclass
+class Fit:
+    """Images that are fitted together, by their places in the job, what is known of them so far, and its file."""
+
+    images: tuple[int, ...]
+    store: _Store
+    kept: Kept
+
+
+def opened(job: Job, method: str, groups: Sequence[tuple[int, ...]]) -> list[Fit]:
+    """Each group of a job's images as far as it is kept; one that is not begins with the image's own level.
+
+    The callback is shown the levels that are kept, as if they were walked. If it changes one, all begins anew.
+    """
+    fits = []
+    for group in groups:
+        store = _store(job, method, group)
+        begins = job.latents[list(group)]
+        fits.append(Fit(group, store, store.read() or Kept([begins], begins, [])))
+    watched = job.callback_on_step_end
+    for cohort in cohorts(fits, lambda kept: len(kept.levels)):
+        levels = zip(*(fit.kept.levels[1:] for fit in cohort), strict=True)
+        for i, (step, level) in enumerate(zip(job.schedule.inverse_steps, levels, strict=False)):
+            watched(job.pipe, i, step.timestep, {"latents": torch.cat(level)})
+            if watched.changed:
+                LOG.info("%s: what is kept is not taken: callback_on_step_end changes the latents", method)
+                return [_anew(job, fit) for fit in fits]
+    return fits
+
+
+def _anew(job: Job, fit: Fit) -> Fit:
+    begins = job.latents[list(fit.images)]
+    fit.store.taken = False
+    return Fit(fit.images, fit.store, Kept([begins], begins, []))
+
+
+def cohorts(fits: Sequence[Fit], done: Callable[[Kept], int]) -> Iterator[list[Fit]]:
+    """Those that have come equally far, together."""
+    ordered = sorted(fits, key=lambda fit: done(fit.kept))
+    for _, some in itertools.groupby(ordered, lambda fit: done(fit.kept)):
+        yield list(some)
+
+
+def walk_on(
+    job: Job,
+    fits: Sequence[Fit],
+    steps: Sequence[Step],
+    move: Move,
+    after: Callable[[int, Tensor], Kept],
+) -> None:
+    """Take steps for `fits`, which have come equally far. What each step leaves is kept, also if the next one fails.
+
+    Args:
+        steps: those that are left.
+        move: takes one step for the images of all of them, in their order.
+        after: from the number of a fit and its latents after a step to what is then known of it.
+
+    Raises:
+        InputError: the callback changed latents, and the steps before, which it was not shown, were kept.
+        EngineError: as `SmoothPipeline.walk`.
+    """
+    watched = job.callback_on_step_end
+
+    def settle(pipe: SmoothPipeline, i: int, timestep: int, tensors: dict[str, Tensor]) -> Mapping[str, Tensor] | None:
+        value = watched(pipe, i, timestep, tensors)
+        left = torch.split(checks.answer(value, tensors["latents"]), [len(fit.images) for fit in fits])
+        if watched.changed and any(fit.store.taken for fit in fits):
+            raise InputError(
+                f"callback_on_step_end: changed the latents of timestep {timestep}, but the steps before it were taken "
+                "from what is kept, and not shown to it; give keep=False"
+            )
+        for number, fit in enumerate(fits):
+            fit.kept = after(number, left[number])
+            if not watched.changed:
+                fit.store.write(fit.kept, last=i + 1 == len(steps))
+        return value
+
+    try:
+        job.pipe.walk(torch.cat([fit.kept.latents for fit in fits]), steps, move, settle)
+    except BaseException:  # interrupted, or no longer finite: what is done is kept
+        if not watched.changed:
+            for fit in fits:
+                fit.store.write(fit.kept, last=True)
+        raise
+
+
+def not_finite(job: Job, method: str, index: int, timestep: int, image: int, mend: str) -> EngineError:
+    """The error of a loss, in step `index` of the method's, that is not finite."""
+    keeps = job.names and index and not job.callback_on_step_end.changed
+    kept = f"the {index} steps before it are kept" if keeps else "nothing is kept"
+    return EngineError(
+        f"{method}: step {index + 1} of {len(job.schedule.steps)} (timestep {timestep}): the loss of image {image + 1} "
+        f"is not finite on {job.pipe.engine} ({kept}); {mend}"
+    )
 
 
 def image_names(pixels: Tensor, texts: Sequence[str]) -> tuple[str, ...]:
@@ -119,12 +244,12 @@ def image_names(pixels: Tensor, texts: Sequence[str]) -> tuple[str, ...]:
     )
 
 
-def keep_of(job: Job, method: str, images: Sequence[int]) -> Store:
+def _store(job: Job, method: str, images: Sequence[int]) -> _Store:
     """Where the inversion of some of a job's images is kept."""
-    sizes = (len(images), *job.latents.shape[1:])
     steps = len(job.schedule.steps)
+    latents, embed = (len(images), *job.latents.shape[1:]), job.prompt_embeds.shape[1:]
     if not job.names:
-        return Store(None, sizes, steps)
+        return _Store(None, method, latents, embed, steps)
     from engines.bundle import digest_json
     from smooth_rt.build import cache_root
 
@@ -136,7 +261,8 @@ def keep_of(job: Job, method: str, images: Sequence[int]) -> Store:
     }  # fmt: skip
     if not job.early_stop:
         decides["early_stop"] = False
-    return Store(cache_root() / "inversions" / f"{digest_json(decides)[:32]}.safetensors", sizes, steps)
+    path = cache_root() / "inversions" / f"{digest_json(decides)[:32]}.safetensors"
+    return _Store(path, method, latents, embed, steps)
 
 
 def _make_room(folder: Path, newest: Path) -> None:

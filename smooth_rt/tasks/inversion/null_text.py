@@ -19,18 +19,14 @@ Evaluations in T steps: T there, then 2T and at most 10T gradients; 2T back. Wit
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
-
 import torch
 from torch import Tensor
 
-from smooth_rt.errors import EngineError
 from smooth_rt.schedule import Step, ddim_coefficients, ddim_step
 from smooth_rt.tasks.inversion import ddim
 from smooth_rt.tasks.inversion.adam import Adam
 from smooth_rt.tasks.inversion.base import Evaluations, Job, Method, Noise
-from smooth_rt.tasks.inversion.kept import Kept, Store, keep_of
+from smooth_rt.tasks.inversion.kept import Fit, Kept, cohorts, not_finite, opened, walk_on
 
 __all__ = ["METHOD", "ROUNDS"]
 
@@ -44,21 +40,18 @@ def _invert(job: Job) -> Noise:
         return ddim.METHOD.invert(job)
     count = len(job.latents)
     groups = [tuple(range(count))] if job.shared else [(i,) for i in range(count)]
-    stores = [keep_of(job, "null-text", group) for group in groups]
-    found: list[Kept | None] = [store.read() for store in stores]
-    lacking = [i for group, kept in zip(groups, found, strict=True) if kept is None for i in group]
+    fits = opened(job, "null-text", groups)
+    steps = len(job.schedule.steps)
+    lacking = [fit for fit in fits if len(fit.kept.levels) <= steps]
     if lacking:
-        levels = [job.latents[lacking], *ddim.levels(job.only(lacking))]
-        path = torch.stack(levels)
-        empty = job.pipe.encode_prompt("")[0]
-        for number, group in enumerate(groups):
-            if found[number] is None:
-                rows = [lacking.index(i) for i in group]
-                found[number] = Kept(path[:, rows], path[-1, rows], empty, [])
-    fits = [_Fit(group, store, kept) for group, store, kept in zip(groups, stores, found, strict=True) if kept]
-    for cohort in _cohorts(fits):
-        _fit(job, cohort)
-    path = torch.cat([fit.kept.path for fit in fits], dim=1)
+        every = job.only([i for fit in lacking for i in fit.images])
+        path = torch.stack([every.latents, *ddim.levels(every)])
+        for fit, levels in zip(lacking, torch.split(path, [len(fit.images) for fit in lacking], 1), strict=True):
+            fit.kept = Kept(list(levels), levels[-1], [])
+    for cohort in cohorts(fits, lambda kept: len(kept.embeds)):
+        if len(cohort[0].kept.embeds) < steps:
+            _fit(job, cohort)
+    path = torch.cat([torch.stack(fit.kept.levels) for fit in fits], dim=1)
     embeds = torch.stack([torch.stack(fit.kept.embeds) for fit in fits], dim=1)
     return Noise(
         latents=path[-1],
@@ -68,31 +61,15 @@ def _invert(job: Job) -> Noise:
     )
 
 
-@dataclass
-class _Fit:
-    """What shares one list of embeddings: its images, what is known of it so far, and where that is kept."""
-
-    images: tuple[int, ...]
-    store: Store
-    kept: Kept
-
-
-def _cohorts(fits: list[_Fit]) -> Iterator[list[_Fit]]:
-    """Those that have come equally far, together; none that is done."""
-    steps = {len(fit.kept.embeds) for fit in fits}
-    for done in sorted(steps):
-        yield [fit for fit in fits if len(fit.kept.embeds) == done]
-
-
-def _fit(job: Job, fits: list[_Fit]) -> None:
+def _fit(job: Job, fits: list[Fit]) -> None:
     """Fit the steps that are left to all of `fits`, which have come equally far."""
     pipe, schedule = job.pipe, job.schedule
     done = len(fits[0].kept.embeds)
     images = [i for fit in fits for i in fit.images]
     owner = torch.tensor([k for k, fit in enumerate(fits) for _ in fit.images])
-    path = torch.cat([fit.kept.path for fit in fits], dim=1)
+    path = torch.cat([torch.stack(fit.kept.levels) for fit in fits], dim=1)
     cond_embeds = job.prompt_embeds[images]
-    embeds = torch.stack([fit.kept.embed for fit in fits])
+    embeds = torch.stack([fit.kept.embeds[-1] for fit in fits]) if done else pipe.encode_prompt([""] * len(fits))
     scale = job.guidance_scale
 
     def move(latents: Tensor, k: int, step: Step) -> Tensor:
@@ -106,19 +83,13 @@ def _fit(job: Job, fits: list[_Fit]) -> None:
         embeds = _rounds(job, latents, index, step.timestep, embeds, owner, slope, rest, images)
         uncond = pipe.predict(latents, step.timestep, embeds[owner])
         output = uncond + scale * (cond - uncond)
-        stepped = ddim_step(latents, output, step.alpha_from, step.alpha_to, schedule.prediction_type)
-        for number, fit in enumerate(fits):
-            fit.kept = fit.kept.after(stepped[owner == number], embeds[number])
-            fit.store.write(fit.kept, last=index + 1 == len(schedule.steps))
-        return stepped
+        return ddim_step(latents, output, step.alpha_from, step.alpha_to, schedule.prediction_type)
 
-    latents = torch.cat([fit.kept.latents for fit in fits])
-    try:
-        pipe.walk(latents, schedule.steps[done:], move, job.callback_on_step_end)
-    except BaseException:  # interrupted, or no longer finite: what is done is kept
-        for fit in fits:
-            fit.store.write(fit.kept, last=True)
-        raise
+    def after(number: int, latents: Tensor) -> Kept:
+        kept = fits[number].kept
+        return Kept(kept.levels, latents, [*kept.embeds, embeds[number]])
+
+    walk_on(job, fits, schedule.steps[done:], move, after)
 
 
 def _rounds(
@@ -152,12 +123,8 @@ def _rounds(
         grad = grads["encoder_hidden_states"]
         if not bool(torch.isfinite(each).all() and torch.isfinite(grad).all()):
             wrong = next(k for k in range(len(rows)) if not (each[k].isfinite() and grad[k].isfinite().all()))
-            kept = f"the {index} steps before it are kept" if job.names else "nothing is kept"
-            raise EngineError(
-                f"null-text: step {index + 1} of {len(job.schedule.steps)} (timestep {timestep}): the loss of image "
-                f"{images[int(rows[wrong])] + 1} is not finite on {job.pipe.engine} ({kept}); lower guidance_scale, or "
-                "check the model's weights"
-            )
+            mend = "lower guidance_scale, or check the model's weights"
+            raise not_finite(job, "null-text", index, timestep, images[int(rows[wrong])], mend)
         loss = torch.zeros(len(embeds)).index_add(0, owner[rows], each)
         adam.step(torch.zeros_like(embeds).index_add(0, owner[rows], grad), active)
         active = active & (loss >= threshold)

@@ -11,7 +11,8 @@ round is one call of `SmoothPipeline.vjp`. The authors' optimiser also shrinks t
 which Adam here does not, and takes one more step after the last look at the loss. As in their code the source prompt
 takes the empty one's place when sampling, so every guidance rebuilds the image.
 
-Images are fitted together, and one that is done leaves the batch.
+Images are fitted together, and one that is done leaves the batch. What was found so far is kept (`kept`), each image's
+latents in a file of their own.
 
 Evaluations in T steps: T there and at most 25T gradients; T back.
 """
@@ -21,10 +22,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from smooth_rt.errors import EngineError
 from smooth_rt.schedule import Step, ddim_coefficients
 from smooth_rt.tasks.inversion.adam import Adam
 from smooth_rt.tasks.inversion.base import Evaluations, Job, Method, Noise
+from smooth_rt.tasks.inversion.kept import Fit, Kept, cohorts, not_finite, opened, walk_on
 
 __all__ = ["METHOD", "ROUNDS"]
 
@@ -34,49 +35,78 @@ THRESHOLD = 5e-6
 
 
 def _invert(job: Job) -> Noise:
-    steps = job.schedule.steps
-    size = job.latents[0].numel()
-
-    def move(lower: Tensor, i: int, inverse: Step) -> Tensor:
-        step = steps[len(steps) - 1 - i]
-        forwards = ddim_coefficients(step.alpha_from, step.alpha_to, job.schedule.prediction_type)
-        keep, slope = 1 / forwards[0], -forwards[1] / forwards[0]  # A and B
-        output = job.pipe.predict(lower, inverse.timestep, job.prompt_embeds)
-        adam = Adam(keep * lower + slope * output, RATE)
-        active = torch.ones(len(lower), dtype=torch.bool)
-        for _ in range(ROUNDS):
-            rows = active.nonzero()[:, 0]
-            rest = keep * lower[rows] - adam.values[rows]
-            output, grads = job.pipe.vjp(
-                adam.values[rows],
-                inverse.timestep,
-                job.prompt_embeds[rows],
-                ("sample",),
-                2 * slope / size * rest,
-                torch.full((len(rows),), 2 * slope**2 / size),
-            )
-            residual = slope * output + rest
-            loss = residual.square().flatten(1).mean(1)
-            if not bool(torch.isfinite(loss).all()):
-                wrong = int(rows[int((~loss.isfinite()).nonzero()[0])]) + 1
-                raise EngineError(
-                    f"spdinv: step {i + 1} of {len(steps)} (timestep {inverse.timestep}): the loss of image {wrong} is "
-                    f"not finite on {job.pipe.engine}; check the model's weights"
-                )
-            active = active.index_copy(0, rows, loss >= THRESHOLD)
-            if not active.any():
-                break
-            adam.step(torch.zeros_like(lower).index_copy(0, rows, grads["sample"] - 2 / size * residual), active)
-        return adam.values
-
-    found: list[Tensor] = []
-    final = job.pipe.walk(job.latents, job.schedule.inverse_steps, move, job.callback_on_step_end, found)
+    steps = len(job.schedule.steps)
+    fits = opened(job, "spdinv", [(i,) for i in range(len(job.latents))])
+    for cohort in cohorts(fits, lambda kept: len(kept.levels)):
+        if len(cohort[0].kept.levels) <= steps:
+            _solve(job, cohort)
+    path = torch.cat([torch.stack(fit.kept.levels) for fit in fits], dim=1)
     return Noise(
-        latents=final,
+        latents=path[-1],
         prompt_embeds=job.prompt_embeds,
         negative_prompt_embeds=job.prompt_embeds,
-        trajectory=torch.stack(found),
+        trajectory=path[1:],
     )
+
+
+def _solve(job: Job, fits: list[Fit]) -> None:
+    """Take the steps that are left to all of `fits`, which have come equally far."""
+    schedule = job.schedule
+    done = len(fits[0].kept.levels) - 1
+    images = [i for fit in fits for i in fit.images]
+    text = job.prompt_embeds[images]
+
+    def move(lower: Tensor, k: int, inverse: Step) -> Tensor:
+        step = schedule.steps[len(schedule.steps) - 1 - done - k]
+        forwards = ddim_coefficients(step.alpha_from, step.alpha_to, schedule.prediction_type)
+        keep, slope = 1 / forwards[0], -forwards[1] / forwards[0]  # A and B
+        begins = keep * lower + slope * job.pipe.predict(lower, inverse.timestep, text)
+        return _rounds(job, begins, done + k, inverse.timestep, text, slope, keep * lower, images)
+
+    def after(number: int, latents: Tensor) -> Kept:
+        return Kept([*fits[number].kept.levels, latents], latents, [])
+
+    walk_on(job, fits, schedule.inverse_steps[done:], move, after)
+
+
+def _rounds(
+    job: Job,
+    begins: Tensor,
+    index: int,
+    timestep: int,
+    text: Tensor,
+    slope: float,
+    kept: Tensor,
+    images: list[int],
+) -> Tensor:
+    """The latents x [N, C, h, w] after the rounds of one step, where f(x) = kept + slope * eps(x)."""
+    threshold = THRESHOLD if job.early_stop else 0.0
+    size = begins[0].numel()
+    adam = Adam(begins, RATE)
+    active = torch.ones(len(begins), dtype=torch.bool)
+    for _ in range(ROUNDS):
+        rows = active.nonzero()[:, 0]
+        rest = kept[rows] - adam.values[rows]
+        output, grads = job.pipe.vjp(
+            adam.values[rows],
+            timestep,
+            text[rows],
+            ("sample",),
+            2 * slope / size * rest,
+            torch.full((len(rows),), 2 * slope**2 / size),
+        )
+        residual = slope * output + rest
+        loss = residual.square().flatten(1).mean(1)
+        grad = grads["sample"] - 2 / size * residual
+        finite = loss.isfinite() & grad.isfinite().flatten(1).all(1)
+        if not bool(finite.all()):
+            wrong = images[int(rows[int((~finite).nonzero()[0])])]
+            raise not_finite(job, "spdinv", index, timestep, wrong, "check the model's weights")
+        active = active.index_copy(0, rows, loss >= threshold)
+        if not active.any():
+            break
+        adam.step(torch.zeros_like(begins).index_copy(0, rows, grad), active)
+    return adam.values
 
 
 METHOD = Method(
