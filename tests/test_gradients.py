@@ -179,6 +179,28 @@ def test_null_text_inversion_runs_on_them(pipe: SmoothPipeline, eager: SmoothPip
     assert pipe._eager_unet is None
 
 
+def test_spdinv_runs_on_them(
+    grown: Grown, eager: SmoothPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On gradients that are added to a bundle that has others."""
+    folder = shutil.copytree(grown.built.bundle.path, tmp_path / "bundle")
+    bundle = ensure_engines(grown.model, backends=["onnxruntime"], output=folder, gradients=["sample"]).bundle
+    assert bundle.variants[0].gradients == ("unet_vjp_text", "unet_vjp_sample")
+    before = eager.evaluations["gradient"]
+    images = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with SmoothPipeline.from_engines(bundle, engine="onnxruntime") as pipe:
+        found, wanted = (
+            one.invert(images, "dog", method="spdinv", num_inference_steps=2, keep=False, early_stop=False)
+            for one in (pipe, eager)
+        )
+        torch.testing.assert_close(found.latents, wanted.latents, atol=1e-3, rtol=0)
+        assert found.final_latents is not None
+        torch.testing.assert_close(found.final_latents, wanted.final_latents, atol=1e-3, rtol=0)
+        assert pipe.evaluations["gradient"] == eager.evaluations["gradient"] - before == 2 * 2 * 25
+        assert pipe._eager_unet is None
+    assert "eager autograd" not in caplog.text
+
+
 def test_profiles_of_gradients_are_images(grown: Grown, pipe: SmoothPipeline) -> None:
     one = Profile(
         batch=Span(min=2, opt=2, max=2), height=Span(min=16, opt=16, max=16), width=Span(min=16, opt=16, max=16)
