@@ -32,6 +32,7 @@ __all__ = [
     "contract",
     "features_contract",
     "gradient_contract",
+    "gradient_word",
     "gradients_named",
     "said_gradients",
     "undifferentiated",
@@ -320,6 +321,11 @@ def gradients_named(words: Collection[str]) -> tuple[NetworkName, ...]:
             raise InputError(f"gradients={word}: unknown; choose from {', '.join(GRADIENTS)}")
     named = {name for word in words for name in GRADIENTS[word]}
     return tuple(name for name in DERIVED if name in named)
+
+
+def gradient_word(wrt: Collection[str]) -> str:
+    """What a user calls the gradient of the UNet's output with respect to these of its inputs."""
+    return said_gradients([name for name in WRT if OF[name] == "noise_pred" and set(WRT[name]) == set(wrt)])[0]
 
 
 def said_gradients(names: Collection[NetworkName]) -> list[str]:

@@ -17,10 +17,10 @@ from torch import Generator, Tensor
 
 from engines.base import Engine
 from engines.bundle import Bundle
-from engines.contract import NETWORKS, Dims, NetworkName
+from engines.contract import NETWORKS, Dims, NetworkName, gradients_named
 from engines.lora import LORA_FILE, LoraWeights
 from engines.providers import joined
-from engines.recipes import RECIPES, check_precision
+from engines.recipes import RECIPES, check_gradients, check_precision
 from engines.select import BACKENDS, BOUNDED, Choice, check_lora_mode, choose
 from smooth_rt.errors import EngineError, InputError
 from smooth_rt.images import ImageLike, Images, OutputType, read, to_images
@@ -106,6 +106,7 @@ class SmoothPipeline(Networks):
         progress: Callable[[str, int, int], None] | None = None,
         config: str | Path | None = None,
         provider: str | None = None,
+        gradients: str | Sequence[str] = (),
     ) -> Self:
         """Load a model, fuse a Smooth-LoRA, and open it on an engine, which is built into the cache when needed.
 
@@ -124,6 +125,9 @@ class SmoothPipeline(Networks):
             config: for a single-file checkpoint, as in `load_model`.
             provider: of ONNX Runtime: "cpu", "cuda", "tensorrt" or "tensorrt-rtx"; the engine is then
                 "onnxruntime-cuda" and so on, which may be named as well.
+            gradients: that the engines shall have: "text" for null-text inversion, "sample" for SPDInv, as in
+                `ensure_engines`; several in a list or with commas between. Each takes its time to build, once. What is
+                not named here eager autograd takes, with a warning.
 
         Raises:
             InputError: an option is out of its range; said before the model is loaded.
@@ -135,8 +139,12 @@ class SmoothPipeline(Networks):
         lora, lora_strength, config = check(lora=lora, lora_strength=lora_strength, config=config)
         engine, batch_size, precision = check(engine=engine, batch_size=batch_size, precision=precision)
         engine = joined(engine, provider)
-        choice = choose(engine, [name for name in BACKENDS if precision in RECIPES[name]])
+        (gradients,) = check(gradients=gradients)
+        networks = {*NETWORKS, *gradients_named(gradients)} if engine == "auto" else set()
+        exact = cast("Precision", precision)
+        choice = choose(engine, [name for name in BACKENDS if networks <= set(RECIPES[name].get(exact, ()))])
         check_precision(choice.backend, precision)
+        check_gradients(choice.backend, precision, lora_mode, gradients_named(gradients))
         if lora_mode != "fused":
             check_lora_mode(choice.backend, precision, lora_mode)
         if choice.backend != "eager":
@@ -144,8 +152,9 @@ class SmoothPipeline(Networks):
 
             model = model if isinstance(model, Model) else load_model(model, config=config)
             bundle = build_engines(
-                model, lora, lora_strength, [choice.backend], None, progress, precision, lora_mode=lora_mode
-            )
+                model, lora, lora_strength, [choice.backend], None, progress, precision, lora_mode=lora_mode,
+                gradients=gradients,
+            )  # fmt: skip
             return cls._open(bundle, choice, batch_size, precision, lora_strength, lora_mode)
         if lora is None and lora_mode != "fused":
             raise InputError(f"lora_mode={lora_mode}: there is no LoRA whose strength could be set; name one")

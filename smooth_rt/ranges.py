@@ -14,7 +14,7 @@ from functools import partial
 from numbers import Integral, Real
 from typing import Any
 
-from engines.contract import LARGEST_STRENGTH
+from engines.contract import LARGEST_STRENGTH, gradients_named
 from engines.select import check_backend
 from engines.variant import CONVOLUTIONS, LARGEST, LORA_MODES, PRECISIONS
 from smooth_rt.errors import InputError
@@ -231,6 +231,16 @@ def _precision(name: str, value: Any) -> str | None:
     return None if value is None else choice(name, value, PRECISIONS)
 
 
+def _gradients(name: str, value: Any) -> list[str]:
+    """The words of a list, or of one text with commas between."""
+    words = value.split(",") if isinstance(value, str) else value
+    if not isinstance(words, Sequence) or not all(isinstance(word, str) for word in words):
+        raise InputError(f"{name}={shown(value)}: name them, as 'text' or 'text,sample'")
+    found = [word.strip() for word in words if word.strip()]
+    gradients_named(found)
+    return found
+
+
 def _output(_: str, value: Any) -> Any:
     from smooth_rt.writers import check_output
 
@@ -252,6 +262,7 @@ RANGES: dict[str, Callable[[str, Any], Any]] = {
     "edit_strength": _fraction,
     "engine": _engine,
     "frames": partial(_count, least=2),
+    "gradients": _gradients,
     "guidance_scale": _guidance,
     "height": _side,
     "lora": partial(_or_none, kind=_source),

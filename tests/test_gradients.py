@@ -140,6 +140,40 @@ def test_its_gradients_are_those_of_autograd(pipe: SmoothPipeline, eager: Smooth
     assert pipe._eager_unet is None
 
 
+def test_from_pretrained_asks_for_them(grown: Grown) -> None:
+    for named in ("text", ["text"]):
+        with SmoothPipeline.from_pretrained(grown.model, engine="onnxruntime", gradients=named) as pipe:
+            assert pipe._engines["unet"].lacks_gradient(TEXT) is None
+            assert pipe.bundle is not None
+            assert pipe.bundle.path == grown.built.bundle.path
+    with SmoothPipeline.from_pretrained(grown.model, engine="eager", gradients="text,sample") as pipe:
+        assert pipe._engines["unet"].lacks_gradient(["sample"]) is None
+    for engine, gradients, said in (
+        ("onnxruntime", "latents", "gradients=latents: unknown; choose from text, sample"),
+        ("onnxruntime", 3, "gradients=3: name them, as 'text'"),
+        ("inductor", ["text", "sample"], "gradients=text,sample: inductor is not built with gradients"),
+    ):
+        with pytest.raises(InputError, match=said):
+            SmoothPipeline.from_pretrained(grown.model, engine=engine, gradients=gradients)  # type: ignore[arg-type]
+
+
+def test_auto_takes_an_engine_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fp16 on a processor that is ONNX Runtime, while OpenVINO goes first without gradients."""
+    monkeypatch.setattr("engines.select.gpu", lambda: None)
+    found: list[Any] = []
+
+    def build(*arguments: Any, **named: Any) -> None:
+        found.append((arguments[3], named["gradients"]))
+        raise EngineError("far enough")
+
+    monkeypatch.setattr("smooth_rt.build.build_engines", build)
+    monkeypatch.setattr("smooth_rt.pipeline.load_model", lambda *_, **__: None)
+    for gradients in ((), "text, sample"):
+        with pytest.raises(EngineError, match="far enough"):
+            SmoothPipeline.from_pretrained("any", precision="fp16", gradients=gradients)
+    assert found == [(["openvino"], []), (["onnxruntime"], ["text", "sample"])]
+
+
 def test_what_it_lacks_eager_takes_and_the_command_is_said(
     grown: Grown, eager: SmoothPipeline, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -133,7 +133,7 @@ def inversion(
             batch,
         )  # fmt: skip
         scale = METHODS[name].guidance_scale if options.guidance_scale is None else options.guidance_scale
-        for variant, found, told, _ in measured(options, "inversion", task, processes):
+        for variant, found, told, _ in measured(options, "inversion", task, processes, METHODS[name].gradients(scale)):
             if not rows:
                 nothing = dict.fromkeys(TOOK, "")
                 first = {"variant": "VAE bound", "method": "", "guidance_scale": ""}

@@ -32,8 +32,14 @@ class Measured(NamedTuple):
     task: Any
 
 
-def measured(options: RunOptions, name: str, task: Task, processes: int) -> Iterator[Measured]:
-    """Rows of the model without and with its LoRA, one after the other; of a bundle, of what it holds."""
+def measured(
+    options: RunOptions, name: str, task: Task, processes: int, gradients: Sequence[str] = ()
+) -> Iterator[Measured]:
+    """Rows of the model without and with its LoRA, one after the other; of a bundle, of what it holds.
+
+    Args:
+        gradients: that the task takes, as in `open_pipeline`.
+    """
     from engines.bundle import digest_json
     from smooth_rt.evaluation.rows import Rows, collect
     from smooth_rt.lora import read_lora
@@ -47,7 +53,7 @@ def measured(options: RunOptions, name: str, task: Task, processes: int) -> Iter
     asked = {f.name: getattr(task, f.name) for f in held if not f.metadata.get("aside")}
     keeps = any(f.name == "pictures" for f in held)
     for variant, chosen in named.items():
-        with open_pipeline(chosen) as pipe, item_progress(f"{name}, {variant}") as progress:
+        with open_pipeline(chosen, gradients) as pipe, item_progress(f"{name}, {variant}") as progress:
             watch = Stopwatch()
             told = described(pipe, chosen)
             settings = {"measurement": name, "engine": pipe.engine, **pipe.digests, "of": digest_json(_plain(asked))}
@@ -55,7 +61,8 @@ def measured(options: RunOptions, name: str, task: Task, processes: int) -> Iter
             rows = Rows(path, settings)
             mine: Any = replace(task, pictures=path.with_suffix("")) if keeps else task  # type: ignore[type-var]
             # Another process cannot be handed a pipeline: it opens its own, from the engines that are built by now.
-            opened: Callable[[], Any] = partial(nullcontext, pipe) if processes == 1 else partial(open_pipeline, chosen)
+            again = partial(open_pipeline, chosen, gradients)
+            opened: Callable[[], Any] = partial(nullcontext, pipe) if processes == 1 else again
             found = collect(mine, opened, rows, processes, progress)
             told["seconds"] = watch.seconds
         yield Measured(variant, found, told, mine)

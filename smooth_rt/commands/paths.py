@@ -64,7 +64,9 @@ def interpolation(
     rows: list[dict[str, Any]] = []
     notes: dict[str, None] = {}
     for task in tasks:
-        for variant, found, told, _ in measured(options, "interpolation", task, processes):
+        for variant, found, told, _ in measured(
+            options, "interpolation", task, processes, METHODS[method].gradients(scale)
+        ):
             rows.append({"variant": variant, "way": task.way, **told, **summarise_interpolation(found)})
             notes |= dict.fromkeys(
                 f"LPIPS is not measured: {row['lpips_missing']}" for row in found if row["lpips_missing"]

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from smooth_rt.commands.options import ModelOptions, RunOptions
 from smooth_rt.commands.progress import build_progress, step_progress
-from smooth_rt.errors import InputError
+from smooth_rt.errors import EngineError, InputError, ParityError
 
 if TYPE_CHECKING:
     from torch import Generator
 
     from engines.bundle import Bundle
     from engines.contract import Dims
+    from engines.variant import Precision
     from smooth_rt.model import Model, PipelineConfig
     from smooth_rt.pipeline import SmoothPipeline
 
@@ -29,6 +31,7 @@ __all__ = [
     "run",
 ]
 
+LOG = logging.getLogger("smooth_rt")
 Result = TypeVar("Result")
 
 
@@ -50,6 +53,7 @@ def run(
     job: Callable[[SmoothPipeline, dict[str, Any]], Result],
     names: Sequence[str],
     inputs: Sequence[Path] = (),
+    gradients: Sequence[str] = (),
 ) -> tuple[Result, dict[str, Any]]:
     """Do a job on the pipeline that the options name: what it gives, and what of the run its command tells.
 
@@ -58,6 +62,7 @@ def run(
         job: called with the pipeline and the arguments that every task takes.
         names: the files that will be written.
         inputs: the files that the job reads beside the model.
+        gradients: that the job takes, as in `open_pipeline`.
 
     Raises:
         InputError: one of the files would take an input's place; and whatever `open_pipeline` and the
@@ -66,7 +71,7 @@ def run(
     from smooth_rt.writers import check_output
 
     check_output(options.output, names, [*inputs, *options.inputs])
-    with open_pipeline(options) as pipe, step_progress(command, steps) as on_step:
+    with open_pipeline(options, gradients) as pipe, step_progress(command, steps) as on_step:
         watch = Stopwatch()
         made = job(
             pipe,
@@ -87,8 +92,12 @@ def opened_model(options: ModelOptions) -> Model:
     return load_model(options.model, config=options.model_config)
 
 
-def open_pipeline(options: RunOptions) -> SmoothPipeline:
+def open_pipeline(options: RunOptions, gradients: Sequence[str] = ()) -> SmoothPipeline:
     """The pipeline that the options name: a bundle, or a model with its LoRA, on an engine.
+
+    Args:
+        gradients: that it will be asked for, as in `SmoothPipeline.from_pretrained`: engines that are built here get
+            them. Where they cannot be built, and in a bundle without them, they are left to eager autograd, aloud.
 
     Raises:
         InputError: a bundle is named together with a model or a LoRA, or an option does not fit the model. That is
@@ -121,6 +130,34 @@ def open_pipeline(options: RunOptions) -> SmoothPipeline:
         )
     model = opened_model(options)
     _check_fit(options, model.config(), model.dims)
+    gradients = _able(options, gradients)
+    try:
+        return _pretrained(options, model, gradients)
+    except (EngineError, ParityError) as error:
+        if not gradients:
+            raise
+        fault = error
+    pipe = _pretrained(options, opened_model(options), ())  # the LoRA may be fused into the other by now
+    LOG.warning("gradients: left to eager autograd, for they could not be built (%s)", fault)
+    return pipe
+
+
+def _able(options: RunOptions, gradients: Sequence[str]) -> Sequence[str]:
+    """`gradients`, if an engine of the options has them in their precision; else none."""
+    from engines.contract import gradients_named
+    from engines.providers import joined
+    from engines.recipes import RECIPES
+    from engines.select import AUTO_ON_GPU
+
+    engine, precision = joined(options.engine, options.provider), options.precision or "fp32"
+    recipes = [RECIPES.get(name, {}) for name in (AUTO_ON_GPU if engine == "auto" else (engine,))]
+    wanted = set(gradients_named(gradients))
+    return gradients if any(wanted <= set(one.get(cast("Precision", precision), ())) for one in recipes) else ()
+
+
+def _pretrained(options: RunOptions, model: Model, gradients: Sequence[str]) -> SmoothPipeline:
+    from smooth_rt.pipeline import SmoothPipeline
+
     with build_progress() as progress:
         return SmoothPipeline.from_pretrained(
             model,
@@ -130,6 +167,7 @@ def open_pipeline(options: RunOptions) -> SmoothPipeline:
             precision=options.precision or "fp32",
             progress=progress,
             provider=options.provider,
+            gradients=gradients,
         )
 
 

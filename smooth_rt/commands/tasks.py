@@ -29,7 +29,7 @@ Method = Annotated[
     str,
     typer.Option(
         help="How images are inverted: ddim, ddim-without-text, negative-prompt, null-text, direct, fixed-point, "
-        "spdinv, easyinv, edict or belm."
+        "spdinv, easyinv, edict or belm. For null-text and spdinv gradients are built, once."
     ),
 ]
 
@@ -136,6 +136,7 @@ def interpolate(
         ),
         names,
         images or (),
+        _gradients(method, options.guidance_scale) if images else (),
     )
     import numpy as np
 
@@ -193,6 +194,7 @@ def invert(
         ),
         names,
         images,
+        _gradients(method, options.guidance_scale),
     )
     import numpy as np
     from safetensors.torch import save
@@ -252,6 +254,7 @@ def edit(
         ),
         names,
         images,
+        () if edit_method == "sdedit" else _gradients(method, options.guidance),
     )
     made = _pictures(result.images)
     originals = _originals(images, made[0])
@@ -264,6 +267,14 @@ def _walks(method: str) -> int:
     from smooth_rt.tasks.inversion import METHODS
 
     return METHODS[choice("method", method, tuple(METHODS))].walks
+
+
+def _gradients(method: str, guidance_scale: float | None) -> tuple[str, ...]:
+    """Those that a method takes."""
+    from smooth_rt.ranges import choice
+    from smooth_rt.tasks.inversion import METHODS
+
+    return METHODS[choice("method", method, tuple(METHODS))].gradients(guidance_scale)
 
 
 def _check_ends(prompts: Sequence[str] | None) -> None:

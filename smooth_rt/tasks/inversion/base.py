@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from engines.contract import gradient_word
 from smooth_rt.schedule import Schedule
 from smooth_rt.tasks.generate import guided
 from smooth_rt.tasks.inversion.kept import Watched
@@ -168,6 +169,15 @@ class Method(NamedTuple):
     guidance_scale: float = 1.0
     walks: int = 2
     wrt: tuple[str, ...] = ()
+
+    def gradients(self, guidance_scale: float | None = None) -> tuple[str, ...]:
+        """What a user calls the gradients that it takes, as `SmoothPipeline.from_pretrained` is asked for them.
+
+        Args:
+            guidance_scale: of the way back; None is the method's own.
+        """
+        guided = (self.guidance_scale if guidance_scale is None else guidance_scale) != 1
+        return (gradient_word(self.wrt),) if self.evaluations(1, guided).gradients else ()
 
 
 def guided_back(pipe: SmoothPipeline, noise: Noise, guidance_scale: float) -> Predict:
