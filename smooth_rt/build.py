@@ -117,8 +117,9 @@ def ensure_engines(
         precision: of the engines: "fp32", "fp16", "bf16" or "int8", as far as each backend has it.
         profiles: the requests that the engines shall take beside those that they are built for already; none stands
             for every size.
-        gpu_arch: for TensorRT for RTX and ONNX Runtime on GPUs, the architectures such as "sm80,sm89"; None is the GPU
-            at hand, or with none at hand every one that the backend supports.
+        gpu_arch: for TensorRT for RTX and ONNX Runtime on GPUs, the architectures such as "sm80,sm89"; "rtx" is one
+            engine for every GPU that TensorRT for RTX supports. None is the GPU at hand, or without one that the
+            backend names every one that it supports. Backends of the CPU among others are built as without it.
         lora_mode: "fused"; "refit": the engines are those of the base model, and the LoRA's weights are put into them
             when they are opened, at any strength; or "runtime": the strength is an input of the UNet's graph.
             `lora_strength` is of no account here with either.
@@ -231,7 +232,7 @@ def _variants(
 ) -> list[Variant]:
     """What is asked for, one variant a backend, each checked before anything is loaded."""
     from engines.recipes import RECIPES, check_convolution, check_gradients, check_precision
-    from engines.select import buildable, check_lora_mode, target
+    from engines.select import buildable, check_lora_mode, targets
     from engines.variant import Variant
 
     if not backends:
@@ -249,8 +250,8 @@ def _variants(
     (convolution,) = check(convolution=convolution)
     exact, mode, form = cast("Precision", precision), cast("LoraMode", lora_mode), cast("Convolution", convolution)
     variants = [
-        Variant(backend=name, precision=exact, lora_mode=mode, architecture=target(name, gpu_arch), convolution=form)
-        for name in dict.fromkeys(backends)
+        Variant(backend=name, precision=exact, lora_mode=mode, architecture=built_for, convolution=form)
+        for name, built_for in targets(backends, gpu_arch).items()
     ]
     for variant in variants:
         check_convolution(variant, profiles)

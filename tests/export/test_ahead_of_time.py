@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,6 +52,22 @@ def test_it_is_not_used_before_it_was_proved(bundle: Bundle, monkeypatch: pytest
     monkeypatch.setattr("engines.bundle.runs_here", lambda _: None)
     with pytest.raises(BundleError, match=r"nothing proves it yet; run `smooth-rt engines verify --parity .*` here"):
         bundle.engine("unet", "tensorrt-rtx")
+
+
+def test_an_architecture_among_backends_of_the_cpu(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    asked: list[Any] = []
+    monkeypatch.setenv("SMOOTH_RT_CACHE", str(tmp_path))
+    monkeypatch.setattr("smooth_rt.build._build", lambda *given: asked.extend(given[3]) or sys.exit(3))
+    build = ["build-engine", "--model", str(tiny_model), "--lora", "none", "--backend"]
+    for named in ("sm89", "rtx"):
+        with pytest.raises(SystemExit):
+            cli.main([*build, "openvino,tensorrt-rtx", "--gpu-arch", named])
+    names = [order.variant.name for order in asked]
+    assert names == ["openvino-fp32", "tensorrt-rtx-fp32-sm89", "openvino-fp32", "tensorrt-rtx-fp32-rtx"]
+    assert cli.main([*build, "openvino", "--gpu-arch", "sm89"]) == 2
+    assert capsys.readouterr().err.startswith("error: --gpu-arch=sm89: openvino is built for the CPU here; leave it")
 
 
 def test_verify_says_what_cannot_be_compared_here(bundle: Bundle, capsys: pytest.CaptureFixture[str]) -> None:

@@ -13,9 +13,9 @@ import onnx
 import pytest
 import torch
 
-from engines.contract import NETWORKS, Network, contract
+from engines.contract import NETWORKS, Network, NetworkName, contract
 from engines.device import SHAPES
-from engines.eager import torch_networks
+from engines.eager import gradient_networks, torch_networks
 from engines.errors import EngineError
 from engines.ort import OrtEngine
 from engines.providers import BY_BACKEND
@@ -35,6 +35,7 @@ pytestmark = [
 ]
 
 ON_GPU = [name for name in ONNX if name != "onnxruntime"]
+GRADIENTS: list[NetworkName] = ["unet_vjp_text", "unet_vjp_sample"]
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +47,7 @@ def model() -> Any:
 def graphs(model: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """The path of a network's graph in a precision, exported once."""
     root, networks = tmp_path_factory.mktemp("graphs"), torch_networks(model.text_encoder, model.unet, model.vae)
+    networks |= gradient_networks(networks["unet"], GRADIENTS)
 
     def graph(name: Any, precision: Any) -> tuple[Path, Any]:
         path, network = root / precision / name / "model.onnx", contract(name, model.dims)
@@ -101,6 +103,16 @@ def test_torchs_numbers_at_every_corner(backend: str, precision: Any, name: Any,
     with opened(backend, network, path, bounds) as engine:
         tried = cases(network, model.dims, bounds)
         assert verify(engine, module, network, model.dims, precision, 5, tried)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", GRADIENTS)
+def test_gradients_are_those_of_autograd(name: Any, precision: Any, model: Any, graphs: Any) -> None:
+    network, (path, module) = contract(name, model.dims), graphs(name, precision)
+    bounds = [several(network), one(network, 2)]
+    with opened("onnxruntime-cuda", network, path, bounds) as engine:
+        found = verify(engine, module, network, model.dims, precision, 5, cases(network, model.dims, bounds))
+    assert [parity.output for parity in found] == [spec.name for spec in network.outputs]
 
 
 @pytest.mark.parametrize("rows", [1, 2, 8, 32])

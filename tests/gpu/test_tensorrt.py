@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module, metadata
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +15,16 @@ import torch
 
 from engines.contract import LORA_STRENGTH, NETWORKS, Network, contract
 from engines.device import SHAPES
-from engines.eager import torch_networks
-from engines.errors import EngineError
+from engines.eager import gradient_networks, torch_networks
+from engines.errors import EngineError, SmoothRTError
 from engines.lora import LoraWeights
+from engines.rtx import leaves_out
 from engines.runtime_lora import RuntimeUnet
-from engines.select import TENSORRT, buildable, gpu
+from engines.select import PORTABLE, TENSORRT, buildable, gpu, target
 from engines.trt import TrtEngine
 from engines.variant import Bounds, Place
 from export.graphs import Case, cases, random_inputs
+from export.half import in_half
 from export.to_onnx import to_onnx
 from export.to_tensorrt import to_tensorrt
 from export.verify import verify
@@ -53,21 +56,76 @@ def bounded(network: Network) -> Bounds:
     return {symbol: (1, 2, 4) if symbol == "batch" else (8, 16, 16) for symbol in network.symbols}
 
 
+def torchs(model: Any, name: Any) -> Any:
+    """The torch form of a network, of one of gradients too."""
+    networks = torch_networks(model.text_encoder, model.unet, model.vae)
+    return networks[name] if name in networks else gradient_networks(networks["unet"], [name])[name]
+
+
 def built(
-    backend: str, model: Any, name: Any, folder: Path, lora: LoraWeights | None = None, **options: Any
+    backend: str,
+    model: Any,
+    name: Any,
+    folder: Path,
+    lora: LoraWeights | None = None,
+    precision: Any = "fp32",
+    cache: Path | None = None,
+    **options: Any,
 ) -> tuple[TrtEngine, Any]:
     network = contract(name, model.dims, lora_strength=lora is not None)
-    module = torch_networks(model.text_encoder, model.unet, model.vae)[name]
+    module = torchs(model, name)
     if lora is not None:
         module = RuntimeUnet(module, lora).eval()
-    to_onnx(module, network, model.dims, folder / "model.onnx")
+    exact = module if precision == "fp32" else in_half(module, network, model.dims, precision)[0]
+    to_onnx(exact, network, model.dims, folder / "model.onnx")
     path, bounds = folder / "model.engine", [bounded(network)]
     try:
-        to_tensorrt(folder / "model.onnx", path, network, bounds, backend=backend, architecture=gpu() or "", **options)
-        return TrtEngine(network, path, bounds, backend), module
+        to_tensorrt(
+            folder / "model.onnx", path, network, bounds, backend=backend, architecture=target(backend), **options
+        )
+        return TrtEngine(network, path, bounds, backend, cache), module
+    except SmoothRTError as error:
+        # A GPU that TensorRT for RTX does not name, such as Hopper: its refusal is the expected answer, and the probe
+        # below records it. No other GPU gets away.
+        if backend == "tensorrt-rtx" and leaves_out(gpu() or "") is not None:
+            pytest.skip(f"{torch.cuda.get_device_name()}: {error}")
+        raise
+
+
+def test_whether_the_portable_engine_runs_here(
+    model: Any, tmp_path: Path, record_property: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A probe: the line that it prints belongs into docs/measurements, whichever way it goes."""
+    fault = buildable("tensorrt-rtx")
+    if fault is not None:
+        pytest.skip(fault)
+    network, at_hand = contract("vae_decoder", model.dims), str(gpu())
+    path, bounds = tmp_path / "model.engine", [bounded(network)]
+    module = torchs(model, "vae_decoder")
+    to_onnx(module, network, model.dims, tmp_path / "model.onnx")
+    to_tensorrt(
+        tmp_path / "model.onnx", path, network, bounds, backend="tensorrt-rtx", architecture=PORTABLE
+    )  # built on any machine
+    try:
+        with TrtEngine(network, path, bounds, "tensorrt-rtx") as engine:
+            tried = cases(network, model.dims, bounds)
+            (parity,) = verify(engine, module, network, model.dims, "fp32", 5, tried)
+        outcome = f"runs, {parity.relative:.1e} from torch"
     except EngineError as error:
-        # A GPU that TensorRT for RTX does not know, such as Hopper: its refusal is the expected answer.
-        pytest.skip(f"{torch.cuda.get_device_name()}: {error}")
+        outcome = f"is refused: {error}"
+        assert "\n" not in outcome
+        # What it is said to support must run.
+        assert leaves_out(at_hand) is not None, outcome
+        assert "choose another engine" in outcome or "cannot run it" in outcome
+    trt = import_module("tensorrt_rtx")
+    validity, diagnostics = trt.Runtime(trt.Logger(trt.Logger.ERROR)).get_engine_validity(path.read_bytes())
+    line = (
+        f"{torch.cuda.get_device_name()} ({at_hand}), tensorrt-rtx {metadata.version('tensorrt-rtx')}: the portable "
+        f"engine {outcome}; get_engine_validity: {validity}, {diagnostics}"
+    )
+    record_property("portable engine", line)
+    with capsys.disabled():
+        print(f"\n{line}")
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -76,6 +134,50 @@ def test_torchs_numbers_at_every_corner(backend: str, model: Any, tmp_path: Path
     with engine:
         tried = cases(engine.network, model.dims, engine.bounds)
         assert verify(engine, module, engine.network, model.dims, "fp32", 5, tried)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+@pytest.mark.parametrize("name", ["unet_vjp_text", "unet_vjp_sample"])
+def test_gradients_are_those_of_autograd(backend: str, model: Any, tmp_path: Path, name: Any, precision: Any) -> None:
+    engine, module = built(backend, model, name, tmp_path, precision=precision)
+    with engine:
+        tried = cases(engine.network, model.dims, engine.bounds)
+        found = verify(engine, module, engine.network, model.dims, precision, 5, tried)
+    assert [parity.output for parity in found] == [spec.name for spec in engine.network.outputs]
+
+
+def test_every_shape_is_captured(backend: str, model: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    engine, module = built(backend, model, "unet", tmp_path)
+    with engine, caplog.at_level("WARNING", "smooth_rt"):
+        # A replay reads what is in the buffers now, and shapes that come between leave it alone.
+        for seed, rows in enumerate((1, 4, 1, 2, 4, 1)):
+            case = Case({"batch": rows, "height": 16, "width": 16}, 1.0)
+            inputs = random_inputs(engine.network, model.dims, case, torch.Generator().manual_seed(seed))
+            got = engine.infer(**inputs)["noise_pred"]
+            with torch.no_grad():
+                wanted = module(*inputs.values())[0]
+            assert (got - wanted).norm() / wanted.norm() < 1e-4
+        assert engine._graphs
+    assert not caplog.messages
+
+
+def test_kernels_are_kept(model: Any, tmp_path: Path) -> None:
+    fault = buildable("tensorrt-rtx")
+    if fault is not None:
+        pytest.skip(fault)
+    cache = tmp_path / "compiled"
+    engine, _ = built("tensorrt-rtx", model, "vae_decoder", tmp_path, cache=cache)
+    case = Case({"batch": 1, "height": 16, "width": 16}, 1.0)
+    inputs = random_inputs(engine.network, model.dims, case, torch.Generator().manual_seed(1))
+    first = engine.infer(**inputs)["sample"]
+    engine.close()
+    (file,) = cache.iterdir()
+    whole = file.read_bytes()
+    for content in (whole, b"damaged"):
+        file.write_bytes(content)
+        with TrtEngine(engine.network, tmp_path / "model.engine", engine.bounds, "tensorrt-rtx", cache) as again:
+            torch.testing.assert_close(again.infer(**inputs)["sample"], first)
+        assert len(file.read_bytes()) >= len(whole) // 2
 
 
 def test_outputs_are_the_callers_own_and_shapes_take_turns(backend: str, model: Any, tmp_path: Path) -> None:
@@ -109,8 +211,7 @@ def test_an_engine_that_was_cut_or_is_none(backend: str, model: Any, tmp_path: P
 
 def test_weights_a_then_b_then_a_again(backend: str, model: Any, tmp_path: Path) -> None:
     network = contract("unet", model.dims)
-    module = torch_networks(model.text_encoder, model.unet, model.vae)["unet"]
-    to_onnx(module, network, model.dims, tmp_path / "model.onnx")
+    to_onnx(torchs(model, "unet"), network, model.dims, tmp_path / "model.onnx")
     graph = onnx.load(tmp_path / "model.onnx", load_external_data=False).graph
     names = [tensor.name for tensor in graph.initializer if tensor.name.endswith("attn1.to_q.weight.T")]
     engine, _ = built(backend, model, "unet", tmp_path, refittable=names)
