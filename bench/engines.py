@@ -1,4 +1,4 @@
-"""`python -m bench engines`: the UNet on every engine and in every precision, beside diffusers, in one run.
+"""`python -m bench engines`: the UNet on every engine of this machine, in the precisions for it, beside diffusers.
 
 `--model sd15` is Stable Diffusion 1.5's UNet at full size with random weights, which need no download. What
 images suffer by a precision, random weights do not say: `smooth-rt engines verify --images` does, on a real model.
@@ -22,50 +22,23 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from bench.candidates import CANDIDATES, Candidate, asked, graphs
 from bench.environment import busy, environment, warn
 from bench.floor import count_flop, matrix_rates
 from bench.results import write
 from bench.subject import sd15
 from engines.base import Engine
-from engines.contract import Dims, Network, contract
+from engines.contract import Dims, contract
 from engines.eager import EagerEngine, Unet
 from engines.recipes import RECIPES
 from engines.select import gpu, open_engine
-from engines.variant import Bounds, Convolution, Precision
+from engines.variant import Bounds
 from export.graphs import Case, random_inputs
-from export.to_int8 import quantise_at
-from export.to_onnx import to_onnx
-from export.to_openvino import to_openvino, to_winograd
 from smooth_rt.errors import SmoothRTError
 
 __all__ = ["CANDIDATES", "Row", "main", "measure", "unet", "work_folder"]
 
 PEER = "diffusers, eager fp32"
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """What is timed: whether for one size alone, and whether 3x3 convolutions were rewritten for it."""
-
-    backend: str
-    precision: Precision
-    fixed: bool
-    convolution: Convolution = "direct"
-
-    @property
-    def graph(self) -> tuple[str, str, str]:
-        """What its graph is called among those that were made."""
-        return self.backend, self.precision, self.convolution
-
-
-CANDIDATES: dict[str, Candidate] = {
-    "onnxruntime fp32": Candidate("onnxruntime", "fp32", fixed=False),
-    "openvino fp32": Candidate("openvino", "fp32", fixed=False),
-    "openvino fp32, one size": Candidate("openvino", "fp32", fixed=True),
-    "openvino fp32 winograd, one size": Candidate("openvino", "fp32", fixed=True, convolution="winograd"),
-    "openvino bf16, one size": Candidate("openvino", "bf16", fixed=True),
-    "openvino int8, one size": Candidate("openvino", "int8", fixed=True),
-}
 
 
 @dataclass(frozen=True)
@@ -101,6 +74,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None]) -> tuple[list[Row], dict[str, Any]]:
     """Each candidate opened, warmed up, timed and closed in turn; the peer first and last, so that drift shows."""
+    asked(options.only)
     module, dims = unet(options.model)
     network = contract("unet", dims)
     options.side = options.side or dims.sample_size * dims.vae_factor
@@ -115,13 +89,14 @@ def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None])
     peer = EagerEngine(network, module)
     wanted = peer.infer(**inputs)["noise_pred"]
     seconds = {PEER: _timed(peer, inputs, options.repeats)}
-    graphs = _graphs(module, network, dims, work, options, one_size, say)
-    candidates = CANDIDATES
-    left_out: list[str] = []
+    made, faults = graphs(module, network, dims, work, options, one_size, say)
+    candidates = {name: one for name, one in asked(options.only).items() if one.made_of not in faults}
+    left_out = [f"{'-'.join(graph)} is left out: {fault}" for graph, fault in faults.items()]
     if gpu() is not None:
-        on_gpu, left_out = _on_gpu(module, dims, work, options, say)
-        graphs |= {candidate.graph: path for candidate, path in on_gpu.values()}
-        candidates = CANDIDATES | {name: candidate for name, (candidate, _) in on_gpu.items()}
+        on_gpu, unable = _on_gpu(module, dims, work, options, say)
+        left_out += unable
+        made |= {candidate.made_of: path for candidate, path in on_gpu.values()}
+        candidates |= {name: candidate for name, (candidate, _) in on_gpu.items()}
     found: list[Row] = []
     for name, one in candidates.items():
         say(f"times of {name}")
@@ -129,7 +104,7 @@ def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None])
         bounds = one_size if one.fixed else []
         started = time.perf_counter()
         try:
-            with open_engine(one.backend, network, graphs[one.graph], recipe.hint, bounds) as engine:
+            with open_engine(one.backend, network, made[one.made_of], recipe.hint, bounds) as engine:
                 opened = time.perf_counter() - started
                 got = engine.infer(**inputs)["noise_pred"]
                 times = _timed(engine, inputs, options.repeats)
@@ -154,50 +129,13 @@ def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None])
         "matrix_rate_gflop_per_s": rate.gflop_per_s,
         "matrix_rate_library": rate.library,
         "floor_s": flop / rate.gflop_per_s / 1e9,
-        "rows": rows,
+        "rows_a_call": rows,
         "side": options.side,
         "model": options.model,
         "int8_rung": options.rung,
         "left_out": left_out,
     }
     return [*peers, *scored], facts
-
-
-def _graphs(
-    module: nn.Module,
-    network: Network,
-    dims: Dims,
-    work: Path,
-    options: argparse.Namespace,
-    one_size: Sequence[Bounds],
-    say: Callable[[str], None],
-) -> dict[tuple[str, str, str], Path]:
-    """The graph of each candidate on the processor, made in `work` unless it is there from a run before."""
-    onnx, fp32 = work / "onnx" / "model.onnx", work / "fp32" / "openvino_model.xml"
-    int8 = work / f"int8-{options.rung}" / "openvino_model.xml"
-    rewritten = work / f"winograd-{options.side}-{options.batch_size}" / "openvino_model.xml"
-    if not onnx.exists():
-        say("export")
-        to_onnx(module, network, dims, onnx)
-    if not fp32.exists():
-        say("convert")
-        to_openvino(onnx, fp32)
-    if not rewritten.exists():
-        say("rewrite")
-        to_winograd(onnx, rewritten, network, one_size)
-    if not int8.exists():
-        say("quantise")
-        # Of random weights nothing can be learnt; a few rows set the scales.
-        sizes = {"batch": 1, "height": dims.sample_size, "width": dims.sample_size}
-        generator = torch.Generator().manual_seed(1)
-        samples = [random_inputs(network, dims, Case(sizes, 1.0), generator) for _ in range(options.samples)]
-        quantise_at(options.rung, onnx, int8, network, "openvino", samples)
-    gc.collect()
-    paths = {"onnxruntime": {"fp32": onnx}, "openvino": {"fp32": fp32, "bf16": fp32, "int8": int8}}
-    return {
-        one.graph: paths[one.backend][one.precision] if one.convolution == "direct" else rewritten
-        for one in CANDIDATES.values()
-    }
 
 
 def _on_gpu(
@@ -262,13 +200,15 @@ def _parse(arguments: list[str]) -> argparse.Namespace | None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rung", type=int, default=2, help="of export.to_int8.LADDER")
     parser.add_argument("--samples", type=int, default=4, help="rows that int8 takes its scales from")
+    parser.add_argument("--only", default="", help="comma-separated parts of the names of what is timed; default: all")
     parser.add_argument("--work", type=Path, help="a folder that keeps the graphs for another run")
     parser.add_argument("--output", type=Path, help="a JSON file of the figures")
     return parser.asked(arguments, ("batch_size", "repeats", "samples"))
 
 
 def _print(rows: Sequence[Row], facts: dict[str, Any], options: argparse.Namespace) -> None:
-    what = f"UNet of {options.model}, {options.side} px, {facts['rows']} rows, {facts['gflop'] / 1000:.3f} TFLOP a call"
+    call = f"{facts['rows_a_call']} rows, {facts['gflop'] / 1000:.3f} TFLOP a call"
+    what = f"UNet of {options.model}, {options.side} px, {call}"
     table = Table(
         "engine", "s", "fastest s", "x diffusers", "x fp32 floor", "relative error", "opened in s", title=what
     )

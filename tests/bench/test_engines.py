@@ -19,6 +19,10 @@ from smooth_rt.errors import InputError
     ("arguments", "said"),
     [
         (["engines", "--repeats", "0"], "--repeats=0: give a whole number of at least 1"),
+        (
+            ["engines", "--only", "openvino, nvidia"],
+            "--only=openvino, nvidia: 'nvidia' is in none of onnxruntime fp32; ",
+        ),
         (["engines", "--rung", "x"], "bench: argument --rung: invalid int value: 'x'; see --help"),
         (["engines", "--model", "nothing/here.safetensors"], "nothing/here.safetensors: no such folder or file"),
         (["gradients", "--repeats", "0"], "--repeats=0: give a whole number of at least 1"),
