@@ -79,10 +79,9 @@ class TrtEngine(Engine):
         except OSError as error:
             raise EngineError(f"{path}: cannot be read ({error.strerror}); rebuild") from error
         if self._engine is None:
-            left_out = leaves_out(gpu() or "") if backend == "tensorrt-rtx" else None
             raise EngineError(
                 f"{path}: {backend} {self._trt.__version__} cannot open it on {torch.cuda.get_device_name()} "
-                f"({self._log.fault()}); {f'{left_out}; choose another engine' if left_out else 'rebuild it here'}"
+                f"({self._log.fault()}); {self._mend()}"
             )
         names = [self._engine.get_tensor_name(index) for index in range(self._engine.num_io_tensors)]
         kinds = {name: self._engine.get_tensor_mode(name) == self._trt.TensorIOMode.INPUT for name in names}
@@ -138,9 +137,8 @@ class TrtEngine(Engine):
 
     def _prepare(self, bounds: int | None, inputs: Mapping[str, Tensor]) -> _Run:
         device, context = self._device.device, self._context(bounds or 0)
-        buffers = {
-            name: torch.empty(tensor.shape, dtype=self._dtype(name), device=device) for name, tensor in inputs.items()
-        }
+        # Filled before the first run: whatever lies in fresh memory is no token's number.
+        buffers = {name: tensor.to(device, self._dtype(name), copy=True) for name, tensor in inputs.items()}
         if not all(context.set_input_shape(name, tuple(buffer.shape)) for name, buffer in buffers.items()):
             raise EngineError(f"{self.network.name}: {self.backend} takes no such shape ({self._log.fault()}); rebuild")
         outputs = {
@@ -183,7 +181,14 @@ class TrtEngine(Engine):
 
     def _enqueue(self, context: Any) -> None:
         if not context.execute_async_v3(self._device.stream.cuda_stream):
-            raise EngineError(f"{self.network.name}: {self.backend} cannot run it ({self._log.fault()}); rebuild")
+            raise EngineError(
+                f"{self.network.name}: {self.backend} cannot run it ({self._log.fault()}); {self._mend()}"
+            )
+
+    def _mend(self) -> str:
+        """What to do where TensorRT refuses an engine."""
+        left_out = leaves_out(gpu() or "") if self.backend == "tensorrt-rtx" else None
+        return "rebuild it here" if left_out is None else f"{left_out}; choose another engine"
 
     def _dtype(self, name: str) -> torch.dtype:
         return _TORCH_TYPES[self._engine.get_tensor_dtype(name).name]
