@@ -125,7 +125,7 @@ class Stages:
         """The ONNX graph that the network's graph in that precision came from. Variants in which a network has the same
         inputs share it."""
         inputs = "-".join(spec.name for spec in network.inputs)
-        return self._folder / inputs / ("fp32" if precision == "int8" else precision) / "model.onnx"
+        return self._folder / network.name / inputs / ("fp32" if precision == "int8" else precision) / "model.onnx"
 
     def forget(self) -> None:
         """Remove the graphs on the way; those of the next network follow."""
