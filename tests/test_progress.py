@@ -61,8 +61,13 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys:
     monkeypatch.delenv("FORCE_COLOR", raising=False)
     with build_progress() as show:
         show("unet: export", 0, 40)
-        monkeypatch.setattr(progress, "SAY_EVERY", 0.0)
+        # Another stage is told of soon, for it may be long, and its next step not before its time.
+        monkeypatch.setattr(progress, "SAY_ANOTHER", 0.0)
         show("unet: verify openvino-fp32", 10, 40)
+        show("unet: verify openvino-fp32", 11, 40)
+        monkeypatch.setattr(progress, "SAY_EVERY", 0.0)
+        show("unet: verify openvino-fp32", 20, 40)
     said = capsys.readouterr()
-    assert re.fullmatch(r"building: unet: verify openvino-fp32; 25 % done, \d+:\d\d left\n", said.err)
+    line = r"building: unet: verify openvino-fp32; {} % done, \d+:\d\d left\n"
+    assert re.fullmatch(line.format(25) + line.format(50), said.err)
     assert said.out == ""

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 __all__ = ["TimeLeft", "build_progress", "item_progress", "step_progress"]
 
 SAY_EVERY = 30.0  # seconds
+SAY_ANOTHER = 5.0  # seconds before another stage is told of, which may be a long one
 BAR_WIDTH = 12
 TIMES_WIDTH = 24  # of 0:12:34 and 1:23:45 left, with the spaces between
 
@@ -121,18 +122,19 @@ def build_progress(prefix: str = "building: ") -> Iterator[Callable[[str, int, i
     left = TimeLeft()
     with _bar("{task.fields[left]}") as progress:
         task = progress.add_task("checking engines", total=None, left=left)
-        said = time.monotonic()
+        said, told = time.monotonic(), ""
 
         def show(stage: str, done: int, total: int) -> None:
-            nonlocal said
+            nonlocal said, told
             left.update(done, total)
             # Of a narrow terminal the text gives way, and never the times.
             room = max(0, progress.console.width - BAR_WIDTH - TIMES_WIDTH)
             what = f"{prefix}{stage}"
             what = what if len(what) <= room else f"{what[: room - 1]}…"
             progress.update(task, description=what, completed=done, total=total)
-            if not progress.console.is_terminal and time.monotonic() - said >= SAY_EVERY:
-                said = time.monotonic()
+            pause = SAY_EVERY if stage == told else SAY_ANOTHER
+            if not progress.console.is_terminal and time.monotonic() - said >= pause:
+                said, told = time.monotonic(), stage
                 print(f"{prefix}{stage}; {100 * done // max(total, 1)} % done, {left}", file=sys.stderr, flush=True)
 
         yield show
