@@ -71,7 +71,7 @@ def build_bundle(
         calibration: real runs of the model, for int8.
         lora: for variants whose LoRA is set at run time; `networks` are then those of the base model.
         timing_caches: a folder for what TensorRT remembers from build to build.
-        memory: bytes that may be taken beside the model, see `needs.available_memory`; None: it is built in any case.
+        memory: bytes that may be taken beside the model, see `machine.available_memory`; None: it is built in any case.
         progress: called before each step, and within long ones.
 
     Raises:
@@ -84,7 +84,7 @@ def build_bundle(
         BundleError: `target` cannot be written, is somebody's folder, or the disk is full.
     """
     _check(networks, dims, orders, calibration, lora)
-    check_memory(networks, orders, memory)
+    check_memory(networks, dims, orders, memory)
     kept = [] if keep is None else [b for b in keep.variants if b.variant not in [o.variant for o in orders]]
     before = [_before(keep, order) for order in orders]
     planned = {}
@@ -92,7 +92,7 @@ def build_bundle(
         lacking = [one for one, has in zip(orders, before, strict=True) if name in one.networks and name not in has]
         planned[name] = [*Stages.plan(lacking, name), *["verify"] * len(lacking)]
     steps = Steps(progress, networks, planned)
-    with staging(target, needed=disk_needed(networks, orders)) as folder:
+    with staging(target, needed=disk_needed(networks, dims, orders)) as folder:
         ready = None if keep is None else keep.path
         stages = Stages(folder / _WORK, dims, calibration, steps.begin, ready, steps.detail, timing_caches)
         build = _Build(dims, source, folder, stages, steps, Reference(networks, lora))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from engines.contract import LORA_STRENGTH, Axis, Dims, Network
+from engines.contract import LORA_STRENGTH, WRT, Axis, Dims, Network
 from engines.variant import Bounds
 
 __all__ = ["Case", "cases", "dynamic_shapes", "example_inputs", "random_inputs"]
@@ -22,6 +23,9 @@ TRACED_BATCH_MAX = 63
 LATENT_SCALES = (1.0, 5.5, 3.0)
 STRENGTHS = (1.0, 0.0, 0.6)  # of a LoRA: as trained, none, and one that halves round
 TRAIN_TIMESTEPS = 1000  # the timesteps that every Stable Diffusion was trained at: 0..999
+# Latent cells of a case that gradients of free sizes are verified at: two rows of 32 by 32. Of SD1.5 those took 16 GiB
+# on OpenVINO, and one row of 64 by 64 more than 18 (docs/measurements, "Gradient graphs").
+GRADIENT_CELLS = 2_048
 
 
 @dataclass(frozen=True)
@@ -76,34 +80,51 @@ def example_inputs(network: Network, dims: Dims) -> tuple[Tensor, ...]:
 
 
 def cases(network: Network, dims: Dims, bounds: Sequence[Bounds] = ()) -> tuple[Case, ...]:
-    """What an engine is verified at: every corner of its bounds and the point inside that it shall be fastest at.
+    """What an engine is verified at: every corner of its bounds, the point that it shall be fastest at, and one inside
+    where that is on an edge.
 
     Where a side has no end, batches of 1, 2 and 3; the default size, a larger one and a smaller, unlike sides.
+    Gradients of a large model are verified at smaller sizes, of at most `GRADIENT_CELLS`, for the sake of memory.
     Latents of a VAE are `1 / scaling_factor` large (5.5 for SD1.x), those of the UNet about 1: both are covered.
     A UNet is built for calls with and without guidance, so its rows are three at least, one for each of `STRENGTHS`.
     """
-    found = [case for one in bounds or [{}] for case in (_corners(one) or _spread(network, dims))]
+    found = [case for one in bounds or [{}] for case in (_corners(network, one) or _spread(network, dims))]
     distinct = list({tuple(case.sizes.items()): case for case in found}.values())
     before = itertools.accumulate((case.sizes["batch"] for case in distinct), initial=0)
     return tuple(replace(case, rows_before=rows) for case, rows in zip(distinct, before, strict=False))
 
 
-def _corners(bounds: Bounds) -> list[Case]:
-    """The corners and the point to be fastest at; none if a symbol has no end."""
+def _corners(network: Network, bounds: Bounds) -> list[Case]:
+    """The corners, the point to be fastest at and one inside; none if a symbol has no end."""
     ends = [(least, most) for least, _, most in bounds.values() if most is not None]
     if not ends or len(ends) < len(bounds):
         return []
-    points = [*itertools.product(*ends), tuple(best for _, best, _ in bounds.values())]
+    best = tuple(best for _, best, _ in bounds.values())
+    inside = tuple(
+        one if least < one < most else _between(least, one, most, network.multiples.get(symbol, 1))
+        for symbol, one, (least, most) in zip(bounds, best, ends, strict=True)
+    )
+    points = dict.fromkeys([*itertools.product(*ends), best, inside])
     scales = itertools.cycle(LATENT_SCALES)
-    return [Case(dict(zip(bounds, point, strict=True)), next(scales)) for point in dict.fromkeys(points)]
+    return [Case(dict(zip(bounds, point, strict=True)), next(scales)) for point in points]
+
+
+def _between(least: int, best: int, most: int, unit: int) -> int:
+    """The multiple of `unit` in the middle; `best` where there is none between the ends."""
+    steps = (most - least) // (2 * unit)
+    return least + steps * unit if steps else best
 
 
 def _spread(network: Network, dims: Dims) -> list[Case]:
     side, unit = dims.sample_size, _unit(network)
+    other = (side + unit, side + 2 * unit)
+    if network.name in WRT and 2 * math.prod(other) > GRADIENT_CELLS:
+        side = max(unit, min(side, math.isqrt(GRADIENT_CELLS // 2) // unit * unit))
+        other = (max(unit, side - unit), side)
     smaller = max(unit, side // (2 * unit) * unit)
     sizes = [
         {"batch": 1, "height": side, "width": side},
-        {"batch": 2, "height": side + unit, "width": side + 2 * unit},
+        {"batch": 2, "height": other[0], "width": other[1]},
         {"batch": 3, "height": side, "width": smaller},
     ]
     return [Case(size, scale) for size, scale in zip(sizes, LATENT_SCALES, strict=True)]

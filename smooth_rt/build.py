@@ -304,7 +304,7 @@ def _build(
 ) -> Bundle:
     from engines.eager import torch_networks
     from export.build import Configs, build_bundle
-    from export.needs import available_memory
+    from export.machine import available_memory
     from smooth_rt.lora import fuse, lora_weights
 
     weights = None

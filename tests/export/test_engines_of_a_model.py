@@ -152,7 +152,12 @@ def test_bounded_engines_are_verified_at_their_corners(dims: Dims) -> None:
     bounds = {"batch": (1, 2, 4), "height": (8, 8, 16), "width": (8, 12, 12)}
     tried = [tuple(case.sizes.values()) for case in cases(network, dims, [bounds])]
     corners = {(b, h, w) for b in (1, 4) for h in (8, 16) for w in (8, 12)}
-    assert set(tried) == {*corners, (2, 8, 12)}
-    assert len(tried) == 9
+    assert set(tried) == {*corners, (2, 8, 12), (2, 12, 12)}
+    assert len(tried) == 10
+    edge = {"batch": (1, 1, 4), "height": (8, 8, 24), "width": (8, 8, 8)}
+    tried = [tuple(case.sizes.values()) for case in cases(network, dims, [edge])]
+    assert tried == [(1, 8, 8), (1, 24, 8), (4, 8, 8), (4, 24, 8), (2, 16, 8)]  # none but the last is inside
+    narrow = {"batch": (1, 2, 2), "height": (8, 8, 12), "width": (8, 8, 8)}
+    assert len(cases(network, dims, [narrow])) == 4  # no multiple of 4 lies between
     one_size = {"batch": (2, 2, 2), "height": (8, 8, 8), "width": (8, 8, 8)}
     assert [tuple(case.sizes.values()) for case in cases(network, dims, [one_size])] == [(2, 8, 8)]

@@ -10,9 +10,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+import export.verify
 from engines.base import Engine
 from engines.contract import NETWORKS, Dims, NetworkName, contract
 from engines.errors import InputError, ModelError, ParityError
+from export.graphs import Case
 from export.verify import TOLERANCES, verify
 
 Networks = dict[NetworkName, nn.Module]
@@ -62,6 +64,19 @@ def _takes_part(name: NetworkName, key: str) -> bool:
     """Whether a parameter is one of the network's own half of the VAE, or of a network that is no half."""
     half = {"vae_encoder": ("encoder.", "quant_conv."), "vae_decoder": ("decoder.", "post_quant_conv.")}
     return name not in half or key.removeprefix("vae.").startswith(half[name])
+
+
+def test_torch_takes_a_large_batch_in_parts(networks: Networks, dims: Dims, monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(export.verify, "CELLS_PER_CALL", 2 * 8 * 8)
+    counted = networks["unet"].register_forward_pre_hook(lambda _, inputs: taken.append(len(inputs[0])))
+    engine = Altered("unet", {"unet": copy.deepcopy(networks["unet"])}, dims, lambda _: None)
+    engine.module._forward_pre_hooks.clear()
+    case = Case({"batch": 5, "height": 8, "width": 8}, 1.0)
+    with counted:
+        [parity] = verify(engine, networks["unet"], engine.network, dims, "fp32", 3, [case])
+    assert taken == [2, 2, 1]
+    assert 0 <= parity.relative < 1e-5
 
 
 def test_a_right_engine_reports_no_error(networks: Networks, dims: Dims) -> None:
