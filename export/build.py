@@ -23,7 +23,7 @@ from engines.recipes import RECIPES, Recipe, check_convolution, check_gradients,
 from engines.select import availability, backend_version, buildable, check_lora_mode, open_engine, runs_here
 from engines.staging import staging
 from engines.variant import Bounds, Order, Place
-from export.graphs import cases
+from export.graphs import Case, cases
 from export.layout import KINDS, write_layout
 from export.needs import check_memory, disk_needed
 from export.places import find_places
@@ -195,7 +195,11 @@ class _Build:
     files: dict[Path, FileRecord] = field(default_factory=dict)
 
     def engine(self, name: NetworkName, order: Order) -> EngineRecord:
-        """Build and verify one network of one variant; its record."""
+        """Build and verify one network of one variant; its record.
+
+        Of a graph that is rewritten, the plain one that others open is compared with torch, too, at one case; what was
+        found is noted as `plain_graph`: of each output the relative error, as in `Parity`.
+        """
         variant = order.variant
         network, module = variant.network(name, self.dims), self.reference.module(variant, name)
         folder = self.folder / variant.name / network.name
@@ -218,11 +222,18 @@ class _Build:
         # What cannot run here is published without, and proved where it runs before it is used.
         if here:
             tried = cases(network, self.dims, bounds)
-            with open_engine(variant.backend, network, graph.path, recipe.hint, bounds) as engine:
-                engine.places = places
-                parity = self.reference.verify(
-                    engine, variant, network, self.dims, recipe.precision, VERIFY_SEED, tried
-                )
+
+            def verified(path: Path, bounds: list[Bounds], tried: Sequence[Case]) -> list[Parity]:
+                with open_engine(variant.backend, network, path, recipe.hint, bounds) as engine:
+                    engine.places = places
+                    return self.reference.verify(
+                        engine, variant, network, self.dims, recipe.precision, VERIFY_SEED, tried
+                    )
+
+            parity = verified(graph.path, bounds, tried)
+            if graph.plain is not None:
+                errors = [f"{one.output} {one.relative:.1e}" for one in verified(graph.plain, [], tried[:1])]
+                graph.notes["plain_graph"] = errors
         record = self.record(network, recipe, graph, bounds, parity)
         return record.model_copy(update={"places": places})
 

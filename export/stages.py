@@ -30,10 +30,12 @@ Notes = dict[str, int | str | list[str]]
 
 @dataclass(frozen=True)
 class Graph:
-    """A finished graph, its weights beside it, and what its build noted."""
+    """A finished graph, its weights beside it, and what its build noted. `plain` is the one that others open, where
+    that is another one."""
 
     path: Path
     notes: Notes = field(default_factory=dict)
+    plain: Path | None = None
 
 
 class Stages:
@@ -111,7 +113,7 @@ class Stages:
             if variant.backend == "onnxruntime" and precision == "fp32" and network.name in NETWORKS:
                 # Weights that are put in later lie in one graph.
                 path, hits = to_ort(graph.path, apart=variant.lora_mode != "refit")
-                return Graph(path, {**graph.notes, **hits})
+                return Graph(path, {**graph.notes, **hits}, None if path == graph.path else graph.path)
             return graph
         if variant.backend == "openvino" and onnx is not None:
             return self._as_openvino(network, variant, precision, onnx, bounds, folder / "openvino_model.xml")

@@ -23,9 +23,9 @@ from engines.contract import NETWORKS, Dims, NetworkName, contract
 from engines.errors import BundleError, EngineError, InputError, ParityError, SmoothRTError
 from engines.manifest import Source, digest_file
 from engines.ort import OrtEngine
-from engines.select import architecture, backend_version
+from engines.select import architecture, backend_version, open_engine
 from engines.variant import Order
-from export import reference
+from export import build, reference
 from export.build import build_bundle
 
 Networks = dict[NetworkName, nn.Module]
@@ -136,6 +136,41 @@ def test_progress_counts_to_the_end(built: Any) -> None:
     # The layers tell what is a long step.
     (convert,) = (name for name in names if name.startswith("unet: convert to openvino-fp32"))
     assert re.fullmatch(r".* \([0-9]{3} layers\)", convert)
+
+
+def test_the_plain_graph_that_others_open_is_compared_too(built: Any) -> None:
+    records = built.bundle.find("onnxruntime").engines
+    rewritten = [record for record in records if not record.file.endswith("/model.onnx")]
+    assert "unet" in [record.network for record in rewritten]
+    for record in records:
+        noted = record.notes.get("plain_graph", [])
+        assert isinstance(noted, list)
+        outputs = [said.split() for said in noted]
+        assert [name for name, _ in outputs] == ([p.output for p in record.parity] if record in rewritten else [])
+        assert all(0 < float(error) <= 1e-4 for _, error in outputs)
+
+
+def test_a_plain_graph_that_is_wrong_is_not_published(
+    ready_made: list[str], run: Build, monkeypatch: pytest.MonkeyPatch, target: Path
+) -> None:
+    opened: list[str] = []
+
+    def open_altered(backend: str, network: Any, path: Path, *rest: Any) -> Engine:
+        engine = open_engine(backend, network, path, *rest)
+        opened.append(f"{network.name}/{path.name}")
+        if opened[-1] == "unet/model.onnx":
+            infer = engine.infer_impl
+            monkeypatch.setattr(
+                engine, "infer_impl", lambda *given: {name: 1.01 * one for name, one in infer(*given).items()}
+            )
+        return engine
+
+    monkeypatch.setattr(build, "open_engine", open_altered)
+    with pytest.raises(ParityError, match="unet: onnxruntime's noise_pred differs"):
+        run()
+    assert opened[-2:] == ["unet/onnxruntime.onnx", "unet/model.onnx"]
+    assert ready_made == ["text_encoder", "unet"]
+    assert list(target.parent.iterdir()) == []
 
 
 @pytest.mark.usefixtures("unverified")
@@ -293,7 +328,8 @@ def test_verification_is_given_the_engines_that_users_run(
     unverified: list[tuple[type, str]], run: Build, target: Path
 ) -> None:
     run()
-    assert unverified == [(OrtEngine, name) for name in NETWORKS]
+    # Of what is rewritten, the plain graph follows.
+    assert list(dict.fromkeys(unverified)) == [(OrtEngine, name) for name in NETWORKS]
     bundle = Bundle.open(target)
     assert bundle.backends == ("onnxruntime",)
     with bundle.open_network("text_encoder", bundle.variants[0], proved=False) as engine:

@@ -50,7 +50,8 @@ def domains(path: Path) -> set[str]:
 def test_the_manifest_counts_the_hits_of_each(built: Any, networks: Networks) -> None:
     blocks = sum(name.endswith(".attn1") for name, _ in networks["unet"].named_modules())
     assert blocks > 0
-    assert built.bundle.find("onnxruntime").engine("unet").notes == {
+    notes = built.bundle.find("onnxruntime").engine("unet").notes
+    assert {name: hits for name, hits in notes.items() if name != "plain_graph"} == {
         "fused_attention": 2 * blocks,
         "split_projection": blocks,
         "text_apart": 2 * blocks,
