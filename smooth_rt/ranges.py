@@ -275,6 +275,7 @@ RANGES: dict[str, Callable[[str, Any], Any]] = {
     "output": _output,
     "precision": _precision,
     "output_type": partial(choice, known=OUTPUT_TYPES),
+    "reschedule_passes": partial(_or_none, kind=partial(_count, least=1)),
     "reschedule": partial(_or_none, kind=partial(choice, known=RESCHEDULES)),
     "seed": _seed,
     "seeds": _seeds,

@@ -91,9 +91,12 @@ def interpolate(
     reschedule: Annotated[
         str | None,
         typer.Option(
-            help="pixels or lpips: sample twice, the second time so that neighbours lie equally far apart in that.",
+            help="pixels or lpips: sample again, so that neighbours lie equally far apart in that.",
             show_default=False,
         ),
+    ] = None,
+    reschedule_passes: Annotated[
+        int | None, typer.Option(help="How often at most. Left out: 3.", show_default=False)
     ] = None,
     attention_blend: Annotated[
         bool,
@@ -116,12 +119,17 @@ def interpolate(
     else:
         _check_ends(prompt)
     walks = _walks(method)
+    if reschedule is None and reschedule_passes is not None:
+        raise InputError(f"--reschedule-passes={reschedule_passes}: takes --reschedule pixels or lpips; add it")
+    from smooth_rt.tasks.interpolate import PASSES
+
+    passes = 0 if reschedule is None else reschedule_passes or PASSES
     names = _names({"frame": frames}, film="morph")
     noise: Any = None if images else generators(seeds) if seeds is not None else generators((options.seed,))[0]
     result, told = run(
         options,
         "interpolate",
-        options.num_inference_steps * ((walks if images else 1) + (reschedule is not None)),
+        options.num_inference_steps * ((walks if images else 1) + passes),
         lambda pipe, shared: pipe.interpolate(
             prompt,
             images or None,
@@ -131,6 +139,7 @@ def interpolate(
             guidance_scale=options.guidance_scale,
             adain=adain,
             reschedule=reschedule,
+            reschedule_passes=reschedule_passes,
             attention_blend=attention_blend,
             **shared,
         ),

@@ -7,6 +7,7 @@ sampled as one batch.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -29,7 +30,10 @@ from smooth_rt.tasks.inversion.base import ddim_back, guided_back
 if TYPE_CHECKING:
     from smooth_rt.pipeline import SmoothPipeline, StepCallback
 
-__all__ = ["Interpolation", "adapted", "evened", "interpolate"]
+__all__ = ["PASSES", "Interpolation", "adapted", "evened", "interpolate"]
+
+PASSES = 3  # of rescheduling, where no number is given
+EVEN = 1.1  # the longest step over the mean one, from which on frames are even enough
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,7 @@ def interpolate(
     negative_prompt: str | None = None,
     adain: bool = False,
     reschedule: str | None = None,
+    reschedule_passes: int | None = None,
     attention_blend: bool = False,
     keep: bool = True,
     output_type: OutputType = "pil",
@@ -85,8 +90,10 @@ def interpolate(
         guidance_scale: None: 7.5, or with images the default of the inversion method.
         negative_prompt: what guidance moves away from, for noise; images bring their own.
         adain: adapt the final latents of each frame to the ends' (`adapted`).
-        reschedule: "pixels" or "lpips": sample the frames twice, the second time at places where neighbours should lie
-            equally far apart in pixel L2, or in LPIPS where its weights are at hand (`evened`).
+        reschedule: "pixels" or "lpips": sample the frames again, at places where neighbours should lie equally far
+            apart in pixel L2, or in LPIPS where its weights are at hand (`evened`).
+        reschedule_passes: how often at most; the longest step is then nearer to the mean one each time. It ends where
+            they are within EVEN, and the evenest frames are taken. None: PASSES.
         attention_blend: let the frames' self-attention look at both ends (`attention_blend.blended_back`); on the
             engine "eager" alone.
         keep: as in `invert`.
@@ -99,7 +106,9 @@ def interpolate(
             expose the attention to blend.
     """
     (frames, *_) = check(frames=frames, output_type=output_type, callback_on_step_end=callback_on_step_end)
-    (reschedule,) = check(reschedule=reschedule)
+    reschedule, passes = check(reschedule=reschedule, reschedule_passes=reschedule_passes)
+    if reschedule is None and passes is not None:
+        raise InputError(f"reschedule_passes={passes}: there is nothing to reschedule by; name pixels or lpips, too")
     method = choice("method", method, tuple(METHODS))  # "auto" would choose the number of steps, too
     schedule = pipe.schedule(num_inference_steps)
     if attention_blend:
@@ -137,9 +146,17 @@ def interpolate(
     alphas = tuple(i / (frames - 1) for i in range(frames))
     latents, final = path(alphas)
     if reschedule is not None:
-        shown = cast("NDArray[np.float32]", pipe.decode(final, "np"))
-        alphas = evened(alphas, _distances(shown, reschedule))
-        latents, final = path(alphas)
+        evenest, taken = math.inf, (alphas, latents, final)
+        for left in reversed(range(1 + (PASSES if passes is None else passes))):
+            distances = _distances(cast("NDArray[np.float32]", pipe.decode(final, "np")), reschedule)
+            longest = max(distances) / (sum(distances) / len(distances) or math.inf)
+            if longest < evenest:
+                evenest, taken = longest, (alphas, latents, final)
+            if longest <= EVEN or not left:
+                break
+            alphas = evened(alphas, distances)
+            latents, final = path(alphas)
+        alphas, latents, final = taken
     return Interpolation(pipe.decode(final, output_type), latents, alphas)
 
 

@@ -176,14 +176,33 @@ def test_rescheduled_frames_lie_more_evenly(fake: Callable[..., SmoothPipeline],
         return 3 * torch.sigmoid(40 * text.mean(dim=(1, 2)))[:, None, None, None] + 0 * x
 
     pipe = fake(steep)
+    walked: list[int] = []
 
-    def spread(**options: Any) -> float:
+    def longest(steps: int = 3, **options: Any) -> float:
+        walked.clear()
         made = pipe.interpolate(
-            ["red", "dog"], [images[0], images[0]], frames=9, num_inference_steps=3, output_type="pt", **options
-        )
-        steps = (cast("Tensor", made.images)[1:] - made.images[:-1]).flatten(1).norm(dim=1)
-        return float(steps.std() / steps.mean())
+            ["red", "dog"], [images[0], images[0]], frames=9, num_inference_steps=steps, output_type="pt",
+            callback_on_step_end=lambda *_: walked.append(1), **options,
+        )  # fmt: skip
+        apart = (cast("Tensor", made.images)[1:] - made.images[:-1]).flatten(1).norm(dim=1)
+        return float(apart.max() / apart.mean())
 
-    assert spread(reschedule="pixels") < 0.5 * spread()
-    with pytest.raises(InputError, match="reschedule='even' is unknown; it is one of pixels, lpips"):
-        spread(reschedule="even")
+    plain = longest()
+    assert len(walked) == 3 * 2
+    once = longest(reschedule="pixels", reschedule_passes=1)
+    assert len(walked) == 3 * 3
+    often = longest(reschedule="pixels")
+    assert 3 * 3 < len(walked) <= 3 * 5
+    assert plain > 2
+    assert plain > once > often
+    assert often < 1.15
+    # Frames that are even by now are not sampled again, and a pass that made them less so is not taken.
+    assert longest(reschedule="pixels", reschedule_passes=50) <= 1.1
+    assert len(walked) < 3 * 10
+    for options, said in (
+        ({"reschedule": "even"}, "reschedule='even' is unknown; it is one of pixels, lpips"),
+        ({"reschedule_passes": 2}, "reschedule_passes=2: there is nothing to reschedule by; name pixels or lpips"),
+        ({"reschedule": "pixels", "reschedule_passes": 0}, "reschedule_passes=0: give a whole number from 1"),
+    ):
+        with pytest.raises(InputError, match=said):
+            longest(**cast("dict[str, Any]", options))
