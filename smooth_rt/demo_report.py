@@ -45,6 +45,7 @@ class Settings:
     null_text_steps: int = 15  # of the morph by null-text inversion, whose every step takes up to ten gradients
     seeds: tuple[int, int] = (3, 5)
     edit_strength: float = 0.8
+    gradients: bool = True  # built for the first engine; else eager autograd takes them
 
 
 # Said wherever results of fewer steps are shown.
@@ -67,7 +68,8 @@ class EditScene:
 class Scene:
     """What the demo shows: two images with their captions, edits, and the guidance that suits the model.
 
-    The first image is also the one that is inverted; `prompt` is that of the morph between two seeds.
+    The first image is also the one that is inverted; `prompt` is that of the morph between two seeds; `note` is what is
+    said of the images.
     """
 
     images: tuple[Image.Image, Image.Image]
@@ -76,20 +78,22 @@ class Scene:
     edits: tuple[EditScene, ...]
     guidance_scale: float = 7.5
     edit_guidance_scale: float = 7.5
+    note: str = ""
 
 
 @dataclass
 class Outcome:
     """What one variant computed on one engine, and the seconds of each job.
 
-    The morph by null-text inversion is that of the first engine alone: the demo's engines have no gradients, so on
-    each it would be the same eager autograd's.
+    The morph by null-text inversion is that of the first engine alone, which gradients are built for; `gradients` is
+    the engine that took them.
     """
 
     variant: str
     engine: str
     seconds: dict[str, float] = field(default_factory=dict)
     images: dict[str, list[Image.Image]] = field(default_factory=dict)
+    gradients: str = "eager"
 
 
 def measure(outcomes: Sequence[Outcome], scene: Scene) -> list[dict[str, Any]]:
@@ -205,6 +209,12 @@ def _processor() -> str:
     return next(named, platform.processor() or "unknown")
 
 
+def _takers(shown: Sequence[Outcome]) -> str:
+    """The engines that took the gradients."""
+    eager = "PyTorch, for which none have to be built"
+    return " and ".join(dict.fromkeys(eager if one.gradients == "eager" else one.gradients for one in shown))
+
+
 def describe(
     outcomes: Sequence[Outcome], scene: Scene, rows: Sequence[dict[str, Any]], settings: Settings, typed: str
 ) -> report.Page:
@@ -244,11 +254,11 @@ def describe(
         "Each ISTD here is that of one path, and paths differ much; smooth-rt evaluate istd takes a hundred, between "
         "seeds. Paths between images run without guidance, as inversion does; under guidance DDIM inversion "
         "does not come back to its image, and null-text inversion does: an embedding a step is fitted for that, in "
-        f"{settings.null_text_steps} steps."
+        f"{settings.null_text_steps} steps, by gradients of {_takers(list(shown.values()))}. {scene.note}"
     )
     return report.Page(
         title="Smooth morphs on real engines",
-        lead=lead,
+        lead=lead.strip(),
         version=__version__,
         morphs=morphs,
         inversions=[inversion],

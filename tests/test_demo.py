@@ -7,6 +7,7 @@ import json
 import re
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import imageio.v3 as iio
 import numpy as np
@@ -15,11 +16,12 @@ import torch
 from PIL import Image
 
 from smooth_rt import cli, demo
+from smooth_rt.build import Built
 from smooth_rt.demo_report import FEW_STEPS, EditScene, Outcome, Scene, Settings, command, describe, media, table
-from smooth_rt.errors import InputError
+from smooth_rt.errors import EngineError, InputError
 from smooth_rt.lora import Lora, LoraLayer, write_lora
 
-TINY = Settings(frames=3, num_inference_steps=2, null_text_steps=2)
+TINY = Settings(frames=3, num_inference_steps=2, null_text_steps=2, gradients=False)
 ATTENTION = "mid_block.attentions.0.transformer_blocks.0.attn2.to_v"
 
 
@@ -142,6 +144,7 @@ def test_scene_of_the_default_model() -> None:
     scene = demo._scene("default", None, "openvino", Settings())  # type: ignore[arg-type]
     assert {image.size for image in (*scene.images, *(edit.image for edit in scene.edits))} == {(64, 64)}
     assert all(edit.source_prompt != edit.prompt for edit in scene.edits)
+    assert "Training saw the dog, the panda and the heart, and not on the backgrounds" in scene.note
 
 
 def test_each_edit_stands_with_its_prompts() -> None:
@@ -154,6 +157,30 @@ def test_each_edit_stands_with_its_prompts() -> None:
         ("source 0", "target 0", (30, 30, 30)), ("source 1", "target 1", (60, 60, 60)),
     ]  # fmt: skip
     assert {"edit-1-base.png", "edit-2-base.png"} <= set(media([found], scene))
+
+
+def test_the_page_says_who_took_the_gradients_and_what_the_images_are() -> None:
+    scene = Scene((picture(0), picture(200)), ("a", "b"), "c", (), note="Drawn by hand.")
+    found = [outcome("base", "openvino", 0), outcome("smooth", "openvino", 0)]
+
+    def lead() -> str:
+        return describe(found, scene, demo.measure(found, scene), Settings(), "smooth-rt demo").lead
+
+    assert "by gradients of PyTorch, for which none have to be built. Drawn by hand." in lead()
+    found[0].gradients = found[1].gradients = "openvino"
+    assert "by gradients of openvino. Drawn by hand." in lead()
+
+
+def test_gradients_that_cannot_be_built_are_left_to_eager_aloud(caplog: pytest.LogCaptureFixture) -> None:
+    built: Any = Built(None, True, "there")  # type: ignore[arg-type]
+    more: Any = Built(None, False, "added")  # type: ignore[arg-type]
+
+    def fails() -> Built:
+        raise EngineError("it takes more memory than there is")
+
+    assert demo._with_gradients(built, fails) is built
+    assert "gradients: left to eager autograd, for they could not be built (it takes more memory" in caplog.text
+    assert demo._with_gradients(built, lambda: more) == more
 
 
 def test_command_says_what_is_not_the_default() -> None:
@@ -186,4 +213,4 @@ def test_settings_are_the_demos(monkeypatch: pytest.MonkeyPatch) -> None:
     assert demo.SMALL.num_inference_steps < Settings().num_inference_steps
     full = Settings()
     steps = {"num_inference_steps": full.num_inference_steps, "null_text_steps": full.null_text_steps}
-    assert replace(demo.SMALL, frames=16, **steps) == full
+    assert replace(demo.SMALL, frames=16, gradients=True, **steps) == full

@@ -5,8 +5,12 @@ own layers the keys and values of the ends then stand beside the frame's: at pla
 
     (1 - a) * attention(Q(H), K([H_0, H]), V([H_0, H])) + a * attention(Q(H), K([H_1, H]), V([H_1, H]))
 
-which are the paper's step-oriented blend and its prior-driven attention in one. As there, it ends before the last
-steps, which draw detail. The ends stay as they are.
+It ends before the last steps, which draw detail, as the paper's does. The ends stay as they are.
+
+This is one step of the paper's kind, not its schedule. FreeMorph takes the ends' keys and values alone in the first
+fifth of the steps, beside the frame's own until 60 %, and the frame's own after that; it does so in cross-attention as
+well, in the conditional half of guidance alone, and with weights spaced by a beta distribution. Here they stand beside
+the frame's from the first step on, in self-attention alone, in both halves, and weigh as the frame's place says.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""DDIM inversion: Song et al. 2021, arXiv 2010.02502 (section 4.3), used for editing by Dhariwal & Nichol 2021.
+"""DDIM inversion: Song et al. 2021, arXiv 2010.02502: the sampler is the Euler integration of an ODE (Eq. 14, section
+4.3), whose reverse encodes an image (section 5.4).
 
 The sampler's steps are walked backwards at guidance 1. The noise on the way from level i - 1 to level i is predicted
 at (x_{i-1}, t_i), as in the `ddim_loop` of null-text inversion (Mokady et al. 2023, arXiv 2211.09794). Sampling meets
