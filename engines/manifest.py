@@ -81,7 +81,8 @@ class Parity(Record):
     """How far one output of an engine was from the torch module in fp32, at worst, over `cases` fresh random inputs.
 
     `relative` is the L2 norm of the difference over that of the reference, for each item of the batch alone;
-    `max_abs` the largest difference of one element; `worst` the sizes at which `relative` was found.
+    `max_abs` the largest difference of one element; `worst` the sizes at which `relative` was found. `unjudged` items
+    of a gradient are left out: rounding in the engine's precision leaves next to nothing of them, whatever computes it.
     """
 
     output: str
@@ -90,6 +91,7 @@ class Parity(Record):
     tolerance: FiniteFloat
     cases: int
     worst: dict[str, int]
+    unjudged: int = 0
 
 
 class EngineRecord(Record):

@@ -18,7 +18,9 @@ from engines.contract import Dims, Network, undifferentiated
 from engines.eager import UnetVjp
 from engines.errors import EngineError, InputError
 from engines.variant import Precision
+from export.conditioning import item_errors
 from export.graphs import Case, random_inputs
+from export.overflow import large_parts
 
 __all__ = ["DTYPES", "ISLANDS", "Cast", "channels_last", "converted", "in_half"]
 
@@ -29,7 +31,6 @@ ISLANDS: dict[str, tuple[str, ...]] = {
     "timestep embedding": ("TimestepEmbedding",),
 }
 WORTH = 1.1  # how many times larger the error must be without an island
-HEADROOM = 1 / 8  # of fp16's range: what goes beyond stays in fp32
 SEED = 11
 
 
@@ -39,8 +40,8 @@ def in_half(module: nn.Module, network: Network, dims: Dims, precision: Precisio
     Inputs and outputs stay the contract's. The fp32 weights are not copied; those in half take half their space.
 
     Args:
-        module: a module of `engines.eager.torch_networks` or of `gradient_networks`, in fp32 on the CPU; a gradient
-            has the islands of the forward pass that it is of.
+        module: a module of `engines.eager.torch_networks` or of `gradient_networks`, in fp32 on the CPU. The islands of
+            a gradient are those that its own errors ask for.
         network: its contract.
         dims: the model's sizes.
         precision: "fp16" or "bf16".
@@ -51,24 +52,25 @@ def in_half(module: nn.Module, network: Network, dims: Dims, precision: Precisio
     """
     if precision not in ("fp16", "bf16"):
         raise InputError(f"precision {precision!r}: a module is converted to fp16 or bf16")
-    if isinstance(module, UnetVjp):
-        forward, islands = in_half(module.module, undifferentiated(network), dims, precision)
-        return UnetVjp(forward, module.wrt).eval(), islands
     dtype = DTYPES[precision]
-    inputs = list(_inputs(network, dims).values())
-    large = _large(module, inputs) if dtype is torch.float16 else []
+    forward, inputs = module, list(_inputs(network, dims).values())
+    if isinstance(module, UnetVjp):
+        forward, inputs = module.module, list(_rows(network, dims).values())
+    given = inputs[: len(undifferentiated(network).inputs)] if isinstance(module, UnetVjp) else inputs
+    large = large_parts(forward, given) if dtype is torch.float16 else []
+
+    def built(kinds: Sequence[str]) -> nn.Module:
+        half = _built(forward, dtype, kinds, large)
+        return UnetVjp(half, module.wrt).eval() if isinstance(module, UnetVjp) else half
+
     with torch.no_grad():
         wanted = module(*inputs)
     kinds = [kind for kind, types in ISLANDS.items() if any(type(m).__name__ in types for m in module.modules())]
-    full = _error(_built(module, dtype, kinds, large), inputs, wanted)
+    full = _error(built(kinds), inputs, wanted)
     if not full < float("inf"):
         raise EngineError(f"{network.name}: not finite in {precision}, even with norms in fp32; choose bf16 or fp32")
-    kept = [
-        kind
-        for kind in kinds
-        if _error(_built(module, dtype, [k for k in kinds if k != kind], large), inputs, wanted) > WORTH * full
-    ]
-    return _built(module, dtype, kept, large), [*kept, *large]
+    kept = [kind for kind in kinds if _error(built([k for k in kinds if k != kind]), inputs, wanted) > WORTH * full]
+    return built(kept), [*kept, *large]
 
 
 def converted(module: nn.Module, dtype: torch.dtype, keep: Sequence[nn.Module] = ()) -> nn.Module:
@@ -146,49 +148,28 @@ def _built(module: nn.Module, dtype: torch.dtype, kinds: Sequence[str], names: S
     return Cast(half, dtype).eval()
 
 
-def _large(module: nn.Module, inputs: Sequence[Tensor]) -> list[str]:
-    """The smallest parts of the module that hold what comes near the end of fp16's range, and hand on what does not.
-
-    A layer whose output is large is no island by itself: its output would leave it in fp16. The block around it is.
-    """
-    limit = torch.finfo(torch.float16).max * HEADROOM
-    found: list[str] = []
-
-    def look(name: str) -> Any:
-        def hook(_: nn.Module, __: Any, output: Any) -> None:
-            tensors = output if isinstance(output, tuple | list) else [output]
-            if any(isinstance(one, Tensor) and float(one.detach().abs().max()) > limit for one in tensors):
-                found.append(name)
-
-        return hook
-
-    hooks = [one.register_forward_hook(look(name)) for name, one in module.named_modules() if name]
-    try:
-        with torch.no_grad():
-            module(*inputs)
-    finally:
-        for hook in hooks:
-            hook.remove()
-    islands = []
-    for name in dict.fromkeys(found):
-        around = name
-        while around in found:
-            around = around.rpartition(".")[0]
-        if not around:
-            raise EngineError(f"{name}: its values outgrow fp16 and leave the network so; choose bf16 or fp32")
-        islands.append(around)
-    return list(dict.fromkeys(islands))
-
-
 def _error(module: nn.Module, inputs: Sequence[Tensor], wanted: Sequence[Tensor]) -> float:
+    """Of the worst output, the relative error; in the mean over its rows, in which one that is ill-conditioned, as a
+    gradient's may be, counts no more than others."""
     with torch.no_grad():
         got = module(*inputs)
     if not all(bool(output.isfinite().all()) for output in got):
         return float("inf")
-    return max(float((g - w).norm() / w.norm().clamp(min=1e-12)) for g, w in zip(got, wanted, strict=True))
+    errors = [item_errors(g, w).clamp(min=1e-12) for g, w in zip(got, wanted, strict=True)]
+    return max(float(one.log().mean().exp()) for one in errors)
 
 
 def _inputs(network: Network, dims: Dims) -> dict[str, Tensor]:
     """Two rows at the model's own size; a VAE's latents as large as those of SD1.x."""
-    sizes = {"batch": 2, "height": dims.sample_size, "width": dims.sample_size}
+    return _drawn(network, dims, 2, dims.sample_size)
+
+
+def _rows(network: Network, dims: Dims) -> dict[str, Tensor]:
+    """More rows of half the size, for a gradient: it takes more memory, and its error differs more from row to row."""
+    unit = dims.latent_multiple
+    return _drawn(network, dims, 8, max(unit, dims.sample_size // 2 // unit * unit))
+
+
+def _drawn(network: Network, dims: Dims, rows: int, side: int) -> dict[str, Tensor]:
+    sizes = {"batch": rows, "height": side, "width": side}
     return random_inputs(network, dims, Case(sizes, 5.5), torch.Generator().manual_seed(SEED))

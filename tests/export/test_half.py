@@ -10,12 +10,14 @@ import onnx
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional
 
 from engines.contract import LORA_STRENGTH, NETWORKS, Dims, Network, NetworkName, contract
 from engines.eager import EagerEngine
 from engines.errors import EngineError, InputError
 from engines.ort import OrtEngine
 from export import half
+from export.decompositions.attention import attention
 from export.graphs import STRENGTHS, cases, random_inputs
 from export.half import in_half
 from export.to_onnx import to_onnx
@@ -79,6 +81,30 @@ def test_what_outgrows_fp16_stays_in_fp32(networks: Networks, dims: Dims) -> Non
     assert "vae.decoder.mid_block.resnets.0" in islands
     parity = verify(EagerEngine(network, small), module, network, dims, "fp16", 3)
     assert parity[0].relative < TOLERANCES["fp16"]
+
+
+def test_scores_of_attention_that_outgrow_fp16_stay_in_fp32(
+    networks: Networks, dims: Dims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    network = contract("unet", dims)
+    module = copy.deepcopy(networks["unet"])
+    path = "unet.mid_block.attentions.0.transformer_blocks.0.attn1"
+    with torch.no_grad():  # as SD2.1 has them, if not all of one sign
+        for name in ("to_q", "to_k"):
+            module.get_submodule(f"{path}.{name}").weight.mul_(1e3)
+    small, islands = in_half(module, network, dims, "fp16")
+    assert path in islands
+    assert not [name for name in islands if "attn" in name and name != path]
+    assert path not in in_half(module, network, dims, "bf16")[1]
+    monkeypatch.setattr(half, "large_parts", lambda *_: [])
+    without, _ = in_half(module, network, dims, "fp16")
+    # As it is exported; torch's own kernel for processors, by which nothing is wrong, keeps the scores in fp32.
+    monkeypatch.setattr(functional, "scaled_dot_product_attention", attention)
+    inputs = random_inputs(network, dims, cases(network, dims)[1], torch.Generator().manual_seed(3))
+    with torch.no_grad():
+        wanted, got, overflown = (one(*inputs.values())[0] for one in (module, small, without))
+    assert float((got - wanted).norm() / wanted.norm()) < TOLERANCES["fp16"]
+    assert not overflown.isfinite().all()
 
 
 def test_numbers_that_no_island_can_save(networks: Networks, dims: Dims) -> None:

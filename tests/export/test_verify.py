@@ -161,3 +161,62 @@ def test_a_gradient_is_held_to_what_torch_itself_keeps(dims: Dims, factor: float
     else:
         with pytest.raises(ParityError, match=r"exact's grad_encoder_hidden_states differs .*leave --gradients out"):
             verify(Exact(network), module, network, dims, "fp32", seed=3)
+
+
+class Rounded(nn.Module):
+    """Gradients that half precision has wrong by more than its tolerance, more so at later timesteps: what is left of
+    numbers of which a layer makes larger ones."""
+
+    def __init__(self, largest: float, least: float = 40.0) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1), requires_grad=False)
+        self.layer = nn.Identity()
+        self.least, self.largest = least, largest
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, text: Tensor, cotangent: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        added = torch.where(timestep < 500, self.least, self.largest)[:, None, None].to(text.dtype)
+        return sample, self.layer(text + added) - added
+
+
+class InHalf(Engine):
+    """That module in fp16, and its gradients altered."""
+
+    backend = "half"
+
+    def __init__(self, dims: Dims, module: nn.Module, alter: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(contract("unet_vjp_text", dims))
+        self.module = copy.deepcopy(module).half()
+        self.alter = alter
+
+    def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:
+        _, grad = self.module(*(one.half() if one.is_floating_point() else one for one in inputs.values()))
+        return {"noise_pred": inputs["sample"].clone(), "grad_encoder_hidden_states": self.alter(grad.float())}
+
+
+def test_a_gradient_is_held_to_what_half_precision_keeps(dims: Dims) -> None:
+    module = Rounded(largest=80.0)
+    engine = InHalf(dims, module, lambda grad: grad)
+    _, parity = verify(engine, module, engine.network, dims, "fp16", seed=3)
+    assert 1e-3 < parity.relative <= parity.tolerance < 0.5
+    assert (parity.cases, parity.unjudged) == (3, 0)
+    for wrong in (lambda grad: 1.6 * grad, lambda grad: 0 * grad, lambda grad: -grad, lambda grad: grad.flip(1)):
+        engine = InHalf(dims, module, wrong)
+        with pytest.raises(ParityError, match="half's grad_encoder_hidden_states differs from torch's"):
+            verify(engine, module, engine.network, dims, "fp16", seed=3)
+
+
+def test_what_half_precision_does_not_keep_judges_no_engine(dims: Dims) -> None:
+    module = Rounded(largest=4000.0)
+    engine = InHalf(dims, module, lambda grad: grad)
+    _, parity = verify(engine, module, engine.network, dims, "fp16", seed=3)
+    assert parity.unjudged > 0
+    assert parity.tolerance < 0.5
+    # The other items do judge one.
+    engine = InHalf(dims, module, lambda grad: 1.6 * grad)
+    with pytest.raises(ParityError, match="differs from torch's"):
+        verify(engine, module, engine.network, dims, "fp16", seed=3)
+    module = Rounded(largest=4000.0, least=4000.0)
+    with pytest.raises(ParityError, match="leaves next to nothing of the model's own grad_encoder_hidden_states"):
+        verify(engine, module, engine.network, dims, "fp16", seed=3)
