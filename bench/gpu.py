@@ -36,6 +36,7 @@ from engines.variant import Bounds, Precision
 from export.graphs import Case, random_inputs
 from export.half import DTYPES, Cast, converted, in_half
 from export.to_onnx import to_onnx
+from export.to_ort import REWRITTEN, to_ort
 from smooth_rt.errors import EngineError, SmoothRTError
 from smooth_rt.model import PipelineConfig, load_model
 from smooth_rt.pipeline import SmoothPipeline
@@ -213,7 +214,7 @@ def built(
     if not onnx.exists():
         to_onnx(_in(precision, module, network, subject), network, subject.dims, onnx)
     if backend not in TENSORRT:
-        return onnx
+        return to_ort(onnx, backend)[0] if precision in REWRITTEN.get(backend, ()) else onnx
     from export.to_tensorrt import to_tensorrt
 
     path = work / f"{name}.engine"

@@ -21,7 +21,7 @@ from engines.variant import LORA_MODES, Bounds, Order, Precision, Variant
 from export.places import find_places
 from export.to_int8 import Calibration
 from export.to_onnx import to_onnx
-from export.to_ort import to_ort
+from export.to_ort import REWRITTEN, to_ort
 
 __all__ = ["Graph", "Stages", "cannot_build"]
 
@@ -110,9 +110,9 @@ class Stages:
         if variant.backend in ONNX and onnx is not None:
             take = _take if variant.backend == "onnxruntime" else shutil.copyfile
             graph = self._as_onnx(network, precision, onnx, folder / "model.onnx", take)
-            if variant.backend == "onnxruntime" and precision == "fp32" and network.name in NETWORKS:
+            if precision in REWRITTEN.get(variant.backend, ()) and network.name in NETWORKS:
                 # Weights that are put in later lie in one graph.
-                path, hits = to_ort(graph.path, apart=variant.lora_mode != "refit")
+                path, hits = to_ort(graph.path, variant.backend, apart=variant.lora_mode != "refit")
                 return Graph(path, {**graph.notes, **hits}, None if path == graph.path else graph.path)
             return graph
         if variant.backend == "openvino" and onnx is not None:

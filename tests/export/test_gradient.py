@@ -23,6 +23,7 @@ from export.decompositions.convolution_backward import convolution_backward
 from export.decompositions.group_norm import group_norm, group_norm_backward
 from export.decompositions.layer_norm import layer_norm, layer_norm_backward
 from export.decompositions.linear import linear
+from export.decompositions.squeeze import squeeze
 from export.decompositions.upsample_nearest import upsample_nearest
 from export.graphs import Case, random_inputs
 from export.half import in_half
@@ -72,6 +73,8 @@ def test_group_norm() -> None:
     wanted, cotangent, grad = pulled(lambda x: functional.group_norm(x, 4, weight, bias, 1e-5), x)
     found, mean, rstd = group_norm(x, weight, bias, 2, 8, 15, 4, 1e-5)
     torch.testing.assert_close(found, wanted)
+    _, *statistics = torch.native_group_norm(x, weight, bias, 2, 8, 15, 4, 1e-5)
+    torch.testing.assert_close([mean, rstd], statistics)
     back = group_norm_backward(cotangent, x, mean, rstd, weight, 2, 8, 15, 4, [True, False, False])
     torch.testing.assert_close(back[0], grad)
 
@@ -81,17 +84,29 @@ def test_layer_norm() -> None:
     wanted, cotangent, grad = pulled(lambda x: functional.layer_norm(x, (6,), weight, bias, 1e-5), x)
     found, mean, rstd = layer_norm(x, (6,), weight, bias, 1e-5)
     torch.testing.assert_close(found, wanted)
+    _, *statistics = torch.native_layer_norm(x, (6,), weight, bias, 1e-5)
+    torch.testing.assert_close([mean, rstd], statistics)
     back = layer_norm_backward(cotangent, x, (6,), mean, rstd, weight, bias, [True, False, False])
     torch.testing.assert_close(back[0], grad)
+
+
+QUERY, KEY, VALUE = drawn(2, 3, 5, 4), drawn(2, 3, 7, 4), drawn(2, 3, 7, 6)
+
+
+def exact_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    return torch.softmax(query @ key.transpose(2, 3) / query.shape[-1] ** 0.5, -1) @ value
 
 
 @pytest.mark.parametrize(
     ("written", "own", "shape"),
     [
         (lambda x: linear(x, drawn(3, 4), drawn(3)), lambda x: functional.linear(x, drawn(3, 4), drawn(3)), (2, 5, 4)),
+        (lambda x: attention(x, KEY, VALUE), lambda x: exact_attention(x, KEY, VALUE), (2, 3, 5, 4)),
+        (lambda x: attention(QUERY, x, VALUE), lambda x: exact_attention(QUERY, x, VALUE), (2, 3, 7, 4)),
+        (lambda x: attention(QUERY, KEY, x), lambda x: exact_attention(QUERY, KEY, x), (2, 3, 7, 6)),
         (
-            lambda x: attention(x, drawn(2, 3, 7, 4), drawn(2, 3, 7, 6)),
-            lambda x: torch.softmax(x @ drawn(2, 3, 7, 4).transpose(2, 3) / 2, -1) @ drawn(2, 3, 7, 6),
+            lambda x: attention(x, x, x, scale=0.3),
+            lambda x: torch.softmax(0.3 * x @ x.transpose(2, 3), -1) @ x,
             (2, 3, 5, 4),
         ),
         (
@@ -99,8 +114,20 @@ def test_layer_norm() -> None:
             lambda x: functional.interpolate(x, scale_factor=(2.0, 3.0)),
             (2, 3, 4, 5),
         ),
+        # Of the axes named, one has more than one element and stays.
+        (lambda x: squeeze(x, (1, 2, 3)), lambda x: torch.ops.aten.squeeze.dims(x, (1, 2, 3)), (2, 1, 3, 1)),
+        (lambda x: squeeze(x, (-1, -3)), lambda x: torch.ops.aten.squeeze.dims(x, (-1, -3)), (1, 1, 3, 1)),
     ],
-    ids=["linear", "attention", "upsample_nearest"],
+    ids=[
+        "linear",
+        "attention by query",
+        "by key",
+        "by value",
+        "by all at once",
+        "upsample_nearest",
+        "squeeze",
+        "squeeze from the end",
+    ],
 )
 def test_what_is_written_out(
     written: Callable[[Tensor], Tensor], own: Callable[[Tensor], Tensor], shape: tuple[int, ...]
@@ -121,20 +148,25 @@ def test_norms_in_half_precision_are_computed_in_fp32(dtype: torch.dtype) -> Non
     exact = group_norm_backward(
         cotangent.double(), x.double(), exact_mean, exact_rstd, weight.double(), 2, 8, 36, 4, MASK
     )[0]
-    rows = (x.permute(0, 2, 3, 1), (8,), weight, bias)
-    across, m, r = layer_norm(*rows, 1e-5)
-    across_exact, _, _ = layer_norm(rows[0].double(), (8,), weight.double(), bias.double(), 1e-5)
-    pulled_across = layer_norm_backward(cotangent.permute(0, 2, 3, 1), rows[0], (8,), m, r, weight, bias, MASK)[0]
+    rows = x.permute(0, 2, 3, 1)
+    across, m, r = layer_norm(rows, (8,), weight, bias, 1e-5)
+    double = (weight.double(), bias.double())
+    across_exact, exact_m, exact_r = layer_norm(rows.double(), (8,), *double, 1e-5)
+    along = cotangent.permute(0, 2, 3, 1)
+    pulled_across = layer_norm_backward(along, rows, (8,), m, r, weight, bias, MASK)[0]
+    pulled_exact = layer_norm_backward(along.double(), rows.double(), (8,), exact_m, exact_r, *double, MASK)[0]
     assert exact is not None
-    for got, wanted in ((found, y), (back, exact), (across, across_exact)):
+    assert pulled_exact is not None
+    for got, wanted in ((found, y), (back, exact), (across, across_exact), (pulled_across, pulled_exact)):
         assert got is not None
         assert got.dtype is dtype
         torch.testing.assert_close(
             got.double(), wanted, rtol=0, atol=float(torch.finfo(dtype).eps * wanted.abs().max())
         )
-    assert pulled_across is not None
-    assert pulled_across.dtype is dtype
-    assert pulled_across.isfinite().all()
+    # In fp32, of numbers in half precision.
+    for statistic, of in ((mean, exact_mean), (rstd, exact_rstd), (m, exact_m), (r, exact_r)):
+        assert statistic.dtype is torch.float32
+        torch.testing.assert_close(statistic.double(), of, rtol=1e-5, atol=1e-5)
 
 
 def error(got: Tensor, wanted: Tensor) -> float:
