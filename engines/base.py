@@ -27,9 +27,9 @@ class Engine(abc.ABC):
         bounds: the sizes that the graph was built for, one after the other; none stands for every size. A call with
             fewer rows than the tightest of them takes is filled up with copies of its last row.
 
-    Attributes: `wider` says how to come by an engine for sizes that this one does not take, `places` where in the graph
-    the weights lie that `refit` replaces, `gradients` opens the networks that `vjp` and `features` run, by name, and
-    `without_gradient` says how to come by one that is lacking; who opens it may set them.
+    Attributes: `outside` says in one line what is wrong with sizes that this one does not take, `places` where in the
+    graph the weights lie that `refit` replaces, `gradients` opens the networks that `vjp` and `features` run, by name,
+    and `without_gradient` says how to come by one that is lacking; who opens it may set them.
     """
 
     backend: ClassVar[str]
@@ -37,7 +37,7 @@ class Engine(abc.ABC):
     def __init__(self, network: Network, bounds: Sequence[Bounds] = ()) -> None:
         self.network = network
         self.bounds = tuple(bounds)
-        self.wider = "ask for one of these sizes"
+        self.outside: Callable[[Mapping[str, int]], str] | None = None
         self.places: Mapping[str, Place] = {}
         self.gradients: Mapping[NetworkName, Callable[[], Engine]] = {}
         self.without_gradient: Mapping[NetworkName, str] = {}
@@ -65,6 +65,8 @@ class Engine(abc.ABC):
         if not self.bounds:
             return None
         index = fitting(self.bounds, {symbol: sizes[symbol] for symbol in self.network.symbols if symbol in sizes})
+        if index is None and self.outside is not None:
+            raise InputError(self.outside(sizes))
         if index is None:
             asked = ", ".join(f"{symbol} {size}" for symbol, size in sizes.items())
             taken = " or ".join(
@@ -73,7 +75,7 @@ class Engine(abc.ABC):
             )
             raise InputError(
                 f"{self.network.name}: {asked} lies outside what the {self.backend} engine was built for, {taken} "
-                f"(rows, and latent cells a side); {self.wider}"
+                "(rows, and latent cells a side); ask for one of these sizes"
             )
         return index
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
+from engines.command import build_command, outside
 from engines.contract import DERIVED, Dims, NetworkName, said_gradients
 from engines.errors import BundleError, EngineError, InputError
 from engines.manifest import (
@@ -30,7 +31,6 @@ from engines.manifest import (
     Parity,
     Source,
     VariantRecord,
-    build_command,
     digest_file,
     digest_json,
     key_parts,
@@ -277,7 +277,7 @@ class Bundle:
             where = "" if str(self.path) in said else f"{self.path}: "
             raise EngineError(f"{where}{said} it with `{self.command(built)}`") from error
         engine.places = record.places
-        engine.wider = f"build a wider one with `{self._wider(built)}`"
+        engine.outside = partial(outside, self.path, self.source, self.dims, built, network)
         if network == "unet":
             engine.gradients = {name: partial(self.open_network, name, built, proved) for name in built.gradients}
             engine.without_gradient = self._without_gradient(built)
@@ -311,10 +311,6 @@ class Bundle:
                 command = build_command(self.path, self.source, (), variant, built.profiles, gradients)
                 mends[name] = f"build it with `{command}`"
         return mends
-
-    def _wider(self, built: VariantRecord) -> str:
-        options = "--batch MIN:OPT:MAX --height MIN:OPT:MAX --width MIN:OPT:MAX"
-        return f"{build_command(self.path, self.source, (), built.variant)} {options}"
 
 
 def _resolved(file: Path, mend: str) -> Path:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path, PurePosixPath
@@ -12,7 +11,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import AfterValidator, Field, FiniteFloat, NonNegativeInt, model_validator
 
-from engines.contract import DERIVED, NETWORKS, Dims, NetworkName, said_gradients
+from engines.contract import DERIVED, NETWORKS, Dims, NetworkName
 from engines.variant import Bounds, Place, Precision, Profile, Record, Variant
 
 __all__ = [
@@ -24,7 +23,6 @@ __all__ = [
     "Parity",
     "Source",
     "VariantRecord",
-    "build_command",
     "digest_file",
     "digest_json",
     "key_parts",
@@ -268,48 +266,3 @@ def key_parts(
         "precision": [precision, hint],
         "backend_version": backend_version,
     }
-
-
-def build_command(
-    path: Path | None = None,
-    source: Source | None = None,
-    backends: Sequence[str] = (),
-    variant: Variant | None = None,
-    profiles: Sequence[Profile] = (),
-    gradients: Sequence[NetworkName] = (),
-) -> str:
-    """The command that builds a bundle like this one again.
-
-    Args:
-        path: the bundle's folder.
-        source: the model and the LoRA.
-        backends: what to build; those that `variant` does not say.
-        variant: the backend, the precision and how the LoRA is held.
-        profiles: the sizes; one that has no end is what a build without options is for.
-        gradients: the networks of gradients.
-    """
-    words = ["smooth-rt", "build-engine"]
-    if source is not None:
-        words += ["--model", source.model]
-        # Left out, --lora is the shipped one where the model is the default.
-        words += ["--lora", "none" if source.lora is None else source.lora.source]
-        if source.lora is not None and source.lora.strength is not None:
-            words += ["--lora-strength", f"{source.lora.strength:g}"]
-    if variant is not None:
-        backends = [variant.backend]
-    if backends:
-        words += ["--backend", ",".join(backends)]
-    if variant is not None:
-        words += [] if variant.precision == "fp32" else ["--precision", variant.precision]
-        words += [] if variant.convolution == "direct" else ["--convolution", variant.convolution]
-        words += [] if variant.lora_mode == "fused" else ["--lora-mode", variant.lora_mode]
-        if not variant.architecture.startswith("cpu-"):
-            words += ["--gpu-arch", variant.architecture]
-    if gradients:
-        words += ["--gradients", ",".join(said_gradients(gradients))]
-    for profile in profiles:
-        if profile.height.max is not None:
-            words += ["--batch", str(profile.batch), "--height", str(profile.height), "--width", str(profile.width)]
-    if path is not None:
-        words += ["--output", str(path)]
-    return shlex.join(words)

@@ -27,6 +27,7 @@ from engines.errors import InputError
 
 __all__ = [
     "CONVOLUTIONS",
+    "GUIDED",
     "LARGEST",
     "LORA_MODES",
     "PRECISIONS",
@@ -58,6 +59,7 @@ CONVOLUTIONS: tuple[Convolution, ...] = ("direct", "winograd")
 # By symbol of the contract (batch, height, width): the least size, the one to be fastest at, the greatest (None: any).
 Bounds = dict[str, tuple[int, int, int | None]]
 
+GUIDED: tuple[NetworkName, ...] = ("unet", "text_encoder")  # which take both halves of guidance: two rows an image
 LARGEST = 10_000  # images, and pixels a side: more is a slip of the keyboard
 
 _SPAN = re.compile(r"[0-9]{1,9}(:[0-9]{1,9}){0,2}")
@@ -185,7 +187,7 @@ class Profile(Record):
         without, so that both are static.
         """
         rows = [self.batch.scaled(1)]
-        if network.name in ("unet", "text_encoder"):
+        if network.name in GUIDED:
             least, best, most = rows[0]
             both = (2 * best, None if most is None else 2 * most)
             rows = [rows[0], (2 * least, *both)] if self.batch.static else [(least, *both)]

@@ -276,7 +276,7 @@ def test_engines_of_one_size(tiny_model: Path, tmp_path: Path, monkeypatch: pyte
             )  # fmt: skip
             torch.testing.assert_close(made, wanted, atol=1e-4, rtol=1e-4)
         assert pipe("dog", num_inference_steps=1).images[0].size == (24, 24)
-        with pytest.raises(InputError, match=r"height 8, width 8 lies outside .*batch 1:1:1, .*--batch MIN:OPT:MAX"):
+        with pytest.raises(InputError, match=r"height 16, width 16 lies outside .*--height 16:24:24 --width 16:24:24"):
             pipe("dog", height=16, width=16)
 
 

@@ -16,7 +16,8 @@ import pytest
 import torch
 
 from engines import select
-from engines.bundle import Bundle, build_command, key_parts
+from engines.bundle import Bundle, key_parts
+from engines.command import build_command
 from engines.contract import NETWORKS, Dims
 from engines.errors import BundleError, EngineError
 from engines.manifest import LoraSource, Source, digest_json
