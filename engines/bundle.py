@@ -260,22 +260,19 @@ class Bundle:
             )
         record = built.engine(network)
         takes = built.variant.network(network, self.dims)
+        # The key says weights, sizes and the version; the GPU at hand may be another than that of the variant.
+        cache = None if self.caches is None else self.caches / f"{record.key}-{gpu()}"
         try:
-            engine = open_engine(
-                built.backend,
-                takes,
-                self.path / record.file,
-                record.hint,
-                record.bounds,
-                # The key says weights, sizes and the version; the GPU at hand may be another than that of the variant.
-                None if self.caches is None else self.caches / f"{record.key}-{gpu()}",
-            )
+            engine = open_engine(built.backend, takes, self.path / record.file, record.hint, record.bounds, cache)
         except EngineError as error:
             said = str(error).removesuffix(" the bundle")
             if not said.endswith("; rebuild"):
                 raise
             where = "" if str(self.path) in said else f"{self.path}: "
             raise EngineError(f"{where}{said} it with `{self.command(built)}`") from error
+        if cache is not None:
+            with suppress(OSError):  # it is used now; nothing was compiled yet, or it can only be read
+                os.utime(cache)
         engine.places = record.places
         engine.outside = partial(outside, self.path, self.source, self.dims, built, network)
         if network == "unet":

@@ -123,7 +123,8 @@ class VariantRecord(Record):
         backend_version: of the backend's library.
         engines: a record a network.
         made_with: versions of the libraries that took part, for the record.
-        seconds: that the build took; `peak_memory_bytes`: the resident set of the process at its largest.
+        seconds: that the build took; `peak_memory_bytes`: the largest resident set, up to then, of one process: the one
+            that built, with the model and the variants before in it, or one that it started to compile in.
     """
 
     variant: Variant

@@ -22,6 +22,7 @@ LOG = logging.getLogger("smooth_rt")
 LIMIT = "SMOOTH_RT_CACHE_LIMIT"
 DEFAULT_LIMIT = "40G"
 _UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
+_KEY = 64  # characters of an engine's key, which what is compiled for it is named by
 _SIZE = re.compile(r"([0-9]+(?:\.[0-9]+)?) *([KMGT]?)(?:I?B)?", re.IGNORECASE)
 
 
@@ -104,14 +105,23 @@ def prune(root: Path | None = None, every: bool = False) -> list[Entry]:
 
 
 def _forget_compiled(entries: Sequence[Entry]) -> None:
-    """Remove what TensorRT compiled, by itself or in ONNX Runtime, for engines of no bundle in the cache. A bundle
-    elsewhere has it compiled again."""
-    bundles = [entry.bundle for entry in entries if entry.bundle is not None]
-    keys = {record.key for bundle in bundles for built in bundle.variants for record in built.engines}
+    """Remove what was compiled for engines of no bundle in the cache. A bundle elsewhere has it compiled again."""
+    keys = {key for entry in entries for key in _keys(entry)}
+    for part in _compiled():
+        if part.path.name[:_KEY] not in keys:
+            shutil.rmtree(part.path, ignore_errors=True)
+
+
+def _keys(entry: Entry) -> set[str]:
+    """Of a bundle's engines."""
+    variants = () if entry.bundle is None else entry.bundle.variants
+    return {record.key for built in variants for record in built.engines}
+
+
+def _compiled() -> list[Entry]:
+    """What providers and TensorRT for RTX compiled as engines opened: a folder for each engine and GPU."""
     folder = compiled()
-    for path in folder.iterdir() if folder.is_dir() else ():
-        if path.name.partition("-")[0] not in keys:
-            shutil.rmtree(path, ignore_errors=True)
+    return [Entry(path, _size(path), None, None) for path in (folder.iterdir() if folder.is_dir() else ())]
 
 
 def parse_size(text: str, name: str) -> int:
@@ -138,30 +148,38 @@ def used(bundle: Path) -> None:
 
 
 def make_room(most: int, keep: Path | None = None, root: Path | None = None) -> list[Entry]:
-    """Remove bundles of the cache, the one not used for longest first, until it holds at most `most` bytes.
+    """Remove bundles of the cache and what was compiled for engines, the one not used for longest first, until it holds
+    at most `most` bytes. What was compiled for a bundle goes with it, at the latest.
 
     Args:
         most: bytes.
-        keep: a bundle that stays whatever its age.
-        root: the folder of bundles; None is the cache's.
+        keep: a bundle that stays whatever its age, with what was compiled for it.
+        root: the folder of bundles; None is the cache's, with what was compiled.
 
     Returns:
         what was removed. What no build wrote, and what cannot be removed, is left.
     """
-    entries = [entry for entry in list_bundles(root) if entry.ours]
-    total = sum(entry.size for entry in entries)
-    removed = []
-    for entry in sorted(entries, key=lambda entry: entry.path.stat().st_mtime):
+    bundles = [entry for entry in list_bundles(root) if entry.ours]
+    parts = _compiled() if root is None else []
+    total = sum(entry.size for entry in [*bundles, *parts])
+    kept = {entry.path for entry in bundles if keep is not None and entry.path.resolve() == keep.resolve()}
+    for entry in [one for one in bundles if one.path in kept]:
+        own = _keys(entry)
+        kept |= {part.path for part in parts if part.path.name[:_KEY] in own}
+    removed: list[Entry] = []
+    for entry in sorted([*parts, *bundles], key=lambda entry: entry.path.stat().st_mtime):
         if total <= most:
             break
-        if keep is not None and entry.path.resolve() == keep.resolve():
-            continue
-        try:
-            entry.path.unlink() if entry.path.is_symlink() else shutil.rmtree(entry.path)
-        except OSError as error:
-            LOG.warning("%s: cannot be removed (%s)", entry.path, error.strerror)
-            continue
-        total -= entry.size
-        removed.append(entry)
-        LOG.info("cache over %s: removed %s, not used for longest", said_size(most), entry.path.name)
+        own = _keys(entry)
+        for one in (entry, *(part for part in parts if part.path.name[:_KEY] in own)):
+            if one.path in kept or one in removed:
+                continue
+            try:
+                one.path.unlink() if one.path.is_symlink() else shutil.rmtree(one.path)
+            except OSError as error:
+                LOG.warning("%s: cannot be removed (%s)", one.path, error.strerror)
+                break
+            total -= one.size
+            removed.append(one)
+            LOG.info("cache over %s: removed %s, not used for longest", said_size(most), one.path.name)
     return removed

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +16,7 @@ from engines.errors import BundleError
 from engines.providers import PROVIDERS, Provider
 from smooth_rt import SmoothPipeline, cli
 from smooth_rt.build import ensure_engines, prove_engines
-from smooth_rt.cache import prune
+from smooth_rt.cache import Entry, make_room, prune
 from smooth_rt.model import load_model
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: tests/gpu/test_onnxruntime.py")
@@ -100,6 +102,30 @@ def test_the_command_line_names_it(bundle: Bundle, tmp_path: Path, capsys: pytes
         assert said in capsys.readouterr().err
     assert not (tmp_path / "b").exists()
     assert not (tmp_path / "out").exists()
+
+
+def test_what_was_compiled_counts_and_goes_by_age_or_with_its_bundle(
+    bundle: Bundle, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("SMOOTH_RT_CACHE", str(tmp_path))
+    one = tmp_path / "bundles" / "one"
+    one.parent.mkdir()
+    shutil.copytree(bundle.path, one)
+    keys = [record.key for record in bundle.variants[0].engines[:3]]
+    size = 10 * sum(file.stat().st_size for file in one.rglob("*") if file.is_file())
+    parts = [tmp_path / "compiled" / f"{key}-sm89" for key in (*keys, "0" * 64)]
+    for age, path in enumerate(parts):
+        path.mkdir(parents=True)
+        with (path / "engine").open("wb") as file:
+            file.truncate(size)
+        os.utime(path, (1e9 - age, 1e9 - age))
+    os.utime(one, (1e9 - 2.5, 1e9 - 2.5))
+    assert make_room(5 * size) == []
+    assert make_room(5 * size // 2 + size, keep=one) == [Entry(parts[3], size, None, None)]
+    assert make_room(0, keep=one) == []  # neither the bundle that was just built, nor what is its own
+    # The bundle is older than what was compiled for it, which goes with it.
+    assert {entry.path for entry in make_room(2 * size)} == {one, *parts[:3]}
+    assert not list((tmp_path / "compiled").iterdir())
 
 
 def test_what_was_compiled_for_no_bundle_is_pruned(

@@ -52,3 +52,14 @@ def test_a_fresh_process_does_not_bear_the_peak_of_its_parent() -> None:
     larger = subprocess.run([sys.executable, "-c", own], capture_output=True, text=True, check=True)
     assert int(ran.stdout) < len(ballast)
     assert int(larger.stdout) > int(ran.stdout) + 500_000_000
+
+
+def test_the_peak_is_a_childs_where_that_is_larger() -> None:
+    child = "b = b'\\x01' * 600_000_000"
+    ask = (
+        "import subprocess, sys; from export.versions import peak_memory; before = peak_memory(); "
+        f"subprocess.run([sys.executable, '-c', {child!r}], check=True); print(before, peak_memory())"
+    )
+    ran = subprocess.run([sys.executable, "-c", ask], capture_output=True, text=True, check=True)
+    before, after = map(int, ran.stdout.split())
+    assert before < 500_000_000 < 600_000_000 < after < 800_000_000
