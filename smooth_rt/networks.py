@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engines.base import Engine
 from engines.bundle import Bundle
-from engines.contract import LORA_STRENGTH, NETWORKS, Dims, NetworkName, contract
+from engines.contract import LORA_STRENGTH, NETWORKS, WRT, Dims, NetworkName, contract
 from engines.eager import EagerEngine, torch_networks
 from engines.lora import LoraWeights
 from engines.runtime_lora import RuntimeUnet
@@ -30,13 +30,16 @@ __all__ = ["CELLS_PER_CALL", "Networks", "eager_engines"]
 LOG = logging.getLogger("smooth_rt")
 
 # batch_size="auto": the latent cells (h * w a row; tokens for the text encoder) and the rows that one call may hold.
-# Cells bound memory: at 64x64, four rows of the UNet (two guided images) and one image of the VAE go into a call. Rows
-# stay below 64, where exported graphs end. One image always goes.
+# Cells bound memory: at 64x64, four rows of the UNet (two guided images), one of its gradients and one image of the VAE
+# go into a call. Gradients keep every layer's results: a row of SD1.5's takes 14 GiB in ONNX Runtime there, four of the
+# forward pass less than 2. Rows stay below 64, where exported graphs end. One image always goes.
 CELLS_PER_CALL: dict[NetworkName, int] = {
     "text_encoder": 16_384,
     "unet": 16_384,
     "vae_encoder": 4_096,
     "vae_decoder": 4_096,
+    "unet_features": 16_384,
+    **dict.fromkeys(WRT, 4_096),
 }
 ROWS_PER_CALL = 62
 
@@ -236,11 +239,13 @@ class Networks:
         runs: Engine | None = None,
     ) -> Iterator[slice]:
         """Which of `count` images each call takes, where an image is so many rows of latents of these sides. `runs` is
-        the engine where it is not the network's own; neither gets more than it takes."""
+        the engine where it is not the network's own: of gradients fewer go into a call. Neither gets more than it
+        takes."""
         cells = self.dims.tokens if sides is None else sides[0] * sides[1]
         named = dict(zip(("height", "width"), sides or (), strict=False))
         each = [engine.most_rows(**named) for engine in (self._engines[network], runs) if engine is not None]
-        size = max(1, min(CELLS_PER_CALL[network] // cells, ROWS_PER_CALL) // rows)
+        bound = CELLS_PER_CALL[network if runs is None else runs.network.name]
+        size = max(1, min(bound // cells, ROWS_PER_CALL) // rows)
         if isinstance(self._batch_size, int):
             size = self._batch_size
         for most in each:

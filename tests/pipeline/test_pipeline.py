@@ -104,6 +104,17 @@ def test_auto_bounds_a_call(pipe: SmoothPipeline, calls: dict[str, list[int]], m
     assert [part.stop - part.start for part in pipe.calls("unet", 62, (8, 8), 2)] == [31, 31]
 
 
+def test_of_gradients_one_row_of_512_pixels_goes_into_a_call(pipe: SmoothPipeline) -> None:
+    unet = pipe._engines["unet"]
+    for runs, rows in (
+        (None, [4, 4]),
+        (unet.up_to_features(), [4, 4]),
+        (unet.gradient(["encoder_hidden_states"]), [1] * 8),
+        (unet.gradient(["sample"], "features"), [1] * 8),
+    ):
+        assert [part.stop - part.start for part in pipe.calls("unet", 8, (64, 64), runs=runs)] == rows
+
+
 def test_guidance_is_the_formula(pipe: SmoothPipeline) -> None:
     latents = pipe.draw_noise(2, 16, 16, seeds(1, 2))
     cond, uncond = pipe.encode_prompt(PROMPTS[:2]), pipe.encode_prompt(["", ""])
