@@ -9,7 +9,6 @@ tensorrt-rtx-fp16-sm89/<network>/model.engine
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from contextlib import suppress
@@ -17,13 +16,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pydantic import ValidationError
-
 from engines.command import build_command, outside
 from engines.contract import DERIVED, Dims, NetworkName, said_gradients
 from engines.errors import BundleError, EngineError, InputError
 from engines.manifest import (
-    FORMAT,
     EngineRecord,
     FileRecord,
     LoraSource,
@@ -39,6 +35,7 @@ from engines.recipes import check_gradients
 from engines.select import backend_version, check_backend, gpu, open_engine, runs_here
 from engines.staging import staging
 from engines.variant import CONVOLUTIONS, PRECISIONS, Convolution, LoraMode, Precision, Profile, Variant
+from engines.whole import MANIFEST, check_files, read_manifest
 
 if TYPE_CHECKING:
     from engines.base import Engine
@@ -59,8 +56,6 @@ __all__ = [
     "key_parts",
     "staging",
 ]
-
-MANIFEST = "manifest.json"
 
 
 class Bundle:
@@ -87,23 +82,9 @@ class Bundle:
             BundleError: the folder, its manifest or one of its files is missing, damaged, or of another format.
         """
         folder = Path(path)
-        manifest = _read_manifest(folder)
+        manifest = read_manifest(folder)
         mend = f"rebuild it with `{build_command(folder, manifest.source, _backends(manifest))}`"
-        root = folder.resolve()
-        for record in manifest.files:
-            file = folder / record.path
-            if not _resolved(file, mend).is_relative_to(root):
-                raise BundleError(f"{file}: leads out of the bundle; {mend}")
-            if not file.is_file():
-                raise BundleError(f"{file}: missing; {mend}")
-            try:
-                size = file.stat().st_size
-                if size != record.size:
-                    raise BundleError(f"{file}: {size} bytes instead of {record.size}, so it is damaged; {mend}")
-                if verify and digest_file(file) != record.sha256:
-                    raise BundleError(f"{file}: its sha256 is not the manifest's, so it is damaged; {mend}")
-            except OSError as error:
-                raise BundleError(f"{file}: cannot be read ({error.strerror}); {mend}") from error
+        check_files(folder, manifest.files, mend, digests=verify)
         return cls(folder, manifest)
 
     @property
@@ -310,41 +291,5 @@ class Bundle:
         return mends
 
 
-def _resolved(file: Path, mend: str) -> Path:
-    try:
-        return file.resolve()
-    except (OSError, RuntimeError) as error:  # a link to itself
-        raise BundleError(f"{file}: a link that leads nowhere; {mend}") from error
-
-
 def _backends(manifest: Manifest) -> tuple[str, ...]:
     return tuple(dict.fromkeys(built.backend for built in manifest.variants))
-
-
-def _read_manifest(folder: Path) -> Manifest:
-    path = folder / MANIFEST
-    mend = f"rebuild it with `{build_command(folder)}`"
-    if not folder.is_dir():
-        raise BundleError(f"{folder}: no such bundle folder; build it with `{build_command(folder)}`")
-    if path.exists() and not path.is_file():  # a pipe would never end
-        raise BundleError(f"{path}: not a file; {mend}")
-    try:
-        content = json.loads(path.read_bytes())
-    except FileNotFoundError as error:
-        raise BundleError(f"{path}: missing, so this is no bundle or an unfinished one; {mend}") from error
-    except OSError as error:
-        raise BundleError(f"{path}: cannot be read ({error.strerror}); {mend}") from error
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path}: not JSON; {mend}") from error
-    number = content.get("format") if isinstance(content, dict) else None
-    if type(number) is not int:
-        raise BundleError(f"{path}: not a bundle's manifest; {mend}")
-    if number != FORMAT:
-        raise BundleError(f"{path}: bundle format {number}, this version reads format {FORMAT}; {mend}")
-    try:
-        return Manifest.model_validate_json(json.dumps(content), strict=True)
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        where = ".".join(str(part) for part in first["loc"])
-        said = " ".join(f"{where}: {first['msg']}".removeprefix(": ").split())
-        raise BundleError(f"{path}: {said}; {mend}") from error

@@ -1,0 +1,81 @@
+"""Is a bundle whole? Its manifest is read, and its files are held against it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from engines.command import build_command
+from engines.errors import BundleError
+from engines.manifest import FORMAT, FileRecord, Manifest, digest_file
+
+__all__ = ["MANIFEST", "check_files", "read_manifest"]
+
+MANIFEST = "manifest.json"
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of the bundle in `folder`.
+
+    Raises:
+        BundleError: it is missing, damaged, or of another format.
+    """
+    path = folder / MANIFEST
+    mend = f"rebuild it with `{build_command(folder)}`"
+    if not folder.is_dir():
+        raise BundleError(f"{folder}: no such bundle folder; build it with `{build_command(folder)}`")
+    if path.exists() and not path.is_file():  # a pipe would never end
+        raise BundleError(f"{path}: not a file; {mend}")
+    try:
+        content = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise BundleError(f"{path}: missing, so this is no bundle or an unfinished one; {mend}") from error
+    except OSError as error:
+        raise BundleError(f"{path}: cannot be read ({error.strerror}); {mend}") from error
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path}: not JSON; {mend}") from error
+    number = content.get("format") if isinstance(content, dict) else None
+    if type(number) is not int:
+        raise BundleError(f"{path}: not a bundle's manifest; {mend}")
+    if number != FORMAT:
+        raise BundleError(f"{path}: bundle format {number}, this version reads format {FORMAT}; {mend}")
+    try:
+        return Manifest.model_validate_json(json.dumps(content), strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(str(part) for part in first["loc"])
+        said = " ".join(f"{where}: {first['msg']}".removeprefix(": ").split())
+        raise BundleError(f"{path}: {said}; {mend}") from error
+
+
+def check_files(folder: Path, files: Sequence[FileRecord], mend: str, digests: bool) -> None:
+    """Hold the files of a bundle against their records: presence and size, and with `digests` the sha256.
+
+    Raises:
+        BundleError: one is missing, damaged or leads out of the bundle; `mend` is said with it.
+    """
+    root = folder.resolve()
+    for record in files:
+        file = folder / record.path
+        if not _resolved(file, mend).is_relative_to(root):
+            raise BundleError(f"{file}: leads out of the bundle; {mend}")
+        if not file.is_file():
+            raise BundleError(f"{file}: missing; {mend}")
+        try:
+            size = file.stat().st_size
+            if size != record.size:
+                raise BundleError(f"{file}: {size} bytes instead of {record.size}, so it is damaged; {mend}")
+            if digests and digest_file(file) != record.sha256:
+                raise BundleError(f"{file}: its sha256 is not the manifest's, so it is damaged; {mend}")
+        except OSError as error:
+            raise BundleError(f"{file}: cannot be read ({error.strerror}); {mend}") from error
+
+
+def _resolved(file: Path, mend: str) -> Path:
+    try:
+        return file.resolve()
+    except (OSError, RuntimeError) as error:  # a link to itself
+        raise BundleError(f"{file}: a link that leads nowhere; {mend}") from error
