@@ -64,6 +64,19 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A LoRA for the tiny model: of one layer, with random numbers."""
+    import torch
+
+    from smooth_rt.lora import Lora, LoraLayer, write_lora
+
+    generator = torch.Generator().manual_seed(0)
+    layer = LoraLayer(torch.randn(2, 32, generator=generator), torch.randn(32, 2, generator=generator))
+    place = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    return write_lora(Lora({place: layer}, "", ""), tmp_path_factory.mktemp("lora") / "lora.safetensors")
+
+
+@pytest.fixture(scope="session")
 def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stand-in for the npm packages that `smooth_rt.training.data.fetch` takes for complete: each listed object as a
     coloured disc, in the packages' own layout."""

@@ -20,19 +20,11 @@ from engines.variant import Order, Profile, Span
 from smooth_rt import cli
 from smooth_rt.build import Built, build_engines, cache_root, ensure_engines
 from smooth_rt.errors import BundleError, EngineError, InputError
-from smooth_rt.lora import Lora, LoraLayer, fuse, write_lora
+from smooth_rt.lora import fuse
 from smooth_rt.model import load_model, read_config
 from smooth_rt.pipeline import SmoothPipeline
 
 BACKENDS = ["onnxruntime"]
-PATH = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
-
-
-@pytest.fixture(scope="module")
-def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    generator = torch.Generator().manual_seed(0)
-    layer = LoraLayer(torch.randn(2, 32, generator=generator), torch.randn(32, 2, generator=generator))
-    return write_lora(Lora({PATH: layer}, "", ""), tmp_path_factory.mktemp("lora") / "lora.safetensors")
 
 
 @pytest.fixture(scope="module")

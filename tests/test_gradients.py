@@ -213,6 +213,7 @@ def test_null_text_inversion_runs_on_them(pipe: SmoothPipeline, eager: SmoothPip
     assert pipe._eager_unet is None
 
 
+@pytest.mark.slow
 def test_spdinv_runs_on_them(
     grown: Grown, eager: SmoothPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

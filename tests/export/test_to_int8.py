@@ -91,10 +91,8 @@ def test_the_ladder_leaves_out_more_at_each_rung(exported: Path, dims: Dims, tmp
     assert not any(name.endswith("conv1.weight") for name in left[1])
 
 
-@pytest.mark.parametrize(
-    ("quantise", "backend"),
-    [(quantise_openvino, "openvino"), pytest.param(quantise_onnx, "onnxruntime", marks=pytest.mark.slow)],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("quantise", "backend"), [(quantise_openvino, "openvino"), (quantise_onnx, "onnxruntime")])
 def test_images_decide_which_rung_is_taken(
     exported: Path, dims: Dims, tmp_path: Path, quantise: Any, backend: str, caplog: pytest.LogCaptureFixture
 ) -> None:
