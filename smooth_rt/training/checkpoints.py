@@ -95,8 +95,9 @@ class Checkpoints:
                 _sync(partial)
                 partial.replace(target)
             finally:
-                # Whatever stopped it, and what a run that was killed may have left.
-                for left in self.folder.glob("*-*.partial"):
+                # Whatever stopped it, and what a run that was killed may have left: ours, and what safetensors writes
+                # beside the file that it is told, under a name of its own, before it renames it.
+                for left in (*self.folder.glob("*-*.partial"), *self.folder.glob(".tmp??????")):
                     left.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             raise StateError(f"{target}: cannot be written ({reason(error)}); make room") from error

@@ -270,6 +270,7 @@ def test_a_run_that_saved_nothing_leaves_nothing(tmp_path: Path) -> None:
 
 def test_what_a_killed_run_left_is_removed(tmp_path: Path) -> None:
     (tmp_path / "checkpoint-00000001.partial").write_bytes(b"half")
+    (tmp_path / ".tmpWwUmuK").write_bytes(b"half")  # a file of safetensors' that is not done
     (tmp_path / "checkpoint-copy.safetensors").write_bytes(b"not ours")
     run, model = start(tmp_path)
     run.fit(loss_of(model), quiet=True)
