@@ -8,21 +8,25 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from smooth_rt.errors import BundleError, EngineError, InputError
+from engines.bundle import Bundle, LoraSource, Source, digest_json
+from engines.contract import gradients_named
+from smooth_rt.cache import bundle_of, cache_root, compiled, limit, make_room, parse_size, used
+from smooth_rt.errors import BundleError, InputError
+from smooth_rt.orders import lacking, variants_of
 from smooth_rt.ranges import check
 
 if TYPE_CHECKING:
-    from engines.bundle import Bundle, Source, VariantRecord
-    from engines.contract import Dims, NetworkName
+    from engines.bundle import VariantRecord
+    from engines.contract import NetworkName
     from engines.lora import LoraWeights
-    from engines.variant import Convolution, LoraMode, Order, Precision, Profile, Variant
+    from engines.variant import Order, Profile
     from export.bisect import Divergence
     from smooth_rt.lora import Lora
     from smooth_rt.model import Model
 
-__all__ = ["Built", "bisect_engines", "build_engines", "cache_root", "compiled", "ensure_engines", "prove_engines"]
+__all__ = ["Built", "bisect_engines", "build_engines", "ensure_engines", "prove_engines"]
 
 LOG = logging.getLogger("smooth_rt")
 Progress = Callable[[str, int, int], None]
@@ -35,27 +39,6 @@ class Built:
     bundle: Bundle
     reused: bool
     reason: str
-
-
-def cache_root() -> Path:
-    """Where built engines are kept: SMOOTH_RT_CACHE, or the user's cache folder.
-
-    Raises:
-        InputError: it cannot be a folder, or not one that can be written to.
-    """
-    from platformdirs import user_cache_path
-
-    chosen = os.environ.get("SMOOTH_RT_CACHE")
-    root = Path(chosen).expanduser() if chosen else user_cache_path("smooth-rt", appauthor=False)
-    there = next(part for part in (root, *root.absolute().parents) if os.path.lexists(part))
-    if not there.is_dir():
-        raise InputError(f"SMOOTH_RT_CACHE={root}: {there} is not a folder; set SMOOTH_RT_CACHE to one")
-    return root
-
-
-def compiled() -> Path:
-    """The folder of the cache for what providers of ONNX Runtime compile as an engine opens."""
-    return cache_root() / "compiled"
 
 
 def build_engines(
@@ -137,15 +120,11 @@ def ensure_engines(
         ModelError: the model or the LoRA cannot be read or does not fit. ParityError: a graph is not exact enough.
         BundleError: `output` is in use by something else than a bundle, or cannot be written.
     """
-    from engines.contract import gradients_named
-    from smooth_rt.cache import limit, make_room, used
-
     wrt = gradients_named(gradients)
-    variants = _variants(backends, precision, gpu_arch, lora_mode, wrt, convolution, profiles)
+    variants = variants_of(backends, precision, gpu_arch, lora_mode, wrt, convolution, profiles)
     most = limit() if output is None else None
     memory = _memory()
     (lora_strength,) = check(lora_strength=lora_strength)
-    from engines.bundle import LoraSource, Source
     from smooth_rt.lora import Lora, fused_with, read_lora
     from smooth_rt.model import Model, load_model
 
@@ -162,21 +141,21 @@ def ensure_engines(
     elif lora_mode != "fused":
         raise InputError(f"lora_mode={lora_mode}: there is no LoRA whose strength could be set; name one")
     source = Source(model=loaded.source, revision=loaded.revision, digests=loaded.digests, lora=record)
-    target = cache_root() / "bundles" / _cache_key(source) if output is None else output
+    target = bundle_of(source) if output is None else output
 
     with _alone(target):
         there = _open(target)
-        lacking = _lacking(there, source, variants, profiles, wrt, loaded.dims)
-        if not lacking:
+        missing = lacking(there, source, variants, profiles, wrt, loaded.dims)
+        if not missing:
             reason = f"{target}: verified; made from the same weights by the installed versions"
             LOG.info("reusing engines: %s", reason)
             used(target)
             assert not isinstance(there, str)
             return Built(there, True, reason)
-        fault = " ".join(dict.fromkeys(lacking.values()))
-        LOG.info("building engines for %s: %s", ", ".join(order.variant.name for order in lacking), fault)
+        fault = " ".join(dict.fromkeys(missing.values()))
+        LOG.info("building engines for %s: %s", ", ".join(order.variant.name for order in missing), fault)
         keep = there if not isinstance(there, str) and there.misfit(source) is None else None
-        bundle = _build(loaded, adapter, source, list(lacking), target, keep, progress, calibration_prompts, memory)
+        bundle = _build(loaded, adapter, source, list(missing), target, keep, progress, calibration_prompts, memory)
         if most is not None:
             make_room(most, keep=target)
         return Built(bundle, False, fault)
@@ -219,76 +198,6 @@ def _apart(model: Model) -> LoraWeights | None:
     from smooth_rt.lora import lora_weights
 
     return None if model.lora is None else lora_weights(model.unet, model.lora)
-
-
-def _variants(
-    backends: Sequence[str],
-    precision: str,
-    gpu_arch: str | None,
-    lora_mode: str,
-    gradients: Sequence[NetworkName],
-    convolution: str,
-    profiles: Sequence[Profile],
-) -> list[Variant]:
-    """What is asked for, one variant a backend, each checked before anything is loaded."""
-    from engines.recipes import RECIPES, check_convolution, check_gradients, check_precision
-    from engines.select import buildable, check_lora_mode, targets
-    from engines.variant import Variant
-
-    if not backends:
-        raise InputError(f"backends: none named; name one or more of {', '.join(n for n in RECIPES if n != 'eager')}")
-    for name in backends:
-        reason = buildable(name)
-        if reason is not None:
-            raise EngineError(f"engine {name!r}: {reason}")
-        if name == "eager":
-            raise InputError("backend 'eager': runs the torch modules and has nothing to build; name another")
-        check_precision(name, precision)
-    for name in backends:
-        check_lora_mode(name, precision, lora_mode)
-        check_gradients(name, precision, lora_mode, gradients)
-    (convolution,) = check(convolution=convolution)
-    exact, mode, form = cast("Precision", precision), cast("LoraMode", lora_mode), cast("Convolution", convolution)
-    variants = [
-        Variant(backend=name, precision=exact, lora_mode=mode, architecture=built_for, convolution=form)
-        for name, built_for in targets(backends, gpu_arch).items()
-    ]
-    for variant in variants:
-        check_convolution(variant, profiles)
-    return variants
-
-
-def _lacking(
-    there: Bundle | str,
-    source: Source,
-    variants: Sequence[Variant],
-    profiles: Sequence[Profile],
-    gradients: tuple[NetworkName, ...],
-    dims: Dims,
-) -> dict[Order, str]:
-    """What has to be built, and why. A variant that was built for other profiles or gradients keeps those."""
-    from engines.select import BOUNDED
-    from engines.variant import Order, every_size, few_images, merged
-
-    def wanted(variant: Variant) -> list[Profile]:
-        return list(profiles) or [few_images(dims) if variant.backend in BOUNDED else every_size(dims)]
-
-    if isinstance(there, str) or there.misfit(source) is not None:
-        fault = there if isinstance(there, str) else str(there.misfit(source))
-        return {
-            Order(variant=variant, profiles=tuple(wanted(variant)), gradients=gradients): fault for variant in variants
-        }
-    found = {}
-    for variant in variants:
-        # Who names no size takes what there is.
-        reason = there.misfit(source, variant, profiles, gradients)
-        if reason is not None:
-            same = next((built for built in there.variants if built.variant == variant), None)
-            before, has = ([], ()) if same is None else (same.profiles, same.gradients)
-            asked = list(profiles) if profiles or before else wanted(variant)
-            every = tuple(dict.fromkeys([*has, *gradients]))
-            found[Order(variant=variant, profiles=tuple(merged(before, asked)), gradients=every)] = reason
-    return found
 
 
 def _build(
@@ -338,26 +247,14 @@ def _build(
 
 def _memory() -> int | None:
     """SMOOTH_RT_MEMORY: bytes that a build may take beside the model, 0 for any; None where it is not set."""
-    from smooth_rt.cache import parse_size
-
     said = os.environ.get("SMOOTH_RT_MEMORY")
     return parse_size(said, "SMOOTH_RT_MEMORY") if said else None
-
-
-def _cache_key(source: Source) -> str:
-    """What decides a bundle. Backends, precisions and sizes are not in it: a bundle holds engines of several."""
-    from engines.bundle import digest_json
-
-    lora = None if source.lora is None else [source.lora.digest, source.lora.strength]
-    return digest_json([source.digests, lora])[:32]
 
 
 @contextmanager
 def _alone(target: Path) -> Iterator[None]:
     """Hold the build of `target` for this process; whoever comes later waits, and says so once."""
     from filelock import FileLock, Timeout
-
-    from engines.bundle import digest_json
 
     # Beside the bundles, not beside the target: a lock file stays.
     path = cache_root() / "locks" / f"{digest_json(os.path.realpath(target))[:32]}.lock"
@@ -379,8 +276,6 @@ def _alone(target: Path) -> Iterator[None]:
 
 def _open(target: Path) -> Bundle | str:
     """The bundle at `target`, else why there is none that can be used."""
-    from engines.bundle import Bundle
-
     if not target.exists():
         return f"{target}: not built yet"
     try:

@@ -1,4 +1,4 @@
-"""The bundles of built engines in the cache: what is there, whether it can still be used, and removing what cannot."""
+"""The cache of built engines: where it is, what is there, whether it can still be used, and removing what cannot."""
 
 from __future__ import annotations
 
@@ -11,12 +11,24 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from engines.bundle import Bundle
+from engines.bundle import Bundle, Source, digest_json
 from engines.staging import abandoned, foreign, said_size
-from smooth_rt.build import cache_root, compiled
 from smooth_rt.errors import BundleError, EngineError, InputError, SmoothRTError
 
-__all__ = ["Entry", "examine", "find", "limit", "list_bundles", "make_room", "parse_size", "prune", "used"]
+__all__ = [
+    "Entry",
+    "bundle_of",
+    "cache_root",
+    "compiled",
+    "examine",
+    "find",
+    "limit",
+    "list_bundles",
+    "make_room",
+    "parse_size",
+    "prune",
+    "used",
+]
 
 LOG = logging.getLogger("smooth_rt")
 LIMIT = "SMOOTH_RT_CACHE_LIMIT"
@@ -39,6 +51,34 @@ class Entry:
     def ours(self) -> bool:
         """Whether a build wrote this folder."""
         return self.path.name.startswith(".") or foreign(self.path) is None
+
+
+def cache_root() -> Path:
+    """Where built engines are kept: SMOOTH_RT_CACHE, or the user's cache folder.
+
+    Raises:
+        InputError: it cannot be a folder, or not one that can be written to.
+    """
+    from platformdirs import user_cache_path
+
+    chosen = os.environ.get("SMOOTH_RT_CACHE")
+    root = Path(chosen).expanduser() if chosen else user_cache_path("smooth-rt", appauthor=False)
+    there = next(part for part in (root, *root.absolute().parents) if os.path.lexists(part))
+    if not there.is_dir():
+        raise InputError(f"SMOOTH_RT_CACHE={root}: {there} is not a folder; set SMOOTH_RT_CACHE to one")
+    return root
+
+
+def compiled() -> Path:
+    """The folder of the cache for what providers of ONNX Runtime compile as an engine opens."""
+    return cache_root() / "compiled"
+
+
+def bundle_of(source: Source) -> Path:
+    """The folder of what is built from these weights. Backends, precisions and sizes do not decide it: a bundle holds
+    engines of several."""
+    lora = None if source.lora is None else [source.lora.digest, source.lora.strength]
+    return cache_root() / "bundles" / digest_json([source.digests, lora])[:32]
 
 
 def find(bundle: Path) -> Path:

@@ -220,7 +220,7 @@ class SmoothPipeline(Networks):
             cast("Convolution | None", convolution),
         )
         if choice.backend in BOUNDED:
-            from smooth_rt.build import compiled
+            from smooth_rt.cache import compiled
 
             bundle.caches = compiled()
         engines = {name: bundle.open_network(name, built) for name in NETWORKS}

@@ -18,7 +18,8 @@ from engines.bundle import Bundle, Source, digest_json
 from engines.staging import staging
 from engines.variant import Order, Profile, Span
 from smooth_rt import cli
-from smooth_rt.build import Built, build_engines, cache_root, ensure_engines
+from smooth_rt.build import Built, build_engines, ensure_engines
+from smooth_rt.cache import cache_root
 from smooth_rt.errors import BundleError, EngineError, InputError
 from smooth_rt.lora import fuse
 from smooth_rt.model import load_model, read_config

@@ -39,8 +39,7 @@ Bundles = Annotated[
 
 def list_engines(options: OutputOptions) -> dict[str, Any]:
     """The bundles of the cache, and whether they can be used."""
-    from smooth_rt.build import cache_root
-    from smooth_rt.cache import list_bundles
+    from smooth_rt.cache import cache_root, list_bundles
 
     rows = [_row(entry) for entry in list_bundles()]
     if not options.json:

@@ -251,7 +251,7 @@ def _store(job: Job, method: str, images: Sequence[int]) -> _Store:
     if not job.names:
         return _Store(None, method, latents, embed, steps)
     from engines.bundle import digest_json
-    from smooth_rt.build import cache_root
+    from smooth_rt.cache import cache_root
 
     pipe = job.pipe
     decides: dict[str, Any] = {
