@@ -1,8 +1,8 @@
 """SmoothPipeline: text and images in, images out, over the engines of one model. It reads like a diffusers pipeline.
 
 To the networks and how work is split into calls of them (`smooth_rt.networks`) the pipeline adds what lies around them:
-prompts, images, noise, and the loop through time. The tasks (`smooth_rt.tasks`) are its methods and hand the loop what
-differs.
+prompts, images, noise. The loop through time (`smooth_rt.loop`) and the tasks (`smooth_rt.tasks`), which hand it what
+differs, are its methods.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, TypeAlias, cast
+from typing import TYPE_CHECKING, Any, Self, cast
 
 import torch
 from torch import Generator, Tensor
@@ -24,12 +24,13 @@ from engines.recipes import RECIPES, check_gradients, check_precision
 from engines.select import BACKENDS, BOUNDED, Choice, check_lora_mode, choose
 from smooth_rt.errors import EngineError, InputError
 from smooth_rt.images import ImageLike, Images, OutputType, read, to_images
+from smooth_rt.loop import denoise, walk
 from smooth_rt.lora import fused_with
 from smooth_rt.model import Model, PipelineConfig, load_model, read_config
 from smooth_rt.networks import Networks, eager_engines
 from smooth_rt.opening import open_model, reopen_model
 from smooth_rt.ranges import check, shown
-from smooth_rt.schedule import PredictionType, Schedule, Step, ddim_step
+from smooth_rt.schedule import Schedule
 from smooth_rt.tasks import checks
 from smooth_rt.tasks.edit import edit
 from smooth_rt.tasks.generate import generate
@@ -39,16 +40,9 @@ from smooth_rt.tasks.inversion import invert
 if TYPE_CHECKING:
     from engines.variant import Convolution, LoraMode, Precision
 
-__all__ = ["Move", "Predict", "SmoothPipeline", "StepCallback"]
+__all__ = ["SmoothPipeline"]
 
 LOG = logging.getLogger("smooth_rt")
-
-# (latents [N, C, h, w], index of the step, timestep) -> the model's output [N, C, h, w]
-Predict: TypeAlias = Callable[[Tensor, int, int], Tensor]
-# (latents, index of the step, the step) -> the latents after it
-Move: TypeAlias = Callable[[Tensor, int, Step], Tensor]
-# (pipe, index of the step, timestep, {"latents": ...}) -> None, or a dict with the latents to go on from
-StepCallback: TypeAlias = Callable[["SmoothPipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
 
 class SmoothPipeline(Networks):
@@ -87,7 +81,9 @@ class SmoothPipeline(Networks):
         self.size = size or (dims.sample_size * dims.vae_factor,) * 2
         self.precision = "fp32"
 
-    # Each task takes the pipeline first, so it is a method as it stands.
+    # Each task takes the pipeline first, so it is a method as it stands; and so does the loop through time.
+    denoise = denoise
+    walk = walk
     __call__ = generate
     interpolate = interpolate
     invert = invert
@@ -295,69 +291,6 @@ class SmoothPipeline(Networks):
         height, width = self.image_size(height, width)
         shape = (1, self.dims.latent_channels, height // self.dims.vae_factor, width // self.dims.vae_factor)
         return torch.cat([torch.randn(shape, generator=g) for g in checks.per_image(generator, count)])
-
-    def denoise(
-        self,
-        latents: Tensor,
-        steps: Sequence[Step],
-        predict: Predict,
-        callback_on_step_end: StepCallback | None = None,
-        trajectory: list[Tensor] | None = None,
-    ) -> Tensor:
-        """DDIM along `steps`, whichever way they lead.
-
-        Args:
-            latents: [N, C, h, w] at the noise level of the first step; those of the last step are returned.
-            steps: `Schedule.steps`, a part of them, or `Schedule.inverse_steps`.
-            predict: gives the model's output; see `Predict`.
-            callback_on_step_end: see `StepCallback`.
-            trajectory: takes the latents after each step.
-
-        Raises:
-            InputError, EngineError: as `walk`.
-        """
-        kind = cast("PredictionType", self.scheduler_config.get("prediction_type", "epsilon"))
-
-        def move(latents: Tensor, i: int, step: Step) -> Tensor:
-            return ddim_step(latents, predict(latents, i, step.timestep), step.alpha_from, step.alpha_to, kind)
-
-        return self.walk(latents, steps, move, callback_on_step_end, trajectory)
-
-    def walk(
-        self,
-        latents: Tensor,
-        steps: Sequence[Step],
-        move: Move,
-        callback_on_step_end: StepCallback | None = None,
-        trajectory: list[Tensor] | None = None,
-    ) -> Tensor:
-        """The loop through time.
-
-        Args:
-            latents: what the first step starts from; what the last one leaves is returned. A method that walks with two
-                latents an image stacks them, [2N, C, h, w].
-            steps: one after the other.
-            move: takes one step; see `Move`.
-            callback_on_step_end: see `StepCallback`.
-            trajectory: takes the latents after each step.
-
-        Raises:
-            InputError: the callback is no function, or returned what is no dict of latents [N, C, h, w].
-            EngineError: the latents stopped being finite; the step is named.
-        """
-        check(callback_on_step_end=callback_on_step_end)
-        for i, step in enumerate(steps):
-            latents = move(latents, i, step)
-            if not bool(torch.isfinite(latents).all()):
-                raise EngineError(
-                    f"step {i + 1} of {len(steps)} (timestep {step.timestep}): the latents are not finite on "
-                    f"{self.engine}; lower guidance_scale, or check the model's weights"
-                )
-            if callback_on_step_end is not None:
-                latents = checks.answer(callback_on_step_end(self, i, step.timestep, {"latents": latents}), latents)
-            if trajectory is not None:
-                trajectory.append(latents)
-        return latents
 
     def image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width in pixels; None is the pipeline's own `size`.

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from rich.progress import Progress
 
-    from smooth_rt.pipeline import StepCallback
+    from smooth_rt.loop import StepCallback
 
 __all__ = ["TimeLeft", "build_progress", "item_progress", "step_progress"]
 

@@ -25,7 +25,8 @@ from torch import Tensor
 from smooth_rt.tasks.inversion.base import Noise
 
 if TYPE_CHECKING:
-    from smooth_rt.pipeline import Predict, SmoothPipeline
+    from smooth_rt.loop import Predict
+    from smooth_rt.pipeline import SmoothPipeline
 
 __all__ = ["blended_back", "blending"]
 

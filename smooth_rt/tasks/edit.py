@@ -24,7 +24,8 @@ from smooth_rt.tasks.inversion import METHODS, invert
 from smooth_rt.tasks.inversion.base import guided_back
 
 if TYPE_CHECKING:
-    from smooth_rt.pipeline import SmoothPipeline, StepCallback
+    from smooth_rt.loop import StepCallback
+    from smooth_rt.pipeline import SmoothPipeline
 
 __all__ = ["Edit", "edit"]
 

@@ -14,7 +14,8 @@ from smooth_rt.ranges import check, check_images
 from smooth_rt.tasks import checks
 
 if TYPE_CHECKING:
-    from smooth_rt.pipeline import Predict, SmoothPipeline, StepCallback
+    from smooth_rt.loop import Predict, StepCallback
+    from smooth_rt.pipeline import SmoothPipeline
 
 __all__ = ["Generation", "embed_pair", "generate", "guided"]
 

@@ -28,7 +28,8 @@ from smooth_rt.tasks.inversion import METHODS, Noise, between, invert
 from smooth_rt.tasks.inversion.base import ddim_back, guided_back
 
 if TYPE_CHECKING:
-    from smooth_rt.pipeline import SmoothPipeline, StepCallback
+    from smooth_rt.loop import StepCallback
+    from smooth_rt.pipeline import SmoothPipeline
 
 __all__ = ["PASSES", "Interpolation", "adapted", "evened", "interpolate"]
 

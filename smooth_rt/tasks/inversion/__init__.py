@@ -42,7 +42,8 @@ from smooth_rt.tasks.inversion.choosing import Chosen, choose
 from smooth_rt.tasks.inversion.kept import Watched, image_names
 
 if TYPE_CHECKING:
-    from smooth_rt.pipeline import SmoothPipeline, StepCallback
+    from smooth_rt.loop import StepCallback
+    from smooth_rt.pipeline import SmoothPipeline
 
 __all__ = [
     "METHODS",

@@ -21,7 +21,8 @@ from smooth_rt.tasks.inversion.kept import Watched
 from smooth_rt.tasks.mixing import lerp, slerp
 
 if TYPE_CHECKING:
-    from smooth_rt.pipeline import Predict, SmoothPipeline, StepCallback
+    from smooth_rt.loop import Predict, StepCallback
+    from smooth_rt.pipeline import SmoothPipeline
 
 __all__ = ["Evaluations", "Job", "Method", "Noise", "Sample", "between", "ddim_back"]
 

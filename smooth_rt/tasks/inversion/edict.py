@@ -26,7 +26,8 @@ from smooth_rt.tasks.generate import guided
 from smooth_rt.tasks.inversion.base import Evaluations, Job, Method, Noise
 
 if TYPE_CHECKING:
-    from smooth_rt.pipeline import Predict, SmoothPipeline, StepCallback
+    from smooth_rt.loop import Predict, StepCallback
+    from smooth_rt.pipeline import SmoothPipeline
 
 __all__ = ["METHOD", "MIX"]
 

@@ -27,7 +27,8 @@ from smooth_rt.errors import EngineError, InputError, SmoothRTError, reason
 from smooth_rt.tasks import checks
 
 if TYPE_CHECKING:
-    from smooth_rt.pipeline import Move, SmoothPipeline, StepCallback
+    from smooth_rt.loop import Move, StepCallback
+    from smooth_rt.pipeline import SmoothPipeline
     from smooth_rt.schedule import Step
     from smooth_rt.tasks.inversion.base import Job
 
