@@ -8,7 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
-from smooth_rt.commands import bundles, demo, evaluate, models, paths, tasks, train
+from smooth_rt.commands import bundles, demo, edit, evaluate, generate, interpolate, invert, models, paths, train
 from smooth_rt.commands.checked import CheckedCommand
 from smooth_rt.commands.options import flattened
 from smooth_rt.errors import SmoothRTError
@@ -48,10 +48,10 @@ def _group(name: str, text: str, commands: Sequence[tuple[str, Callable[..., Any
 
 
 app.command("demo", cls=CheckedCommand)(flattened(demo.demo))
-app.command("generate", cls=CheckedCommand)(flattened(tasks.generate))
-app.command("interpolate", cls=CheckedCommand)(flattened(tasks.interpolate))
-app.command("invert", cls=CheckedCommand)(flattened(tasks.invert))
-app.command("edit", cls=CheckedCommand)(flattened(tasks.edit))
+app.command("generate", cls=CheckedCommand)(flattened(generate.generate))
+app.command("interpolate", cls=CheckedCommand)(flattened(interpolate.interpolate))
+app.command("invert", cls=CheckedCommand)(flattened(invert.invert))
+app.command("edit", cls=CheckedCommand)(flattened(edit.edit))
 app.command("fuse", cls=CheckedCommand)(flattened(models.fuse))
 app.command("build-engine", cls=CheckedCommand)(flattened(models.build_engine))
 _group(

@@ -12,10 +12,18 @@ import typer
 
 from smooth_rt.ranges import RANGES, check
 
-__all__ = ["ModelOptions", "OutputOptions", "RunOptions", "flattened", "listed"]
+__all__ = ["Method", "ModelOptions", "OutputOptions", "Prompts", "RunOptions", "flattened", "listed"]
 
 JsonFlag = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 DebugFlag = Annotated[bool, typer.Option("--debug", help="Show the whole traceback of an error.")]
+Prompts = Annotated[list[str] | None, typer.Option("--prompt", help="May be given several times.", show_default=False)]
+Method = Annotated[
+    str,
+    typer.Option(
+        help="How images are inverted: ddim, ddim-without-text, negative-prompt, null-text, direct, fixed-point, "
+        "spdinv, easyinv, edict or belm. For null-text and spdinv gradients are built, once."
+    ),
+]
 
 
 @dataclass(frozen=True)
