@@ -142,16 +142,16 @@ def _on_gpu(
     module: nn.Module, dims: Dims, work: Path, options: argparse.Namespace, say: Callable[[str], None]
 ) -> tuple[dict[str, tuple[Candidate, Path]], list[str]]:
     """By name, what runs on the GPU and its graph; a line for what does not."""
-    from bench import gpu as bench_gpu
+    from bench import gpu_candidates
 
-    able, left_out = bench_gpu.runnable(bench_gpu.CANDIDATES)
+    able, left_out = gpu_candidates.runnable(gpu_candidates.CANDIDATES)
     sizes = argparse.Namespace(batch_sizes=(options.batch_size,), side=options.side)
-    subject = bench_gpu.Subject({"unet": module}, dims, None)
+    subject = gpu_candidates.Subject({"unet": module}, dims, None)
     found: dict[str, tuple[Candidate, Path]] = {}
     for name, (backend, precision) in able.items():
         say(f"build of {name}")
         try:
-            path = bench_gpu.built(backend, precision, subject, "unet", sizes, work / name.replace(" ", "-"))
+            path = gpu_candidates.built(backend, precision, subject, "unet", sizes, work / name.replace(" ", "-"))
             found[f"{name}, one size"] = (Candidate(backend, precision, fixed=True), path)
         except SmoothRTError as error:
             left_out.append(f"{name} is left out: {error}")

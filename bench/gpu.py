@@ -16,56 +16,33 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, ClassVar, cast
+from typing import Any, cast
 
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import Tensor
 
 from bench.environment import environment
 from bench.floor import count_flop
+from bench.gpu_candidates import CANDIDATES, NETWORKS, PEERS, Eager, Subject, built, opened, runnable
 from bench.results import write
 from bench.subject import sd15
 from engines.base import Engine
-from engines.contract import Dims, Network, NetworkName, contract
+from engines.contract import NetworkName, contract
 from engines.eager import torch_networks
-from engines.recipes import RECIPES
-from engines.select import TENSORRT, availability, gpu, open_engine, target
-from engines.variant import Bounds, Precision
+from engines.select import gpu
+from engines.variant import Precision
 from export.graphs import Case, random_inputs
-from export.half import DTYPES, Cast, converted, in_half
-from export.to_onnx import to_onnx
-from export.to_ort import REWRITTEN, to_ort
 from smooth_rt.errors import EngineError, SmoothRTError
 from smooth_rt.model import PipelineConfig, load_model
 from smooth_rt.pipeline import SmoothPipeline
 
-__all__ = ["CANDIDATES", "Row", "Subject", "built", "main", "measure", "runnable"]
+__all__ = ["Row", "main", "measure"]
 
-NETWORKS: tuple[NetworkName, ...] = ("unet", "vae_decoder")  # the text encoder is a hundredth of one step
-PEERS: dict[str, Precision] = {"eager fp32": "fp32", "eager fp16": "fp16"}
-# What is timed on a GPU: the name, the backend, the precision.
-CANDIDATES: dict[str, tuple[str, Precision]] = {
-    "onnxruntime-cuda fp32": ("onnxruntime-cuda", "fp32"),
-    "onnxruntime-cuda fp16": ("onnxruntime-cuda", "fp16"),
-    "onnxruntime-tensorrt fp16": ("onnxruntime-tensorrt", "fp16"),
-    "inductor fp16": ("inductor", "fp16"),
-    "tensorrt fp16": ("tensorrt", "fp16"),
-    "tensorrt-rtx fp16": ("tensorrt-rtx", "fp16"),
-}
 # Dense fp16 rates with fp32 accumulation that the maker publishes, in TFLOP/s, by a part of the GPU's name.
 PUBLISHED = {"H200": 989.4, "H100": 989.4, "A100": 312.0, "L40S": 362.1, "L4": 121.0, "4090": 165.2, "A10G": 70.0}
 GUIDANCE = 7.5
-
-
-@dataclass(frozen=True)
-class Subject:
-    """The modules of NETWORKS in fp32 on the CPU, the model's sizes, and its sampling where it is to be sampled."""
-
-    modules: Mapping[NetworkName, nn.Module]
-    dims: Dims
-    config: PipelineConfig | None
 
 
 @dataclass(frozen=True)
@@ -81,27 +58,6 @@ class Row:
     built_in: float | None = None
     opened_in: float | None = None
     fault: str | None = None
-
-
-class _Eager(Engine):
-    """Torch modules on a device, as diffusers runs them."""
-
-    backend: ClassVar[str] = "eager"
-
-    def __init__(self, network: Network, module: nn.Module, precision: Precision, device: str) -> None:
-        super().__init__(network)
-        dtype, self._device = DTYPES[precision], device
-        self._module = Cast(converted(module, dtype), dtype).eval().to(device)
-
-    def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:  # noqa: ARG002
-        with torch.no_grad():
-            outputs = self._module(*(inputs[spec.name].to(self._device) for spec in self.network.inputs))
-        return {spec.name: output.cpu() for spec, output in zip(self.network.outputs, outputs, strict=True)}
-
-    def close(self) -> None:
-        """Free the copy."""
-        self._module = cast("Cast", nn.Identity())
-        super().close()
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -128,13 +84,6 @@ def main(argv: Sequence[str] | None = None) -> None:
     write(content, options.output)
 
 
-def runnable(candidates: Mapping[str, tuple[str, Precision]]) -> tuple[dict[str, tuple[str, Precision]], list[str]]:
-    """Those that can run here, and a line for each of the others."""
-    faults = {name: availability(backend) for name, (backend, _) in candidates.items()}
-    kept = {name: candidates[name] for name, fault in faults.items() if fault is None}
-    return kept, [f"{name} is left out: {fault}" for name, fault in faults.items() if fault is not None]
-
-
 def measure(
     subject: Subject,
     candidates: Mapping[str, tuple[str, Precision]],
@@ -151,8 +100,8 @@ def measure(
     wanted: dict[int, Tensor] = {}
     for name, precision in PEERS.items():
         say(f"times of {name}")
-        opened = {of: _Eager(contract(of, subject.dims), subject.modules[of], precision, device) for of in NETWORKS}
-        rows += _timed(name, opened, subject, options, wanted, (0.0, 0.0))
+        peers = {of: Eager(contract(of, subject.dims), subject.modules[of], precision, device) for of in NETWORKS}
+        rows += _timed(name, peers, subject, options, wanted, (0.0, 0.0))
     for name, (backend, precision) in able.items():
         say(f"build of {name}")
         try:
@@ -162,7 +111,7 @@ def measure(
             }
             made = time.perf_counter()
             say(f"times of {name}")
-            engines = {of: _opened(backend, precision, subject, of, graphs[of], options) for of in NETWORKS}
+            engines = {of: opened(backend, precision, subject, of, graphs[of], options) for of in NETWORKS}
             took = made - began, time.perf_counter() - made
             rows += _timed(name, engines, subject, options, wanted, took)
         except SmoothRTError as error:  # such as TensorRT for RTX on a GPU that it does not know
@@ -178,62 +127,6 @@ def measure(
         "left_out": missing,
     }
     return rows, facts
-
-
-def _bounds(network: Network, subject: Subject, options: argparse.Namespace) -> list[Bounds]:
-    """Of one size for each batch: both halves of guidance go through the UNet together."""
-    side, halves = options.side // subject.dims.vae_factor, 2 if network.name == "unet" else 1
-    return [
-        {symbol: (halves * batch,) * 3 if symbol == "batch" else (side,) * 3 for symbol in network.symbols}
-        for batch in options.batch_sizes
-    ]
-
-
-def built(
-    backend: str, precision: Precision, subject: Subject, name: NetworkName, options: argparse.Namespace, work: Path
-) -> Path:
-    """The graph of a network, made in `work` unless it is there from a run before.
-
-    Raises:
-        SmoothRTError: the backend cannot build it here.
-    """
-    network, module = contract(name, subject.dims), subject.modules[name]
-    bounds = _bounds(network, subject, options)
-    if backend == "inductor":
-        from engines.inductor import package_of
-        from export.to_inductor import to_inductor
-
-        paths = [package_of(work / f"{name}.pt2", index) for index in range(len(bounds))]
-        half = module if all(path.exists() for path in paths) else _in(precision, module, network, subject)
-        for path, one in zip(paths, bounds, strict=True):
-            ends = {symbol: (least, most) for symbol, (least, _, most) in one.items()}
-            if not path.exists():
-                to_inductor(half, network, subject.dims, path, precision=precision, device="cuda", symbol_bounds=ends)
-        return paths[0]
-    onnx = work.parent / f"onnx-{precision}" / name / "model.onnx"
-    if not onnx.exists():
-        to_onnx(_in(precision, module, network, subject), network, subject.dims, onnx)
-    if backend not in TENSORRT:
-        return to_ort(onnx, backend)[0] if precision in REWRITTEN.get(backend, ()) else onnx
-    from export.to_tensorrt import to_tensorrt
-
-    path = work / f"{name}.engine"
-    if not path.exists():
-        path.parent.mkdir(parents=True, exist_ok=True)
-        to_tensorrt(onnx, path, network, bounds, backend=backend, architecture=target(backend))
-    return path
-
-
-def _in(precision: Precision, module: nn.Module, network: Network, subject: Subject) -> nn.Module:
-    return module if precision == "fp32" else in_half(module, network, subject.dims, precision)[0]
-
-
-def _opened(
-    backend: str, precision: Precision, subject: Subject, name: NetworkName, graph: Path, options: argparse.Namespace
-) -> Engine:
-    network = contract(name, subject.dims)
-    hint = RECIPES[backend][precision][name].hint
-    return open_engine(backend, network, graph, hint, _bounds(network, subject, options))
 
 
 def _timed(

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench import engines, gpu, starts
+from bench import engines, gpu, gpu_candidates, starts
 from smooth_rt import cli
 from smooth_rt.errors import InputError
 
@@ -47,18 +47,18 @@ def test_a_gpu_is_asked_for_in_a_line(capsys: pytest.CaptureFixture[str]) -> Non
     assert heard == (
         "error: bench gpu: torch finds no CUDA GPU here; run it where there is one, or `bench engines` here"
     )
-    able, left_out = gpu.runnable(gpu.CANDIDATES)
+    able, left_out = gpu_candidates.runnable(gpu_candidates.CANDIDATES)
     # inductor runs on a processor too.
     assert set(able) == {"inductor fp16"}
-    assert len(left_out) == len(gpu.CANDIDATES) - 1
+    assert len(left_out) == len(gpu_candidates.CANDIDATES) - 1
 
 
 def test_what_cannot_be_built_on_a_gpu_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refused(*_: object) -> None:
         raise InputError("gpu_arch=sm90: tensorrt-rtx builds for others")
 
-    monkeypatch.setattr(gpu, "runnable", lambda _: ({"tensorrt-rtx fp16": ("tensorrt-rtx", "fp16")}, []))
-    monkeypatch.setattr(gpu, "built", refused)
+    monkeypatch.setattr(gpu_candidates, "runnable", lambda _: ({"tensorrt-rtx fp16": ("tensorrt-rtx", "fp16")}, []))
+    monkeypatch.setattr(gpu_candidates, "built", refused)
     options = argparse.Namespace(batch_size=1, side=16)
     found, left_out = engines._on_gpu(torch.nn.Identity(), Any, tmp_path, options, lambda _: None)  # type: ignore[arg-type]
     assert (found, left_out) == (
