@@ -1,16 +1,18 @@
 """What each backend is built in: by the precision that is asked for, the precision of every network's graph; and which
-can be built with which convolutions."""
+can be built with which gradients, LoRAs and convolutions."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 from engines.contract import DERIVED, NETWORKS, NetworkName, said_gradients
 from engines.errors import InputError
-from engines.variant import Precision, Profile, Variant
+from engines.providers import BY_BACKEND
+from engines.variant import LORA_MODES, LoraMode, Precision, Profile, Variant
 
-__all__ = ["RECIPES", "Recipe", "check_convolution", "check_gradients", "check_precision"]
+__all__ = ["RECIPES", "Recipe", "check_convolution", "check_gradients", "check_lora_mode", "check_precision"]
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,25 @@ RECIPES: dict[str, dict[Precision, dict[NetworkName, Recipe]]] = {
     "tensorrt-rtx": _IN_HALF,
 }
 
+# By how the LoRA is held, where it is not fused: what a backend does for it, and in which precisions it can.
+SETTABLE: dict[LoraMode, tuple[str, dict[str, tuple[Precision, ...]]]] = {
+    # Quantised and packed weights are no longer what they were.
+    "refit": (
+        "replace weights",
+        {
+            **{name: ("fp32",) for name in BY_BACKEND if "fp32" in RECIPES[name]},
+            "openvino": ("fp32", "bf16"),
+            "tensorrt": ("fp32", "fp16", "bf16"),
+            "tensorrt-rtx": ("fp32", "fp16", "bf16"),
+        },
+    ),
+    # int8 is calibrated on images of one strength.
+    "runtime": (
+        "take the strength as an input",
+        {name: tuple(precision for precision in recipes if precision != "int8") for name, recipes in RECIPES.items()},
+    ),
+}
+
 
 def check_precision(backend: str, precision: str) -> None:
     """Raise InputError unless `backend` can be built in `precision`."""
@@ -92,6 +113,19 @@ def check_gradients(backend: str, precision: str, lora_mode: str, gradients: Col
             f"gradients={said}: {backend} cannot replace the weights of their graphs; choose --lora-mode fused or "
             "runtime, or onnxruntime"
         )
+
+
+def check_lora_mode(backend: str, precision: str, lora_mode: str) -> None:
+    """Raise InputError unless `backend` can hold a LoRA in that way, in that precision."""
+    if lora_mode not in LORA_MODES:
+        raise InputError(f"lora_mode={lora_mode}: unknown; choose from {', '.join(LORA_MODES)}")
+    if lora_mode == "fused":
+        return
+    what, backends = SETTABLE[cast("LoraMode", lora_mode)]
+    able = backends.get(backend, ())
+    if precision not in able:
+        does = f"can {what} in {', '.join(able)}, not in {precision}" if able else f"cannot {what}"
+        raise InputError(f"lora_mode={lora_mode}: {backend} {does}; choose fused, or another backend")
 
 
 def check_convolution(variant: Variant, profiles: Sequence[Profile]) -> None:

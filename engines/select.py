@@ -10,13 +10,12 @@ from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
 from engines.errors import EngineError, InputError, reason
 from engines.providers import BY_BACKEND, PROVIDERS, lacking
-from engines.recipes import RECIPES
 from engines.rtx import architectures, leaves_out
-from engines.variant import LORA_MODES, Bounds, LoraMode, Precision
+from engines.variant import Bounds
 
 if TYPE_CHECKING:
     from engines.base import Engine
@@ -36,7 +35,6 @@ __all__ = [
     "backend_version",
     "buildable",
     "check_backend",
-    "check_lora_mode",
     "choose",
     "gpu",
     "open_engine",
@@ -63,24 +61,6 @@ AUTO_ORDER: tuple[str, ...] = ("openvino", "onnxruntime", "eager")
 # ONNX Runtime's own TensorRT compiles as it opens, for minutes: who wants that names it.
 AUTO_ON_GPU: tuple[str, ...] = (*TENSORRT, "onnxruntime-cuda", *AUTO_ORDER)
 
-# By how the LoRA is held, where it is not fused: what a backend does for it, and in which precisions it can.
-SETTABLE: dict[LoraMode, tuple[str, dict[str, tuple[Precision, ...]]]] = {
-    # Quantised and packed weights are no longer what they were.
-    "refit": (
-        "replace weights",
-        {
-            **{name: ("fp32",) for name in ONNX if "fp32" in RECIPES[name]},
-            "openvino": ("fp32", "bf16"),
-            "tensorrt": ("fp32", "fp16", "bf16"),
-            "tensorrt-rtx": ("fp32", "fp16", "bf16"),
-        },
-    ),
-    # int8 is calibrated on images of one strength.
-    "runtime": (
-        "take the strength as an input",
-        {name: tuple(precision for precision in recipes if precision != "int8") for name, recipes in RECIPES.items()},
-    ),
-}
 _ARCHITECTURES = re.compile(r" *sm[0-9]{2,3}( *, *sm[0-9]{2,3})* *|cuda")
 _MODULES = {
     "eager": "torch",
@@ -174,19 +154,6 @@ def architecture() -> str:
     """What engines for this machine's processor run on, such as "cpu-x86_64"."""
     machine = platform.machine().lower()
     return "cpu-" + {"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine)
-
-
-def check_lora_mode(backend: str, precision: str, lora_mode: str) -> None:
-    """Raise InputError unless `backend` can hold a LoRA in that way, in that precision."""
-    if lora_mode not in LORA_MODES:
-        raise InputError(f"lora_mode={lora_mode}: unknown; choose from {', '.join(LORA_MODES)}")
-    if lora_mode == "fused":
-        return
-    what, backends = SETTABLE[cast("LoraMode", lora_mode)]
-    able = backends.get(backend, ())
-    if precision not in able:
-        does = f"can {what} in {', '.join(able)}, not in {precision}" if able else f"cannot {what}"
-        raise InputError(f"lora_mode={lora_mode}: {backend} {does}; choose fused, or another backend")
 
 
 def runs_here(built_for: str) -> str | None:

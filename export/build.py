@@ -19,8 +19,8 @@ from engines.contract import DERIVED, NETWORKS, Dims, Network, NetworkName
 from engines.errors import EngineError, InputError
 from engines.lora import LORA_FILE, LoraWeights
 from engines.manifest import EngineRecord, FileRecord, Manifest, Parity, Source, VariantRecord, digest_file
-from engines.recipes import RECIPES, Recipe, check_convolution, check_gradients, check_precision
-from engines.select import availability, backend_version, buildable, check_lora_mode, open_engine, runs_here
+from engines.recipes import RECIPES, Recipe, check_convolution, check_gradients, check_lora_mode, check_precision
+from engines.select import availability, backend_version, buildable, open_engine, runs_here
 from engines.staging import staging
 from engines.variant import Bounds, Order, Place
 from export.graphs import Case, cases

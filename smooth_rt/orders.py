@@ -7,8 +7,8 @@ from typing import cast
 
 from engines.bundle import Bundle, Source
 from engines.contract import Dims, NetworkName
-from engines.recipes import RECIPES, check_convolution, check_gradients, check_precision
-from engines.select import BOUNDED, buildable, check_lora_mode, targets
+from engines.recipes import RECIPES, check_convolution, check_gradients, check_lora_mode, check_precision
+from engines.select import BOUNDED, buildable, targets
 from engines.variant import (
     Convolution,
     LoraMode,

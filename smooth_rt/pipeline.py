@@ -20,8 +20,8 @@ from engines.bundle import Bundle
 from engines.contract import NETWORKS, Dims, NetworkName, gradients_named
 from engines.lora import LORA_FILE, LoraWeights
 from engines.providers import joined
-from engines.recipes import RECIPES, check_gradients, check_precision
-from engines.select import BACKENDS, BOUNDED, Choice, check_lora_mode, choose
+from engines.recipes import RECIPES, check_gradients, check_lora_mode, check_precision
+from engines.select import BACKENDS, BOUNDED, Choice, choose
 from smooth_rt.errors import EngineError, InputError
 from smooth_rt.images import ImageLike, Images, OutputType, read, to_images
 from smooth_rt.loop import denoise, walk
