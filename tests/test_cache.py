@@ -1,4 +1,4 @@
-"""What the cache holds and what is removed from it."""
+"""Where the cache is, what it holds and what is removed from it."""
 
 from __future__ import annotations
 
@@ -8,10 +8,25 @@ from pathlib import Path
 import pytest
 
 from smooth_rt import cli
-from smooth_rt.cache import limit, list_bundles, make_room, parse_size, prune, used
+from smooth_rt.cache import cache_root, limit, list_bundles, make_room, parse_size, prune, used
 from smooth_rt.errors import InputError
 
 DEAD = 2**22 + 1  # above the greatest process number
+
+
+def test_cache_root(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SMOOTH_RT_CACHE", str(tmp_path))
+    assert cache_root() == tmp_path
+    monkeypatch.delenv("SMOOTH_RT_CACHE")
+    assert cache_root().name == "smooth-rt"
+
+
+def test_a_cache_that_is_a_file_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for root in (tmp_path / "file", tmp_path / "file" / "below"):
+        monkeypatch.setenv("SMOOTH_RT_CACHE", str(root))
+        with pytest.raises(InputError, match=rf"SMOOTH_RT_CACHE={root}: .*file is not a folder"):
+            cache_root()
 
 
 @pytest.fixture
