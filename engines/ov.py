@@ -13,6 +13,7 @@ import openvino
 import torch
 from torch import Tensor
 
+from engines import kernels
 from engines.base import Engine
 from engines.contract import DERIVED, Network
 from engines.errors import EngineError, reason
@@ -87,6 +88,10 @@ class OvEngine(Engine):
 
     def _read(self) -> Any:
         """The graph, with the weights that were replaced in it."""
+        with self._reading():
+            own = kernels.holds(self._path)
+        if own:
+            kernels.register(core())
         with self._reading():
             model = core().read_model(str(self._path))
             _replace(model, self._replaced)

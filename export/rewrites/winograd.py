@@ -24,6 +24,8 @@ import numpy as np
 from numpy.typing import NDArray
 from openvino import opset13 as ops
 
+from engines import kernels
+
 __all__ = ["TILES", "cook_toom", "tile", "winograd"]
 
 KERNEL = 3
@@ -86,7 +88,7 @@ def tile(rows: int, inputs: int, outputs: int, height: int, width: int) -> int |
     return next((m for m in TILES if rows * -(-height // m) * -(-width // m) >= LEAST_TILES), None)
 
 
-def winograd(model: Any, shapes: Mapping[str, Sequence[int]], rows: int) -> Counter[int]:
+def winograd(model: Any, shapes: Mapping[str, Sequence[int]], rows: int, native: bool = False) -> Counter[int]:
     """Replace the convolutions of `model` that gain by it, in place; how many, by the side of the tile.
 
     Taken are 3x3 convolutions of stride 1 that keep height and width, with constant weights.
@@ -95,14 +97,20 @@ def winograd(model: Any, shapes: Mapping[str, Sequence[int]], rows: int) -> Coun
         model: an `openvino.Model` that is computed in fp32: in fewer bits the transforms lose what they gain.
         shapes: of the inputs, by name. The sides are fixed by them from now on; the batch may stay free, -1.
         rows: of the batch, for which the gain is reckoned.
+        native: whether the transforms are made by this project's own kernels (engines/native/winograd.hpp) or by
+            OpenVINO's operations, some 75 a convolution.
+
+    Raises:
+        EngineError: the kernels cannot be compiled here.
     """
+    form = _by_kernels if native else _by_operations
     model.reshape({name: list(shape) for name, shape in shapes.items()})
     hits: Counter[int] = Counter()
     for node in model.get_ordered_ops():
         size = _size(node, rows)
         if size is None:
             continue
-        fresh = _filtered(node.input_value(0), _constant(node).data, size)
+        fresh = form(node.input_value(0), _constant(node).data, size)
         fresh.get_node().set_friendly_name(node.get_friendly_name())
         fresh.get_tensor().set_names(node.output(0).get_names())  # by which the result can be asked for
         for target in list(node.output(0).get_target_inputs()):
@@ -137,7 +145,24 @@ def _constant(node: Any) -> Any:
     return source if fp32 else None
 
 
-def _filtered(source: Any, weights: NDArray[np.float32], size: int) -> Any:
+def _by_kernels(source: Any, weights: NDArray[np.float32], size: int) -> Any:
+    """As `_by_operations`."""
+    outputs, _, inputs = cook_toom(size)
+    height, width = (axis.get_length() for axis in list(source.get_partial_shape())[2:])
+    sides = {"height": height, "width": width}
+    create = kernels.operations().create
+    last = ops.transpose(source, _ints(0, 2, 3, 1)).output(0)
+    cells = create("WinogradInput", [last], {"matrix": inputs.ravel().tolist(), "rows": len(inputs), **sides})
+    weighed = _transformed(weights, size)
+    products = [
+        ops.matmul(cell, ops.constant(weight, shared_memory=True), False, True).output(0)
+        for cell, weight in zip(cells.outputs(), weighed.reshape(-1, *weighed.shape[2:]), strict=True)
+    ]
+    whole = create("WinogradOutput", products, {"matrix": outputs.ravel().tolist(), "rows": len(outputs), **sides})
+    return ops.transpose(whole.output(0), _ints(0, 3, 1, 2)).output(0)
+
+
+def _by_operations(source: Any, weights: NDArray[np.float32], size: int) -> Any:
     """The output [N, K, H, W] of the convolution of `source` [N, C, H, W] with `weights` [K, C, 3, 3].
 
     Within, channels come last, so that every step works on whole rows of channels. Each product has a constant of its
