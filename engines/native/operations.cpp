@@ -113,7 +113,7 @@ protected:
     int64_t m_rows = 0, m_height = 0, m_width = 0;
 };
 
-// [N, height, width, C] -> side * side of [N, down, across, C]; the matrix is B^T [side, side].
+// [N, C, height, width] -> side * side of [N, down, across, C]; the matrix is B^T [side, side].
 class WinogradInput : public Transform {
 public:
     OPENVINO_OP("WinogradInput", "smooth_rt", Transform);
@@ -126,9 +126,9 @@ public:
 
     void validate_and_infer_types() override {
         const Shape& shape = get_input_partial_shape(0);
-        OPENVINO_ASSERT(shape.rank().is_static() && shape.rank().get_length() == 4, "[N, height, width, C] is taken");
+        OPENVINO_ASSERT(shape.rank().is_static() && shape.rank().get_length() == 4, "[N, C, height, width] is taken");
         const int64_t size = matrix().rows - 2;
-        const Shape cells{shape[0], (m_height + size - 1) / size, (m_width + size - 1) / size, shape[3]};
+        const Shape cells{shape[0], (m_height + size - 1) / size, (m_width + size - 1) / size, shape[1]};
         set_output_size(m_rows * m_rows);
         for (int64_t i = 0; i < m_rows * m_rows; ++i) set_output_type(i, get_input_element_type(0), cells);
     }
@@ -140,9 +140,9 @@ public:
     bool evaluate(Tensors& outputs, const Tensors& inputs) const override {
         const Matrix by = matrix();
         const ov::Shape shape = inputs[0].get_shape();
-        const int64_t pictures = shape[0], channels = shape[3], size = by.rows - 2;
+        const int64_t pictures = shape[0], channels = shape[1], size = by.rows - 2;
         const int64_t down = (m_height + size - 1) / size, across = (m_width + size - 1) / size;
-        const ov::Shape cells{shape[0], static_cast<size_t>(down), static_cast<size_t>(across), shape[3]};
+        const ov::Shape cells{shape[0], static_cast<size_t>(down), static_cast<size_t>(across), shape[1]};
         for (auto& output : outputs) output.set_shape(cells);
         const float* images = inputs[0].data<float>();
         std::vector<float*> starts;
@@ -157,7 +157,7 @@ public:
     }
 };
 
-// side * side of [N, down, across, C] -> [N, height, width, C]; the matrix is A^T [size, side].
+// side * side of [N, down, across, C] -> [N, C, height, width]; the matrix is A^T [size, side].
 class WinogradOutput : public Transform {
 public:
     OPENVINO_OP("WinogradOutput", "smooth_rt", Transform);
@@ -173,7 +173,7 @@ public:
         OPENVINO_ASSERT(get_input_size() == static_cast<size_t>(by.columns * by.columns), "one input a cell of a tile");
         const Shape& shape = get_input_partial_shape(0);
         OPENVINO_ASSERT(shape.rank().is_static() && shape.rank().get_length() == 4, "[N, down, across, C] is taken");
-        set_output_type(0, get_input_element_type(0), Shape{shape[0], m_height, m_width, shape[3]});
+        set_output_type(0, get_input_element_type(0), Shape{shape[0], shape[3], m_height, m_width});
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
@@ -184,7 +184,7 @@ public:
         const Matrix by = matrix();
         const ov::Shape shape = inputs[0].get_shape();
         const int64_t pictures = shape[0], down = shape[1], across = shape[2], channels = shape[3];
-        outputs[0].set_shape({shape[0], static_cast<size_t>(m_height), static_cast<size_t>(m_width), shape[3]});
+        outputs[0].set_shape({shape[0], shape[3], static_cast<size_t>(m_height), static_cast<size_t>(m_width)});
         float* images = outputs[0].data<float>();
         tbb::parallel_for(int64_t{0}, pictures * down, [&](int64_t line) {
             std::vector<const float*> rows;

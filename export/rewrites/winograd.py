@@ -31,6 +31,7 @@ __all__ = ["TILES", "cook_toom", "tile", "winograd"]
 KERNEL = 3
 # By m, the largest first. Half and its negative inverse cost no rounding and keep the matrices' entries small.
 TILES: dict[int, tuple[Fraction, ...]] = {
+    6: (Fraction(0), Fraction(1), Fraction(-1), Fraction(1, 2), Fraction(-1, 2), Fraction(2), Fraction(-2)),
     4: (Fraction(0), Fraction(1), Fraction(-1), Fraction(1, 2), Fraction(-2)),
     2: (Fraction(0), Fraction(1), Fraction(-1)),
 }
@@ -85,7 +86,10 @@ def tile(rows: int, inputs: int, outputs: int, height: int, width: int) -> int |
     """
     if inputs * outputs < LEAST_PAIRS * (inputs + outputs):
         return None
-    return next((m for m in TILES if rows * -(-height // m) * -(-width // m) >= LEAST_TILES), None)
+    def cells(m):
+        return -(-height // m) * -(-width // m) * (m + 2) ** 2
+    able = [m for m in TILES if rows * -(-height // m) * -(-width // m) >= LEAST_TILES]
+    return min(able, key=lambda m: (cells(m), m), default=None)
 
 
 def winograd(model: Any, shapes: Mapping[str, Sequence[int]], rows: int, native: bool = False) -> Counter[int]:
@@ -151,15 +155,13 @@ def _by_kernels(source: Any, weights: NDArray[np.float32], size: int) -> Any:
     height, width = (axis.get_length() for axis in list(source.get_partial_shape())[2:])
     sides = {"height": height, "width": width}
     create = kernels.operations().create
-    last = ops.transpose(source, _ints(0, 2, 3, 1)).output(0)
-    cells = create("WinogradInput", [last], {"matrix": inputs.ravel().tolist(), "rows": len(inputs), **sides})
+    cells = create("WinogradInput", [source], {"matrix": inputs.ravel().tolist(), "rows": len(inputs), **sides})
     weighed = _transformed(weights, size)
     products = [
         ops.matmul(cell, ops.constant(weight, shared_memory=True), False, True).output(0)
         for cell, weight in zip(cells.outputs(), weighed.reshape(-1, *weighed.shape[2:]), strict=True)
     ]
-    whole = create("WinogradOutput", products, {"matrix": outputs.ravel().tolist(), "rows": len(outputs), **sides})
-    return ops.transpose(whole.output(0), _ints(0, 3, 1, 2)).output(0)
+    return create("WinogradOutput", products, {"matrix": outputs.ravel().tolist(), "rows": len(outputs), **sides}).output(0)
 
 
 def _by_operations(source: Any, weights: NDArray[np.float32], size: int) -> Any:
