@@ -50,7 +50,7 @@ def register(core: Any) -> None:
     try:
         core.add_extension(str(path))
     except Exception as error:
-        raise EngineError(f"{path}: openvino cannot load these kernels ({reason(error, -1)}); delete the file") from error
+        raise _unloadable(path, error) from error
 
 
 @cache
@@ -67,10 +67,15 @@ def operations() -> Any:
         factory = NodeFactory()
         factory.add_extension(str(path))
     except Exception as error:
-        raise EngineError(f"{path}: openvino cannot load these kernels ({reason(error, -1)}); delete the file") from error
+        raise _unloadable(path, error) from error
     return factory
 
 
+def _unloadable(path: Path, error: Exception) -> EngineError:
+    return EngineError(f"{path}: openvino cannot load these kernels ({reason(error, -1)}); delete the file")
+
+
+@cache
 def library() -> Path:
     """The compiled kernels, kept beside the cache of bundles (SMOOTH_RT_CACHE). Compiled, which takes some seconds,
     where there are none of these sources for this processor, compiler and openvino.
@@ -103,8 +108,8 @@ def library() -> Path:
             made.replace(path)
     except OSError as error:
         raise EngineError(
-            f"kernels 'native': {error.filename or path}: {error.strerror}; set SMOOTH_RT_CACHE to a folder that can be "
-            "written to"
+            f"kernels 'native': {error.filename or path}: {error.strerror}; set SMOOTH_RT_CACHE to a folder that "
+            "can be written to"
         ) from error
     return path
 
@@ -133,7 +138,8 @@ def _shared(folder: Path, stem: str) -> Path:
     found = sorted(folder.glob(f"{stem}*"))
     if not found:
         raise EngineError(
-            f"kernels 'native': {folder}/{stem} is missing, which openvino brings on Linux; build with --kernels backend"
+            f"kernels 'native': {folder}/{stem} is missing, which openvino brings on Linux; build with "
+            "--kernels backend"
         )
     return found[0]
 

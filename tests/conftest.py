@@ -77,6 +77,18 @@ def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def own_kernels() -> Path:
+    """The compiled kernels for OpenVINO; a test without a C++ compiler is left out."""
+    from engines.errors import EngineError
+    from engines.kernels import library
+
+    try:
+        return library()
+    except EngineError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
 def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A stand-in for the npm packages that `smooth_rt.training.data.fetch` takes for complete: each listed object as a
     coloured disc, in the packages' own layout."""

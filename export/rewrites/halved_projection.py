@@ -28,7 +28,8 @@ def halved_projection(model: Any) -> int:
         product, weight, bias = found
         turned = bool(product.get_attributes().get("transpose_b"))
         name = product.get_friendly_name()
-        for index, (part, offset) in enumerate(zip(_halves(weight, 0 if turned else 1), _halves(bias, -1), strict=True)):
+        parts = zip(_halves(weight, 0 if turned else 1), _halves(bias, -1), strict=True)
+        for index, (part, offset) in enumerate(parts):
             layer = ops.matmul(product.input_value(0), _constant(part), False, turned)
             layer.set_friendly_name(f"{name}_{index}")
             fresh = ops.add(layer, _constant(offset)).output(0)
@@ -50,18 +51,21 @@ def _layer(node: Any) -> tuple[Any, NDArray[np.float32], NDArray[np.float32]] | 
         return None
     left, right = (output.get_partial_shape()[rank.get_length() - 1] for output in node.outputs())
     summed = node.input_value(0).get_node()
-    if left != right or left.is_dynamic or summed.get_type_name() != "Add" or len(node.input_value(0).get_target_inputs()) > 1:
+    if left != right or left.is_dynamic or summed.get_type_name() != "Add" or not _once(summed):
         return None
     one, other = (summed.input_value(index).get_node() for index in range(2))
     product, bias = (one, other) if one.get_type_name() == "MatMul" else (other, one)
-    if product.get_type_name() != "MatMul" or product.get_attributes().get("transpose_a"):
-        return None
-    if len(product.output(0).get_target_inputs()) > 1:
+    if product.get_type_name() != "MatMul" or product.get_attributes().get("transpose_a") or not _once(product):
         return None
     weight = product.input_value(1).get_node()
     if any(part.get_type_name() != "Constant" for part in (weight, bias)) or weight.data.ndim != 2:
         return None
     return product, weight.data, bias.data
+
+
+def _once(node: Any) -> bool:
+    """Whether one node alone reads its result."""
+    return len(node.output(0).get_target_inputs()) == 1
 
 
 def _halves(values: NDArray[np.float32], axis: int) -> list[NDArray[np.float32]]:

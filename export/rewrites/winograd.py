@@ -29,12 +29,14 @@ from engines import kernels
 __all__ = ["TILES", "cook_toom", "tile", "winograd"]
 
 KERNEL = 3
-# By m, the largest first. Half and its negative inverse cost no rounding and keep the matrices' entries small.
+# By m. Powers of two cost no rounding; half and its negative inverse keep the matrices' entries small.
 TILES: dict[int, tuple[Fraction, ...]] = {
     6: (Fraction(0), Fraction(1), Fraction(-1), Fraction(1, 2), Fraction(-1, 2), Fraction(2), Fraction(-2)),
     4: (Fraction(0), Fraction(1), Fraction(-1), Fraction(1, 2), Fraction(-2)),
     2: (Fraction(0), Fraction(1), Fraction(-1)),
 }
+# Tiles of 6x6 pay where the transforms cost next to nothing (docs/experiments/native-kernels.md).
+OPERATIONS, NATIVE = (4, 2), (6, 4, 2)
 # Measured (docs/experiments/winograd.md). The weights are (m+2)^2 / 9 times as large and are read once for all tiles,
 # so few tiles do not pay for them. Multiplications are saved by pair of channels, transforms cost by channel.
 LEAST_TILES = 32
@@ -78,18 +80,21 @@ def _floats(rows: Sequence[Sequence[Fraction]]) -> Matrix:
     return np.array([[float(entry) for entry in row] for row in rows])
 
 
-def tile(rows: int, inputs: int, outputs: int, height: int, width: int) -> int | None:
-    """The tile's side that a convolution of these sizes gains from, or None: then the direct form is as fast.
+def tile(
+    rows: int, inputs: int, outputs: int, height: int, width: int, sides: Sequence[int] = OPERATIONS
+) -> int | None:
+    """The tile's side that a convolution of these sizes gains from most: that with the fewest multiplications, the
+    smallest of equals. None where the direct form is as fast.
 
     Args:
         rows: of the batch; `inputs` and `outputs`: channels; `height` and `width`: of the output.
+        sides: to choose from.
     """
     if inputs * outputs < LEAST_PAIRS * (inputs + outputs):
         return None
-    def cells(m):
-        return -(-height // m) * -(-width // m) * (m + 2) ** 2
-    able = [m for m in TILES if rows * -(-height // m) * -(-width // m) >= LEAST_TILES]
-    return min(able, key=lambda m: (cells(m), m), default=None)
+    tiles = {m: -(-height // m) * -(-width // m) for m in sides}
+    able = [m for m in sorted(sides) if rows * tiles[m] >= LEAST_TILES]
+    return min(able, key=lambda m: tiles[m] * (m + KERNEL - 1) ** 2, default=None)
 
 
 def winograd(model: Any, shapes: Mapping[str, Sequence[int]], rows: int, native: bool = False) -> Counter[int]:
@@ -107,11 +112,11 @@ def winograd(model: Any, shapes: Mapping[str, Sequence[int]], rows: int, native:
     Raises:
         EngineError: the kernels cannot be compiled here.
     """
-    form = _by_kernels if native else _by_operations
+    form, sides = (_by_kernels, NATIVE) if native else (_by_operations, OPERATIONS)
     model.reshape({name: list(shape) for name, shape in shapes.items()})
     hits: Counter[int] = Counter()
     for node in model.get_ordered_ops():
-        size = _size(node, rows)
+        size = _size(node, rows, sides)
         if size is None:
             continue
         fresh = form(node.input_value(0), _constant(node).data, size)
@@ -125,7 +130,7 @@ def winograd(model: Any, shapes: Mapping[str, Sequence[int]], rows: int, native:
     return hits
 
 
-def _size(node: Any, rows: int) -> int | None:
+def _size(node: Any, rows: int, sides: Sequence[int]) -> int | None:
     """The side of the tile for a node that shall be replaced, else None."""
     if node.get_type_name() != "Convolution":
         return None
@@ -139,7 +144,7 @@ def _size(node: Any, rows: int) -> int | None:
     if not (once and fixed) or [axis.get_length() for axis in kernel] != [KERNEL] * 2 or _constant(node) is None:
         return None
     height, width = (axis.get_length() for axis in list(shape)[2:])
-    return tile(rows, inputs.get_length(), outputs.get_length(), height, width)
+    return tile(rows, inputs.get_length(), outputs.get_length(), height, width, sides)
 
 
 def _constant(node: Any) -> Any:
@@ -161,7 +166,9 @@ def _by_kernels(source: Any, weights: NDArray[np.float32], size: int) -> Any:
         ops.matmul(cell, ops.constant(weight, shared_memory=True), False, True).output(0)
         for cell, weight in zip(cells.outputs(), weighed.reshape(-1, *weighed.shape[2:]), strict=True)
     ]
-    return create("WinogradOutput", products, {"matrix": outputs.ravel().tolist(), "rows": len(outputs), **sides}).output(0)
+    return create(
+        "WinogradOutput", products, {"matrix": outputs.ravel().tolist(), "rows": len(outputs), **sides}
+    ).output(0)
 
 
 def _by_operations(source: Any, weights: NDArray[np.float32], size: int) -> Any:
