@@ -34,7 +34,17 @@ from engines.manifest import (
 from engines.recipes import check_gradients
 from engines.select import backend_version, check_backend, gpu, open_engine, runs_here
 from engines.staging import staging
-from engines.variant import CONVOLUTIONS, PRECISIONS, Convolution, LoraMode, Precision, Profile, Variant
+from engines.variant import (
+    CONVOLUTIONS,
+    KERNELS,
+    PRECISIONS,
+    Convolution,
+    Kernels,
+    LoraMode,
+    Precision,
+    Profile,
+    Variant,
+)
 from engines.whole import MANIFEST, check_files, read_manifest
 
 if TYPE_CHECKING:
@@ -127,12 +137,14 @@ class Bundle:
         precision: Precision | None = None,
         lora_mode: LoraMode | None = None,
         convolution: Convolution | None = None,
+        kernels: Kernels | None = None,
     ) -> VariantRecord:
         """The variant of `backend`; of several precisions the named one, or else the most exact.
 
         Of several that differ in their convolutions, the one with the named ones, or else the direct ones, which are
-        of more sizes. Of several that differ in how they hold the LoRA, the one that holds it as named; of those that
-        differ in this or in architecture still, the first that was built.
+        of more sizes; of several that differ in their kernels, the one with the named ones, or else the backend's,
+        which need no compiler. Of several that differ in how they hold the LoRA, the one that holds it as named; of
+        those that differ in this or in architecture still, the first that was built.
 
         Raises:
             BundleError: there is none. EngineError: the backend is unknown.
@@ -145,23 +157,31 @@ class Bundle:
             and precision in (None, built.variant.precision)
             and lora_mode in (None, built.variant.lora_mode)
             and convolution in (None, built.variant.convolution)
+            and kernels in (None, built.variant.kernels)
         ]
         if not fitting:
             wanted = backend if precision is None else f"{backend} in {precision}"
-            wanted += f" with {convolution} convolutions" if convolution is not None else ""
+            forms = [f"{convolution} convolutions"] if convolution is not None else []
+            forms += [f"{kernels} kernels"] if kernels is not None else []
+            wanted += f" with {' and '.join(forms)}" if forms else ""
             wanted += f" and LoRA mode {lora_mode}" if lora_mode is not None else ""
             there = ", ".join(built.variant.name for built in self.variants)
             options = [] if precision in (None, "fp32") else ["--precision", str(precision)]
             options += [] if lora_mode in (None, "fused") else ["--lora-mode", str(lora_mode)]
+            options += [] if kernels in (None, "backend") else ["--kernels", str(kernels)]
             if convolution == "winograd":  # which is of one size
                 side = str(self.dims.sample_size * self.dims.vae_factor)
                 options += ["--convolution", convolution, "--batch", "1", "--height", side, "--width", side]
             command = " ".join([build_command(self.path, self.source, [backend]), *options])
             raise BundleError(f"{self.path}: not built for {wanted} (there is {there}); run `{command}`")
 
-        def order(built: VariantRecord) -> tuple[int, int]:
+        def order(built: VariantRecord) -> tuple[int, int, int]:
             variant = built.variant
-            return PRECISIONS.index(variant.precision), CONVOLUTIONS.index(variant.convolution)
+            return (
+                PRECISIONS.index(variant.precision),
+                CONVOLUTIONS.index(variant.convolution),
+                KERNELS.index(variant.kernels),
+            )
 
         return min(fitting, key=order)
 

@@ -46,6 +46,7 @@ def build_command(
     if variant is not None:
         words += [] if variant.precision == "fp32" else ["--precision", variant.precision]
         words += [] if variant.convolution == "direct" else ["--convolution", variant.convolution]
+        words += [] if variant.kernels == "backend" else ["--kernels", variant.kernels]
         words += [] if variant.lora_mode == "fused" else ["--lora-mode", variant.lora_mode]
         if not variant.architecture.startswith("cpu-"):
             words += ["--gpu-arch", variant.architecture]

@@ -1,5 +1,5 @@
 """What each backend is built in: by the precision that is asked for, the precision of every network's graph; and which
-can be built with which gradients, LoRAs and convolutions."""
+can be built with which gradients, LoRAs, convolutions and kernels."""
 
 from __future__ import annotations
 
@@ -10,9 +10,21 @@ from typing import cast
 from engines.contract import DERIVED, NETWORKS, NetworkName, said_gradients
 from engines.errors import InputError
 from engines.providers import BY_BACKEND
-from engines.variant import LORA_MODES, LoraMode, Precision, Profile, Variant
+from engines.variant import KERNELS, LORA_MODES, LoraMode, Precision, Profile, Variant
 
-__all__ = ["RECIPES", "Recipe", "check_convolution", "check_gradients", "check_lora_mode", "check_precision"]
+__all__ = [
+    "NATIVE",
+    "RECIPES",
+    "Recipe",
+    "check_convolution",
+    "check_gradients",
+    "check_kernels",
+    "check_lora_mode",
+    "check_precision",
+    "native_hint",
+]
+
+NATIVE = ("openvino",)  # the backends that take kernels of this project
 
 
 @dataclass(frozen=True)
@@ -144,3 +156,20 @@ def check_convolution(variant: Variant, profiles: Sequence[Profile]) -> None:
             f"{asked}: a graph is for one height and one width, not {built or 'every size'}; give both with --batch, "
             "and another --output for another size"
         )
+
+
+def check_kernels(backend: str, kernels: str) -> None:
+    """Raise InputError unless `backend` can be built with these kernels, which it then can in each of its precisions,
+    however it holds a LoRA."""
+    if kernels not in KERNELS:
+        raise InputError(f"kernels={kernels}: unknown; choose from {', '.join(KERNELS)}")
+    if kernels == "native" and backend not in NATIVE:
+        able = ", ".join(NATIVE)
+        raise InputError(f"kernels={kernels}: {able} has them, not {backend}; name {able} alone")
+
+
+def native_hint(variant: Variant, name: NetworkName) -> str | None:
+    """The hint that the native kernels of a network are built for; None where all of its kernels are the backend's."""
+    if variant.kernels != "native" or name != "unet":
+        return None
+    return RECIPES[variant.backend][variant.precision][name].hint

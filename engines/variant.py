@@ -28,11 +28,13 @@ from engines.errors import InputError
 __all__ = [
     "CONVOLUTIONS",
     "GUIDED",
+    "KERNELS",
     "LARGEST",
     "LORA_MODES",
     "PRECISIONS",
     "Bounds",
     "Convolution",
+    "Kernels",
     "LoraMode",
     "Order",
     "Place",
@@ -55,6 +57,8 @@ LoraMode = Literal["fused", "refit", "runtime"]
 LORA_MODES: tuple[LoraMode, ...] = ("fused", "refit", "runtime")
 Convolution = Literal["direct", "winograd"]
 CONVOLUTIONS: tuple[Convolution, ...] = ("direct", "winograd")
+Kernels = Literal["backend", "native"]
+KERNELS: tuple[Kernels, ...] = ("backend", "native")
 
 # By symbol of the contract (batch, height, width): the least size, the one to be fastest at, the greatest (None: any).
 Bounds = dict[str, tuple[int, int, int | None]]
@@ -222,6 +226,7 @@ class Variant(Record):
             "runtime" (the strength is an input of the UNet).
         architecture: what the engines run on: `select.architecture`, or a GPU's such as "sm89".
         convolution: "direct", or "winograd": in the graph, 3x3 convolutions take fewer multiplications.
+        kernels: "backend", or "native": the UNet computes some of its layers in kernels of this project.
     """
 
     backend: str
@@ -229,18 +234,20 @@ class Variant(Record):
     lora_mode: LoraMode
     architecture: str
     convolution: Convolution = "direct"
+    kernels: Kernels = "backend"
 
     @model_serializer(mode="wrap")
     def _written(self, write: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        """Without the convolution where it is the direct one, so that older keys hold."""
+        """Without what is as it is where nobody asks for it, so that older keys hold."""
         fields: dict[str, Any] = write(self)
-        return {name: value for name, value in fields.items() if (name, value) != ("convolution", "direct")}
+        return {name: value for name, value in fields.items() if value != type(self).model_fields[name].default}
 
     @property
     def name(self) -> str:
         """Of the folder that holds its graphs."""
         parts = [self.backend, self.precision]
         parts += [] if self.convolution == "direct" else [self.convolution]
+        parts += [] if self.kernels == "backend" else [self.kernels]
         parts += [] if self.lora_mode == "fused" else [self.lora_mode]
         parts += [] if self.architecture.startswith("cpu-") else [self.architecture.replace(",", "_")]
         return "-".join(parts)

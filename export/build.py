@@ -19,7 +19,15 @@ from engines.contract import DERIVED, NETWORKS, Dims, Network, NetworkName
 from engines.errors import EngineError, InputError
 from engines.lora import LORA_FILE, LoraWeights
 from engines.manifest import EngineRecord, FileRecord, Manifest, Parity, Source, VariantRecord, digest_file
-from engines.recipes import RECIPES, Recipe, check_convolution, check_gradients, check_lora_mode, check_precision
+from engines.recipes import (
+    RECIPES,
+    Recipe,
+    check_convolution,
+    check_gradients,
+    check_kernels,
+    check_lora_mode,
+    check_precision,
+)
 from engines.select import availability, backend_version, buildable, open_engine, runs_here
 from engines.staging import staging
 from engines.variant import Bounds, Order, Place
@@ -116,8 +124,9 @@ def build_bundle(
             for order in orders:
                 variant = order.variant
                 kind = KINDS.get(variant.backend)
-                # Nobody else feeds a strength, or keeps to one size.
-                if kind is not None and variant.lora_mode != "runtime" and variant.convolution == "direct":
+                # Nobody else feeds a strength, keeps to one size, or has this project's kernels.
+                plain = (variant.convolution, variant.kernels) == ("direct", "backend")
+                if kind is not None and variant.lora_mode != "runtime" and plain:
                     tokenizer = folder / "config" / "tokenizer"
                     write_layout(folder / variant.name, kind, configs.networks, tokenizer, configs.scheduler)
         steps.begin("manifest", "manifest")
@@ -156,6 +165,7 @@ def _check(
         if backend == "eager":
             raise InputError("backends: eager runs the torch modules and is not built; name another")
         check_precision(backend, precision)
+        check_kernels(backend, order.variant.kernels)
         fault = cannot_build(order.variant)
         if fault is not None:
             raise EngineError(f"engine {backend!r}: {fault}")

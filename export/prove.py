@@ -6,6 +6,7 @@ import tempfile
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,13 +15,14 @@ from engines.bundle import Bundle
 from engines.contract import Network, NetworkName
 from engines.lora import LoraWeights
 from engines.manifest import EngineRecord, Manifest, VariantRecord
+from engines.recipes import native_hint
 from engines.select import availability, runs_here
 from engines.variant import Variant
 from export.bisect import RUNNERS, Divergence, Run, first_divergence, on_openvino
 from export.graphs import Case, cases, random_inputs
 from export.reference import Reference
 from export.to_onnx import to_onnx
-from export.to_openvino import fewer_multiplications
+from export.to_openvino import fewer_multiplications, native_kernels
 from export.verify import TOLERANCES
 
 __all__ = ["bisect", "prove"]
@@ -131,8 +133,15 @@ def _runner(variant: Variant, record: EngineRecord, network: Network) -> Run | N
     """What computes the exported fp32 graph as the engine does; None where the engine's graph is another one."""
     if record.precision not in ("fp32", "bf16"):
         return None
-    if variant.convolution == "winograd":
-        return on_openvino("f32", lambda model: fewer_multiplications(model, network, record.bounds))
+    native = native_hint(variant, record.network)
+    if (variant.convolution == "winograd" or native is not None) and record.hint is not None:
+
+        def change(model: Any) -> None:
+            if variant.convolution == "winograd":
+                fewer_multiplications(model, network, record.bounds)
+            native_kernels(model, native)
+
+        return on_openvino(record.hint, change)
     return RUNNERS.get("-".join([variant.backend, *([record.hint] if record.hint else [])]))
 
 

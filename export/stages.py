@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from engines.contract import NETWORKS, WRT, Dims, Network, NetworkName
 from engines.errors import EngineError, InputError
 from engines.inductor import package_of
-from engines.recipes import RECIPES
+from engines.recipes import RECIPES, native_hint
 from engines.select import ONNX, TENSORRT, architecture, backend_version, gpu
 from engines.variant import LORA_MODES, Bounds, Order, Precision, Variant
 from export.places import find_places
@@ -193,15 +193,14 @@ class Stages:
     ) -> Graph:
         from export.to_openvino import to_openvino, to_winograd  # a build for another backend needs no openvino
 
+        native = native_hint(variant, network.name)
         if precision == "int8":
             from export.to_int8 import quantise_openvino
 
-            return Graph(path, quantise_openvino(onnx, path, network, self._real(), self._within))
+            return Graph(path, quantise_openvino(onnx, path, network, self._real(), self._within, native))
         if variant.convolution == "winograd":
-            hits = to_winograd(onnx, path, network, bounds)
-            return Graph(path, {f"winograd_{size}x{size}": count for size, count in sorted(hits.items())})
-        to_openvino(onnx, path, compress=precision == "fp16")
-        return Graph(path)
+            return Graph(path, {**to_winograd(onnx, path, network, bounds, native)})
+        return Graph(path, {**to_openvino(onnx, path, compress=precision == "fp16", native=native)})
 
     def _as_tensorrt(
         self,
@@ -267,7 +266,12 @@ def cannot_build(variant: Variant) -> str | None:
 
     Raises:
         InputError: the backend builds nothing for the variant's architecture.
+        EngineError: this project's kernels are asked for and cannot be compiled here.
     """
+    if variant.kernels == "native":
+        from engines import kernels
+
+        kernels.library()
     if variant.backend == "inductor":
         from export.to_inductor import cannot_build as cannot_compile
 

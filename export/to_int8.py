@@ -54,9 +54,17 @@ class Calibration(Protocol):
 
 
 def quantise_openvino(
-    onnx: Path, path: Path, network: Network, calibration: Calibration, say: Callable[[str], None] = lambda _: None
+    onnx: Path,
+    path: Path,
+    network: Network,
+    calibration: Calibration,
+    say: Callable[[str], None] = lambda _: None,
+    native: str | None = None,
 ) -> dict[str, Any]:
     """Convert `onnx` and write `path` (.xml, its weights beside it) in int8; `say` is told what goes on.
+
+    Args:
+        native: as in `to_openvino.native_kernels`; images are judged with them.
 
     Returns:
         what was chosen, for the manifest.
@@ -66,7 +74,7 @@ def quantise_openvino(
         ParityError: no rung of the ladder gives images that are close enough.
         OSError: the files cannot be written.
     """
-    return _climb(onnx, path, network, "openvino", calibration, say)
+    return _climb(onnx, path, network, "openvino", calibration, say, native)
 
 
 def quantise_onnx(
@@ -77,7 +85,13 @@ def quantise_onnx(
 
 
 def quantise_at(
-    rung: int, onnx: Path, path: Path, network: Network, backend: str, rows: Sequence[Mapping[str, Tensor]]
+    rung: int,
+    onnx: Path,
+    path: Path,
+    network: Network,
+    backend: str,
+    rows: Sequence[Mapping[str, Tensor]],
+    native: str | None = None,
 ) -> dict[str, Any]:
     """Quantise as one rung of `LADDER` says, whatever becomes of images.
 
@@ -88,9 +102,10 @@ def quantise_at(
         network: its contract.
         backend: "openvino" or "onnxruntime".
         rows: inputs of real runs, one row each; the first `SUBSET` are looked at.
+        native: for OpenVINO, as in `to_openvino.native_kernels`.
 
     Returns:
-        the number of layers in int8, and the weights of those that were left out.
+        the number of layers in int8, the weights of those that were left out, and what `native_kernels` did.
 
     Raises:
         EngineError: NNCF is not installed, or cannot quantise the graph.
@@ -117,8 +132,8 @@ def quantise_at(
             )
     except Exception as error:
         raise EngineError(f"{network.name}: NNCF cannot quantise it ({reason(error)}); leave int8 out") from error
-    _write(model, path, backend, onnx)
-    return {"quantised": len(layers) - len(out), "left_out": sorted(layers[node] or node for node in out)}
+    hits = _write(model, path, backend, onnx, native)
+    return {"quantised": len(layers) - len(out), "left_out": sorted(layers[node] or node for node in out), **hits}
 
 
 @contextlib.contextmanager
@@ -146,22 +161,28 @@ def _read(onnx: Path, backend: str) -> Any:
         return onnx_library.load(str(Path(folder) / onnx.name))
 
 
-def _write(model: Any, path: Path, backend: str, onnx: Path) -> None:
+def _write(model: Any, path: Path, backend: str, onnx: Path, native: str | None) -> dict[str, int]:
     if backend == "openvino":
         from export.to_openvino import save
 
-        save(model, path, onnx.stat().st_size)
-        return
+        return save(model, path, onnx.stat().st_size, native=native)
     import onnx as onnx_library
 
     weights = path.with_name(f"{path.name}.data")
     for old in (path, weights):  # of a rung before; onnx would write behind its end
         old.unlink(missing_ok=True)
     onnx_library.save_model(model, str(path), save_as_external_data=True, location=weights.name, size_threshold=1024)
+    return {}
 
 
 def _climb(
-    onnx: Path, path: Path, network: Network, backend: str, calibration: Calibration, say: Callable[[str], None]
+    onnx: Path,
+    path: Path,
+    network: Network,
+    backend: str,
+    calibration: Calibration,
+    say: Callable[[str], None],
+    native: str | None = None,
 ) -> dict[str, Any]:
     """Quantise rung after rung until images are close enough."""
     say(f"{network.name}: sampling images in fp32 to calibrate on")
@@ -169,7 +190,7 @@ def _climb(
     tried: list[str] = []
     for rung, (what, _) in enumerate(LADDER):
         say(f"{network.name}: quantise for {backend}, {what}")
-        notes = quantise_at(rung, onnx, path, network, backend, rows)
+        notes = quantise_at(rung, onnx, path, network, backend, rows, native)
         say(f"{network.name}: sampling images in int8, {what}")
         found = calibration.psnr(network, path, backend)
         tried.append(f"{what}: {found:.1f} dB")

@@ -16,17 +16,22 @@ from engines.errors import EngineError, reason
 from engines.variant import Bounds
 from export.quiet import quiet
 from export.rewrites.exact_timesteps import exact_timesteps
+from export.rewrites.native import native_attention
 from export.rewrites.own_weights import own_weights
 from export.rewrites.winograd import winograd
 
-__all__ = ["fewer_multiplications", "rewrite", "save", "to_openvino", "to_winograd"]
+__all__ = ["fewer_multiplications", "native_kernels", "rewrite", "save", "to_openvino", "to_winograd"]
 
 _RULES = (exact_timesteps, own_weights)
 
 
 def to_openvino(
-    onnx: Path, path: Path, compress: bool = False, change: Callable[[openvino.Model], object] | None = None
-) -> None:
+    onnx: Path,
+    path: Path,
+    compress: bool = False,
+    change: Callable[[openvino.Model], object] | None = None,
+    native: str | None = None,
+) -> dict[str, int]:
     """Convert the graph at `onnx` and write `path` (.xml) with its weights beside it (.bin).
 
     Args:
@@ -34,9 +39,13 @@ def to_openvino(
         path: of the IR.
         compress: whether weights are stored in fp16, half as large; the precision hint says what they are computed in.
         change: changes the graph before it is written, beside `rewrite`.
+        native: as in `native_kernels`.
+
+    Returns:
+        how often each rule of `native_kernels` found something to change, for the manifest.
 
     Raises:
-        EngineError: OpenVINO cannot convert the graph.
+        EngineError: OpenVINO cannot convert the graph, or this project's kernels cannot be compiled here.
         OSError: the files cannot be written; ENOSPC if the disk is full.
     """
     try:
@@ -44,12 +53,14 @@ def to_openvino(
             model = openvino.convert_model(str(onnx))
             if change is not None:
                 change(model)
+    except EngineError:  # of the change, in words of its own
+        raise
     except Exception as error:
         raise EngineError(
             f"{path.parent.name}: openvino cannot convert it ({reason(error, -1)}); leave it out"
         ) from error
     weights = onnx.with_name(f"{onnx.name}.data")
-    save(model, path, weights.stat().st_size if weights.exists() else onnx.stat().st_size, compress)
+    return save(model, path, weights.stat().st_size if weights.exists() else onnx.stat().st_size, compress, native)
 
 
 def rewrite(model: openvino.Model) -> dict[str, int]:
@@ -57,8 +68,20 @@ def rewrite(model: openvino.Model) -> dict[str, int]:
     return {rule.__name__: rule(model) for rule in _RULES}
 
 
-def to_winograd(onnx: Path, path: Path, network: Network, bounds: Sequence[Bounds]) -> Counter[int]:
-    """As `to_openvino`, with 3x3 convolutions that take fewer multiplications; how many, by the side of the tile.
+def native_kernels(model: openvino.Model, native: str | None) -> dict[str, int]:
+    """Give layers of a graph to kernels of this project, in place; how often each rule found something to change.
+
+    Args:
+        native: the hint, "f32" or "bf16", that the graph is computed in; None leaves every layer to OpenVINO.
+    """
+    return {} if native is None else {"native_attention": native_attention(model, bf16=native == "bf16")}
+
+
+def to_winograd(
+    onnx: Path, path: Path, network: Network, bounds: Sequence[Bounds], native: str | None = None
+) -> dict[str, int]:
+    """As `to_openvino`, with 3x3 convolutions that take fewer multiplications; how many, by the side of the tile
+    ("winograd_4x4"), among what it returns.
 
     The rewritten graph is what is written: so its transformed weights, twice as large in all, are mapped from the file
     by every process that opens it, none transforms them, and the digests say what runs.
@@ -68,8 +91,12 @@ def to_winograd(onnx: Path, path: Path, network: Network, bounds: Sequence[Bound
         bounds: of one height and one width, as `recipes.check_convolution` has them; batches may differ.
     """
     hits: Counter[int] = Counter()
-    to_openvino(onnx, path, change=lambda model: hits.update(fewer_multiplications(model, network, bounds)))
-    return hits
+
+    def change(model: openvino.Model) -> None:
+        hits.update(fewer_multiplications(model, network, bounds))
+
+    others = to_openvino(onnx, path, change=change, native=native)
+    return {**{f"winograd_{size}x{size}": count for size, count in sorted(hits.items())}, **others}
 
 
 def fewer_multiplications(model: openvino.Model, network: Network, bounds: Sequence[Bounds]) -> Counter[int]:
@@ -79,14 +106,17 @@ def fewer_multiplications(model: openvino.Model, network: Network, bounds: Seque
     return winograd(model, shapes, max(one["batch"][1] for one in bounds))
 
 
-def save(model: openvino.Model, path: Path, size: int, compress: bool = False) -> None:
-    """Rewrite a graph and write it, an IR of about `size` bytes, at `path` (.xml).
+def save(
+    model: openvino.Model, path: Path, size: int, compress: bool = False, native: str | None = None
+) -> dict[str, int]:
+    """Rewrite a graph and write it, an IR of about `size` bytes, at `path` (.xml); what `native_kernels` did.
 
     Raises:
         OSError: it cannot be written; ENOSPC if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     rewrite(model)
+    hits = native_kernels(model, native)
     try:
         openvino.save_model(model, str(path), compress_to_fp16=compress)
     except RuntimeError as error:
@@ -94,3 +124,4 @@ def save(model: openvino.Model, path: Path, size: int, compress: bool = False) -
         full = shutil.disk_usage(path.parent).free < size
         code = errno.ENOSPC if full else errno.EIO
         raise OSError(code, os.strerror(code), str(path)) from error
+    return hits

@@ -52,6 +52,7 @@ def build_engines(
     profiles: Sequence[Profile] = (),
     lora_mode: str = "fused",
     gradients: Sequence[str] = (),
+    kernels: str = "backend",
 ) -> Bundle:
     """The bundle of `ensure_engines`, whether built or reused."""
     return ensure_engines(
@@ -65,6 +66,7 @@ def build_engines(
         profiles,
         lora_mode=lora_mode,
         gradients=gradients,
+        kernels=kernels,
     ).bundle
 
 
@@ -82,6 +84,7 @@ def ensure_engines(
     lora_mode: str = "fused",
     gradients: Sequence[str] = (),
     convolution: str = "direct",
+    kernels: str = "backend",
 ) -> Built:
     """A bundle of the model's engines with the LoRA fused in; reused where one stands that is whole and still fits.
 
@@ -111,6 +114,8 @@ def ensure_engines(
             features and their gradient); see `Engine.vjp` and `Engine.features`.
         convolution: "direct"; or "winograd": on OpenVINO in fp32, for profiles of one height and one width, 3x3
             convolutions are rewritten to take fewer multiplications. The weights take twice the space.
+        kernels: "backend"; or "native": on OpenVINO, the UNet computes some of its layers in kernels of this project,
+            which a C++ compiler compiles once on the machine that runs them.
         calibration_prompts: of the images that int8 is calibrated on; none stands for `calibration.PROMPTS`.
 
     Raises:
@@ -121,7 +126,7 @@ def ensure_engines(
         BundleError: `output` is in use by something else than a bundle, or cannot be written.
     """
     wrt = gradients_named(gradients)
-    variants = variants_of(backends, precision, gpu_arch, lora_mode, wrt, convolution, profiles)
+    variants = variants_of(backends, precision, gpu_arch, lora_mode, wrt, convolution, kernels, profiles)
     most = limit() if output is None else None
     memory = _memory()
     (lora_strength,) = check(lora_strength=lora_strength)

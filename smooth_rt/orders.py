@@ -7,10 +7,11 @@ from typing import cast
 
 from engines.bundle import Bundle, Source
 from engines.contract import Dims, NetworkName
-from engines.recipes import RECIPES, check_convolution, check_gradients, check_lora_mode, check_precision
+from engines.recipes import RECIPES, check_convolution, check_gradients, check_kernels, check_lora_mode, check_precision
 from engines.select import BOUNDED, buildable, targets
 from engines.variant import (
     Convolution,
+    Kernels,
     LoraMode,
     Order,
     Precision,
@@ -33,6 +34,7 @@ def variants_of(
     lora_mode: str,
     gradients: Sequence[NetworkName],
     convolution: str,
+    kernels: str,
     profiles: Sequence[Profile],
 ) -> list[Variant]:
     """What is asked for, one variant a backend, each checked before anything is loaded."""
@@ -48,10 +50,13 @@ def variants_of(
     for name in backends:
         check_lora_mode(name, precision, lora_mode)
         check_gradients(name, precision, lora_mode, gradients)
-    (convolution,) = check(convolution=convolution)
-    exact, mode, form = cast("Precision", precision), cast("LoraMode", lora_mode), cast("Convolution", convolution)
+    convolution, kernels = check(convolution=convolution, kernels=kernels)
+    for name in backends:
+        check_kernels(name, kernels)
+    exact, mode = cast("Precision", precision), cast("LoraMode", lora_mode)
+    form, own = cast("Convolution", convolution), cast("Kernels", kernels)
     variants = [
-        Variant(backend=name, precision=exact, lora_mode=mode, architecture=built_for, convolution=form)
+        Variant(backend=name, precision=exact, lora_mode=mode, architecture=built_for, convolution=form, kernels=own)
         for name, built_for in targets(backends, gpu_arch).items()
     ]
     for variant in variants:

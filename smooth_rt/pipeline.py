@@ -20,7 +20,7 @@ from engines.bundle import Bundle
 from engines.contract import NETWORKS, Dims, NetworkName, gradients_named
 from engines.lora import LORA_FILE, LoraWeights
 from engines.providers import joined
-from engines.recipes import RECIPES, check_gradients, check_lora_mode, check_precision
+from engines.recipes import NATIVE, RECIPES, check_gradients, check_kernels, check_lora_mode, check_precision
 from engines.select import BACKENDS, BOUNDED, Choice, choose
 from smooth_rt.errors import EngineError, InputError
 from smooth_rt.images import ImageLike, Images, OutputType, read, to_images
@@ -38,7 +38,7 @@ from smooth_rt.tasks.interpolate import interpolate
 from smooth_rt.tasks.inversion import invert
 
 if TYPE_CHECKING:
-    from engines.variant import Convolution, LoraMode, Precision
+    from engines.variant import Convolution, Kernels, LoraMode, Precision
 
 __all__ = ["SmoothPipeline"]
 
@@ -103,6 +103,7 @@ class SmoothPipeline(Networks):
         config: str | Path | None = None,
         provider: str | None = None,
         gradients: str | Sequence[str] = (),
+        kernels: str = "backend",
     ) -> Self:
         """Load a model, fuse a Smooth-LoRA, and open it on an engine, which is built into the cache when needed.
 
@@ -124,6 +125,7 @@ class SmoothPipeline(Networks):
             gradients: that the engines shall have: "text" for null-text inversion, "sample" for SPDInv, as in
                 `ensure_engines`; several in a list or with commas between. Each takes its time to build, once. What is
                 not named here eager autograd takes, with a warning.
+            kernels: "backend"; or "native", as in `ensure_engines`, which "auto" then takes OpenVINO for.
 
         Raises:
             InputError: an option is out of its range; said before the model is loaded.
@@ -135,11 +137,13 @@ class SmoothPipeline(Networks):
         lora, lora_strength, config = check(lora=lora, lora_strength=lora_strength, config=config)
         engine, batch_size, precision = check(engine=engine, batch_size=batch_size, precision=precision)
         engine = joined(engine, provider)
-        (gradients,) = check(gradients=gradients)
+        gradients, kernels = check(gradients=gradients, kernels=kernels)
         networks = {*NETWORKS, *gradients_named(gradients)} if engine == "auto" else set()
         exact = cast("Precision", precision)
-        choice = choose(engine, [name for name in BACKENDS if networks <= set(RECIPES[name].get(exact, ()))])
+        able = NATIVE if (engine, kernels) == ("auto", "native") else BACKENDS
+        choice = choose(engine, [name for name in able if networks <= set(RECIPES[name].get(exact, ()))])
         check_precision(choice.backend, precision)
+        check_kernels(choice.backend, kernels)
         check_gradients(choice.backend, precision, lora_mode, gradients_named(gradients))
         if lora_mode != "fused":
             check_lora_mode(choice.backend, precision, lora_mode)
@@ -149,9 +153,9 @@ class SmoothPipeline(Networks):
             model = model if isinstance(model, Model) else load_model(model, config=config)
             bundle = build_engines(
                 model, lora, lora_strength, [choice.backend], None, progress, precision, lora_mode=lora_mode,
-                gradients=gradients,
+                gradients=gradients, kernels=kernels,
             )  # fmt: skip
-            return cls._open(bundle, choice, batch_size, precision, lora_strength, lora_mode)
+            return cls._open(bundle, choice, batch_size, precision, lora_strength, lora_mode, kernels=kernels)
         if lora is None and lora_mode != "fused":
             raise InputError(f"lora_mode={lora_mode}: there is no LoRA whose strength could be set; name one")
         opened = open_model(model, lora, lora_strength if lora_mode == "fused" else None, config)
@@ -169,6 +173,7 @@ class SmoothPipeline(Networks):
         lora_mode: str | None = None,
         provider: str | None = None,
         convolution: str | None = None,
+        kernels: str | None = None,
     ) -> Self:
         """Open a bundle that `smooth-rt build-engine` wrote.
 
@@ -182,6 +187,7 @@ class SmoothPipeline(Networks):
             lora_mode: "refit" or "runtime", of a bundle that has both; None is the one that was built first.
             provider: as in `from_pretrained`.
             convolution: "direct" or "winograd", of a bundle that has both; None is "direct".
+            kernels: "backend" or "native", of a bundle that has both; None is "backend".
 
         Raises:
             InputError: an option is out of its range.
@@ -191,10 +197,11 @@ class SmoothPipeline(Networks):
         engine, batch_size, config = check(engine=engine, batch_size=batch_size, config=config)
         (lora_strength,) = check(lora_strength=lora_strength)
         precision, lora_mode, convolution = check(precision=precision, lora_mode=lora_mode, convolution=convolution)
+        (kernels,) = check(kernels=kernels)
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(*check(bundle=bundle)))
         choice = choose(joined(engine, provider), opened.backends, opened.unfit)
         if choice.backend != "eager":
-            return cls._open(opened, choice, batch_size, precision, lora_strength, lora_mode, convolution)
+            return cls._open(opened, choice, batch_size, precision, lora_strength, lora_mode, convolution, kernels)
         return cls._eager(reopen_model(opened, config), choice, batch_size, lora_strength)
 
     @classmethod
@@ -207,6 +214,7 @@ class SmoothPipeline(Networks):
         lora_strength: float,
         lora_mode: str | None,
         convolution: str | None = "direct",
+        kernels: str | None = None,
     ) -> Self:
         config = read_config(bundle.config)
         built = bundle.find(
@@ -214,6 +222,7 @@ class SmoothPipeline(Networks):
             cast("Precision | None", precision),
             cast("LoraMode | None", lora_mode),
             cast("Convolution | None", convolution),
+            cast("Kernels | None", kernels),
         )
         if choice.backend in BOUNDED:
             from smooth_rt.cache import compiled

@@ -16,7 +16,7 @@ from typing import Any
 
 from engines.contract import LARGEST_STRENGTH, gradients_named
 from engines.select import check_backend
-from engines.variant import CONVOLUTIONS, LARGEST, LORA_MODES, PRECISIONS
+from engines.variant import CONVOLUTIONS, KERNELS, LARGEST, LORA_MODES, PRECISIONS
 from smooth_rt.errors import InputError
 
 __all__ = [
@@ -265,6 +265,7 @@ RANGES: dict[str, Callable[[str, Any], Any]] = {
     "gradients": _gradients,
     "guidance_scale": _guidance,
     "height": _side,
+    "kernels": partial(_or_none, kind=partial(choice, known=KERNELS)),
     "lora": partial(_or_none, kind=_source),
     "lora_mode": partial(_or_none, kind=partial(choice, known=LORA_MODES)),
     "lora_strength": _lora_strength,

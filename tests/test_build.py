@@ -202,6 +202,8 @@ def test_profiles_come_together(builds: list[dict[str, Any]], tiny_model: Path, 
         (["--batch", "1", "--height", "12", "--width", "16"], "--height=12: 12 is no multiple of 8; the nearest is"),
         (["--precision", "fp8"], "--precision='fp8' is unknown; it is one of fp32, fp16, bf16, int8"),
         (["--precision", "bf16"], "precision 'bf16': onnxruntime is built in fp32, fp16, int8; that is what openvino"),
+        (["--kernels", "own"], "--kernels='own' is unknown; it is one of backend, native"),
+        (["--kernels", "native"], "--kernels=native: openvino has them, not onnxruntime; name openvino alone"),
     ],
 )
 def test_sizes_and_precisions_that_cannot_be_built(

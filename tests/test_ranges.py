@@ -121,6 +121,7 @@ def test_a_command_says_it_before_it_loads_a_model(
         ({"batch_size": 0}, InputError, "batch_size=0: give a whole number of at least 1, or 'auto'"),
         ({"batch_size": True}, InputError, "batch_size=True"),
         ({"engine": "abacus"}, EngineError, "engine 'abacus': unknown"),
+        ({"kernels": "own"}, InputError, "kernels='own' is unknown; it is one of backend, native"),
     ],
 )
 def test_python_says_it_before_it_loads_a_model(options: dict[str, Any], kind: type[SmoothRTError], said: str) -> None:

@@ -28,7 +28,7 @@ __all__ = ["export_key", "inspect_engines", "list_engines", "prune_engines", "ve
 
 SHORT_KEY = 12  # digits of a key that tell it from others at a glance
 # Parts of a key that an engine's own name holds, as in openvino-fp32-refit.
-TOLD_BY_NAME = ("variant.backend", "variant.precision", "variant.lora_mode", "variant.convolution")
+TOLD_BY_NAME = tuple(f"variant.{part}" for part in ("backend", "precision", "lora_mode", "convolution", "kernels"))
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 Bundles = Annotated[
@@ -183,6 +183,7 @@ def _images(bundle: Bundle, model: Model, count: int, progress: Progress) -> lis
                     precision=built.variant.precision,
                     lora_mode=built.variant.lora_mode,
                     convolution=built.variant.convolution,
+                    kernels=built.variant.kernels,
                 )
             )
             for built in runnable

@@ -86,6 +86,13 @@ def build_engine(
             help="direct, or winograd: faster 3x3 convolutions, for openvino in fp32 and one height and width; larger."
         ),
     ] = "direct",
+    kernels: Annotated[
+        str,
+        typer.Option(
+            help="backend, or native: the UNet's attention in kernels of this project, for openvino; compiled once by "
+            "this machine's C++ compiler."
+        ),
+    ] = "backend",
     gpu_arch: Annotated[
         str | None,
         typer.Option(
@@ -129,6 +136,7 @@ def build_engine(
             lora_mode=lora_mode,
             gradients=listed(gradients or ""),
             convolution=convolution,
+            kernels=kernels,
         )
     parity = [
         {

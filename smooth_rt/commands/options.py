@@ -108,6 +108,14 @@ class RunOptions(ModelOptions):
             help="With --engines: direct or winograd, of a bundle that has both. Left out: direct.", show_default=False
         ),
     ] = None
+    kernels: Annotated[
+        str | None,
+        typer.Option(
+            help="backend, or native (openvino, see build-engine). Left out: backend, or with --engines what the "
+            "bundle has.",
+            show_default=False,
+        ),
+    ] = None
     num_inference_steps: Annotated[int, typer.Option(help="DDIM steps.")] = 50
     guidance_scale: Annotated[
         float | None,

@@ -122,6 +122,7 @@ def open_pipeline(options: RunOptions, gradients: Sequence[str] = ()) -> SmoothP
             lora_strength=options.lora_strength,
             provider=options.provider,
             convolution=options.convolution,
+            kernels=options.kernels,
         )
     if options.convolution is not None:
         raise InputError(
@@ -168,6 +169,7 @@ def _pretrained(options: RunOptions, model: Model, gradients: Sequence[str]) -> 
             progress=progress,
             provider=options.provider,
             gradients=gradients,
+            kernels=options.kernels or "backend",
         )
 
 

@@ -38,6 +38,7 @@ def png_header(width: int, height: int) -> bytes:
         ([*GENERATE, "--seed", 2**65], "does not fit into 64 bits"),
         ([*GENERATE, "--convolution", "winograd"], "error: --convolution=winograd: chooses within a bundle"),
         ([*GENERATE, "--convolution", "fft"], "error: --convolution='fft' is unknown; it is one of direct, winograd"),
+        ([*GENERATE, "--kernels", "own"], "error: --kernels='own' is unknown; it is one of backend, native"),
         ([*GENERATE, "--num-images-per-prompt", 0], "error: --num-images-per-prompt=0: "),
         (["generate"], "--prompt: missing"),
         ([*BETWEEN, "--frames", 1], "frames=1"),

@@ -228,6 +228,23 @@ def test_convolutions_that_are_not_in_the_bundle(bundle_folder: Path) -> None:
     said = f"with winograd convolutions .*--convolution winograd --batch 1 --height {side} --width {side}`"
     with pytest.raises(BundleError, match=said):
         bundle.find("onnxruntime", convolution="winograd")
+    with pytest.raises(BundleError, match=r"with winograd convolutions and native kernels .*--kernels native --conv"):
+        bundle.find("onnxruntime", convolution="winograd", kernels="native")
+
+
+def test_of_two_kinds_of_kernels_the_backends_are_found_unless_others_are_named(bundle_folder: Path) -> None:
+    bundle = Bundle.open(bundle_folder)
+    (plain,) = bundle.variants
+    native = plain.model_copy(update={"variant": plain.variant.model_copy(update={"kernels": "native"})})
+    with pytest.raises(BundleError, match=r"not built for onnxruntime with native kernels .*--kernels native`"):
+        bundle.find("onnxruntime", kernels="native")
+    bundle.manifest = bundle.manifest.model_copy(update={"variants": [native, plain]})
+    assert bundle.find("onnxruntime") == bundle.find("onnxruntime", kernels="backend") == plain
+    assert bundle.find("onnxruntime", kernels="native") == native
+    bundle.manifest = bundle.manifest.model_copy(update={"variants": [native]})
+    assert bundle.find("onnxruntime") == native
+    with pytest.raises(BundleError, match="not built for onnxruntime with backend kernels"):
+        bundle.find("onnxruntime", kernels="backend")
 
 
 def test_a_precision_that_is_not_in_the_bundle(bundle_folder: Path) -> None:
@@ -304,15 +321,17 @@ BASE: dict[str, Any] = {
         {"variant": VARIANT.model_copy(update={"lora_mode": "runtime"})},
         {"variant": VARIANT.model_copy(update={"architecture": "cpu-aarch64"})},
         {"variant": VARIANT.model_copy(update={"convolution": "winograd"})},
+        {"variant": VARIANT.model_copy(update={"kernels": "native"})},
     ],
 )
 def test_all_that_can_change_the_numbers_changes_the_key(change: dict[str, Any]) -> None:
     assert digest_json(key_parts(**{**BASE, **change})) != digest_json(key_parts(**BASE))
 
 
-def test_direct_convolutions_leave_older_keys_as_they_are() -> None:
-    assert "convolution" not in key_parts(**BASE)["variant"]
-    assert Variant(**VARIANT.model_dump()) == VARIANT
+def test_what_nobody_asked_for_leaves_older_keys_as_they_are() -> None:
+    assert set(key_parts(**BASE)["variant"]) == {"backend", "precision", "lora_mode", "architecture"}
+    for variant in (VARIANT, VARIANT.model_copy(update={"convolution": "winograd", "kernels": "native"})):
+        assert Variant(**variant.model_dump()) == variant
 
 
 def test_names_and_places_do_not_change_the_key() -> None:

@@ -73,12 +73,14 @@ def test_a_request_outside_is_told_in_images_and_pixels(
 
 def test_convolutions_of_one_size_get_a_bundle_of_their_own() -> None:
     variant = Variant(
-        backend="openvino", precision="fp32", lora_mode="fused", architecture="cpu-x86_64", convolution="winograd"
-    )
+        backend="openvino", precision="fp32", lora_mode="fused", architecture="cpu-x86_64", convolution="winograd",
+        kernels="native",
+    )  # fmt: skip
     built = VariantRecord(variant=variant, profiles=[profile("1", "512", "512")], backend_version="1", engines=[])
     options = parsed(outside(Path("b"), SOURCE, DIMS, built, "unet", {"batch": 1, "height": 32, "width": 64}))
     assert options["profile"] == profile("1", "256", "512")
     assert (options["convolution"], options["output"]) == ("winograd", Path("b-256x512"))
+    assert options["kernels"] == "native"
 
 
 def test_of_several_profiles_the_one_that_grows_least_is_widened() -> None:

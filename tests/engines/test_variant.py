@@ -121,6 +121,8 @@ def test_folders_are_told_apart() -> None:
     gpu = Variant(backend="tensorrt-rtx", precision="fp16", lora_mode="refit", architecture="sm80,sm89")
     assert (cpu.name, gpu.name) == ("openvino-int8", "tensorrt-rtx-fp16-refit-sm80_sm89")
     assert cpu.model_copy(update={"convolution": "winograd"}).name == "openvino-int8-winograd"
+    both = {"convolution": "winograd", "kernels": "native", "lora_mode": "runtime"}
+    assert cpu.model_copy(update=both).name == "openvino-int8-winograd-native-runtime"
 
 
 def bounds_of(*batches: tuple[int, int, int | None]) -> list[Bounds]:

@@ -58,11 +58,18 @@ def exported(built: Any) -> Path:
 
 @pytest.mark.parametrize("backend", FILES)
 def test_a_quantised_unet_is_near_and_holds_int8(
-    exported: Path, networks: dict[NetworkName, nn.Module], dims: Dims, tmp_path: Path, backend: str
+    exported: Path,
+    networks: dict[NetworkName, nn.Module],
+    dims: Dims,
+    tmp_path: Path,
+    backend: str,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr("export.to_openvino.native_attention", lambda _, bf16: 5 if bf16 else 0)  # runs no kernel
     network = contract("unet", dims)
     path = tmp_path / FILES[backend]
-    notes = quantise_at(0, exported, path, network, backend, rows(dims))
+    notes = quantise_at(0, exported, path, network, backend, rows(dims), native="bf16")
+    assert notes.get("native_attention") == (5 if backend == "openvino" else None)
     assert notes["quantised"] > 20
     assert any("time_embedding" in name for name in notes["left_out"])
     assert any("conv_in" in name for name in notes["left_out"])
