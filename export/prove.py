@@ -138,7 +138,7 @@ def _runner(variant: Variant, record: EngineRecord, network: Network) -> Run | N
 
         def change(model: Any) -> None:
             if variant.convolution == "winograd":
-                fewer_multiplications(model, network, record.bounds)
+                fewer_multiplications(model, network, record.bounds, native is not None)
             native_kernels(model, native)
 
         return on_openvino(record.hint, change)

@@ -93,17 +93,19 @@ def to_winograd(
     hits: Counter[int] = Counter()
 
     def change(model: openvino.Model) -> None:
-        hits.update(fewer_multiplications(model, network, bounds))
+        hits.update(fewer_multiplications(model, network, bounds, native is not None))
 
     others = to_openvino(onnx, path, change=change, native=native)
     return {**{f"winograd_{size}x{size}": count for size, count in sorted(hits.items())}, **others}
 
 
-def fewer_multiplications(model: openvino.Model, network: Network, bounds: Sequence[Bounds]) -> Counter[int]:
-    """What `to_winograd` does to a graph, in place."""
+def fewer_multiplications(
+    model: openvino.Model, network: Network, bounds: Sequence[Bounds], native: bool = False
+) -> Counter[int]:
+    """What `to_winograd` does to a graph, in place; the transforms by this project's kernels if `native`."""
     sizes = {symbol: -1 if symbol == "batch" else best for symbol, (_, best, _) in bounds[0].items()}
     shapes = {spec.name: spec.shape(sizes) for spec in network.inputs}
-    return winograd(model, shapes, max(one["batch"][1] for one in bounds))
+    return winograd(model, shapes, max(one["batch"][1] for one in bounds), native)
 
 
 def save(

@@ -29,7 +29,12 @@ def put_in(monkeypatch: pytest.MonkeyPatch) -> list[bool]:
         asked.append(bf16)
         return 5
 
+    def transforms(model: Any, shapes: Any, rows: int, native: bool) -> Any:
+        assert native
+        return rewrite.winograd(model, shapes, rows)
+
     monkeypatch.setattr(to_openvino, "native_attention", native_attention)
+    monkeypatch.setattr(to_openvino, "winograd", transforms)
     monkeypatch.setattr(kernels, "library", lambda: Path("kernels.so"))
     return asked
 
@@ -112,6 +117,7 @@ def test_without_a_compiler_nothing_is_begun(
     networks: dict[NetworkName, nn.Module], dims: Dims, built: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("CXX", "no-compiler")
+    monkeypatch.setattr(kernels, "library", kernels.library.__wrapped__)  # whatever was compiled for other tests
     begun: list[str] = []
     order = Order(variant=variant(), profiles=(every_size(dims),))
     with pytest.raises(EngineError, match=r"^kernels 'native': .*no-compiler.* --kernels backend$"):
