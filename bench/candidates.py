@@ -13,7 +13,7 @@ from torch import nn
 
 from engines.contract import Dims, Network
 from engines.ort import RUN_GRAPH
-from engines.variant import Bounds, Convolution, Precision
+from engines.variant import Bounds, Convolution, Kernels, Precision
 from export.graphs import Case, random_inputs
 from export.to_inductor import to_inductor
 from export.to_int8 import quantise_at
@@ -24,24 +24,25 @@ from smooth_rt.errors import InputError, SmoothRTError
 
 __all__ = ["CANDIDATES", "Candidate", "asked", "graphs"]
 
-Graph = tuple[str, str, str]  # backend, precision, convolution
-PLAIN: Graph = ("onnx", "fp32", "direct")  # of which the others are made
+Graph = tuple[str, str, str, str]  # backend, precision, convolution, kernels
+PLAIN: Graph = ("onnx", "fp32", "direct", "backend")  # of which the others are made
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """What is timed: whether for one size alone, and whether 3x3 convolutions were rewritten for it."""
+    """What is timed: whether for one size alone, whether 3x3 convolutions were rewritten for it, and whose kernels."""
 
     backend: str
     precision: Precision
     fixed: bool
     convolution: Convolution = "direct"
+    kernels: Kernels = "backend"
 
     @property
     def made_of(self) -> Graph:
-        """What its graph is called among those that are made: bf16 on OpenVINO is a hint for that of fp32."""
-        precision = "fp32" if (self.backend, self.precision) == ("openvino", "bf16") else self.precision
-        return self.backend, precision, self.convolution
+        """What its graph is called among those that are made: bf16 on OpenVINO's kernels is a hint for that of fp32."""
+        hinted = (self.backend, self.precision, self.kernels) == ("openvino", "bf16", "backend")
+        return self.backend, "fp32" if hinted else self.precision, self.convolution, self.kernels
 
 
 CANDIDATES: dict[str, Candidate] = {
@@ -53,6 +54,12 @@ CANDIDATES: dict[str, Candidate] = {
     "openvino fp32 winograd, one size": Candidate("openvino", "fp32", fixed=True, convolution="winograd"),
     "openvino bf16, one size": Candidate("openvino", "bf16", fixed=True),
     "openvino int8, one size": Candidate("openvino", "int8", fixed=True),
+    "openvino fp32 native, one size": Candidate("openvino", "fp32", fixed=True, kernels="native"),
+    "openvino fp32 winograd native, one size": Candidate(
+        "openvino", "fp32", fixed=True, convolution="winograd", kernels="native"
+    ),
+    "openvino bf16 native, one size": Candidate("openvino", "bf16", fixed=True, kernels="native"),
+    "openvino int8 native, one size": Candidate("openvino", "int8", fixed=True, kernels="native"),
 }
 
 
@@ -85,32 +92,48 @@ def graphs(
     fixed = {symbol: (size, size) for symbol, (size, *_) in one_size[0].items()}
     int8, side, images = f"int8-{options.rung}", options.side, options.batch_size
 
-    def quantise(path: Path, backend: str) -> None:
+    def quantise(path: Path, backend: str, native: str | None = None) -> None:
         # Of random weights nothing can be learnt; a few rows set the scales.
         sizes = {"batch": 1, "height": dims.sample_size, "width": dims.sample_size}
         generator = torch.Generator().manual_seed(1)
         samples = [random_inputs(network, dims, Case(sizes, 1.0), generator) for _ in range(options.samples)]
-        quantise_at(options.rung, onnx, path, network, backend, samples)
+        quantise_at(options.rung, onnx, path, network, backend, samples, native)
 
     # What is made of what, in order: where it lies, what is said meanwhile, and how it is made.
     steps: dict[Graph, tuple[Path, str, Callable[[Path], object]]] = {
         PLAIN: (onnx, "export", lambda path: to_onnx(module, network, dims, path)),
-        ("onnxruntime", "fp32", "direct"): (onnx.with_name(RUN_GRAPH), "rewrite", lambda _: to_ort(onnx)),
-        ("openvino", "fp32", "direct"): (
+        ("onnxruntime", "fp32", "direct", "backend"): (onnx.with_name(RUN_GRAPH), "rewrite", lambda _: to_ort(onnx)),
+        ("openvino", "fp32", "direct", "backend"): (
             work / "fp32" / "openvino_model.xml", "convert", lambda path: to_openvino(onnx, path),
         ),
-        ("openvino", "fp32", "winograd"): (
+        ("openvino", "fp32", "winograd", "backend"): (
             work / f"winograd-{side}-{images}" / "openvino_model.xml", "rewrite for winograd",
             lambda path: to_winograd(onnx, path, network, one_size),
         ),
-        ("openvino", "int8", "direct"): (
+        ("openvino", "int8", "direct", "backend"): (
             work / int8 / "openvino_model.xml", "quantise for openvino", lambda path: quantise(path, "openvino"),
         ),
-        ("onnxruntime", "int8", "direct"): (
+        ("openvino", "fp32", "direct", "native"): (
+            work / "native-fp32" / "openvino_model.xml", "rewrite for native kernels",
+            lambda path: to_openvino(onnx, path, native="f32"),
+        ),
+        ("openvino", "fp32", "winograd", "native"): (
+            work / f"native-winograd-{side}-{images}" / "openvino_model.xml", "rewrite for winograd's native kernels",
+            lambda path: to_winograd(onnx, path, network, one_size, native="f32"),
+        ),
+        ("openvino", "bf16", "direct", "native"): (
+            work / "native-bf16" / "openvino_model.xml", "rewrite for native kernels in bf16",
+            lambda path: to_openvino(onnx, path, native="bf16"),
+        ),
+        ("openvino", "int8", "direct", "native"): (
+            work / f"native-{int8}" / "openvino_model.xml", "quantise for openvino's native kernels",
+            lambda path: quantise(path, "openvino", "bf16"),
+        ),
+        ("onnxruntime", "int8", "direct", "backend"): (
             work / f"{int8}-onnxruntime" / "model.onnx", "quantise for onnxruntime",
             lambda path: quantise(path, "onnxruntime"),
         ),
-        ("inductor", "fp32", "direct"): (
+        ("inductor", "fp32", "direct", "backend"): (
             work / f"inductor-{side}-{images}" / "model.pt2", "compile by inductor, which takes minutes",
             lambda path: to_inductor(module, network, dims, path, symbol_bounds=fixed),
         ),
@@ -128,6 +151,7 @@ def graphs(
                 faults[graph] = str(fault)
             gc.collect()
     found = {graph: path for graph, (path, _, _) in steps.items()}
-    if not found["onnxruntime", "fp32", "direct"].exists():  # there was nothing to rewrite
-        found["onnxruntime", "fp32", "direct"] = onnx
+    rewritten: Graph = ("onnxruntime", "fp32", "direct", "backend")
+    if not found[rewritten].exists():  # there was nothing to rewrite
+        found[rewritten] = onnx
     return {graph: path for graph, path in found.items() if graph not in faults}, faults

@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import torch
 
-from bench import engines, gpu, gpu_candidates, starts
+from bench import candidates, engines, gpu, gpu_candidates, starts
+from engines.contract import Dims, contract
+from engines.recipes import RECIPES
+from engines.variant import Bounds
 from smooth_rt import cli
 from smooth_rt.errors import InputError
 
@@ -64,6 +67,31 @@ def test_what_cannot_be_built_on_a_gpu_is_left_out(tmp_path: Path, monkeypatch: 
     assert (found, left_out) == (
         {}, ["tensorrt-rtx fp16 is left out: gpu_arch=sm90: tensorrt-rtx builds for others"]
     )  # fmt: skip
+
+
+def test_each_candidate_has_a_graph_for_the_hint_that_it_is_run_with(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: dict[Path, Any] = {}
+
+    def write(*given: Any, **named: Any) -> None:
+        for path in (one for one in given if isinstance(one, Path) and not one.exists()):
+            path.write_text("")
+            made[path] = named.get("native")
+
+    for name in ("to_onnx", "to_openvino", "to_winograd", "to_ort", "to_inductor"):
+        monkeypatch.setattr(candidates, name, write)
+    monkeypatch.setattr(candidates, "quantise_at", lambda *given: write(given[2], native=given[6]))
+    options = argparse.Namespace(only="", rung=0, side=16, batch_size=1, samples=0)
+    dims = Dims(77, 768, 49408, 4, 3, 8, 8, 64)
+    size: Bounds = {"batch": (1, 1, 1)}
+    found, faults = candidates.graphs(
+        torch.nn.Identity(), contract("unet", dims), dims, tmp_path, options, [size], lambda _: None
+    )
+    assert faults == {}
+    for one in candidates.CANDIDATES.values():
+        hint = RECIPES[one.backend][one.precision]["unet"].hint
+        assert made[found[one.made_of]] == (hint if one.kernels == "native" else None)
 
 
 @pytest.mark.slow

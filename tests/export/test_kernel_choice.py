@@ -103,7 +103,7 @@ def test_each_form_of_the_graph_has_them(
 def test_of_int8_too(dims: Dims, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, networks: Any) -> None:
     asked: list[Any] = []
     monkeypatch.setattr("export.to_int8.quantise_openvino", lambda *given: asked.append(given) or {"rung": 0})
-    monkeypatch.setattr(stages, "to_onnx", lambda *given: given[-1].parent.mkdir(parents=True))
+    monkeypatch.setattr(stages, "to_onnx", lambda *given: given[-1].parent.mkdir(parents=True, exist_ok=True))
     monkeypatch.setattr(stages, "_layers", lambda _: 1)
     calibration: Any = object()
     made = stages.Stages(tmp_path, dims, calibration, lambda *_: None)
