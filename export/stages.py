@@ -200,7 +200,8 @@ class Stages:
             return Graph(path, quantise_openvino(onnx, path, network, self._real(), self._within, native))
         if variant.convolution == "winograd":
             return Graph(path, {**to_winograd(onnx, path, network, bounds, native)})
-        return Graph(path, {**to_openvino(onnx, path, compress=precision == "fp16", native=native)})
+        refit = variant.lora_mode == "refit"
+        return Graph(path, {**to_openvino(onnx, path, compress=precision == "fp16", native=native, whole=refit)})
 
     def _as_tensorrt(
         self,

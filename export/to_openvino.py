@@ -16,6 +16,7 @@ from engines.errors import EngineError, reason
 from engines.variant import Bounds
 from export.quiet import quiet
 from export.rewrites.exact_timesteps import exact_timesteps
+from export.rewrites.halved_projection import halved_projection
 from export.rewrites.native import native_attention
 from export.rewrites.own_weights import own_weights
 from export.rewrites.winograd import winograd
@@ -31,6 +32,7 @@ def to_openvino(
     compress: bool = False,
     change: Callable[[openvino.Model], object] | None = None,
     native: str | None = None,
+    whole: bool = False,
 ) -> dict[str, int]:
     """Convert the graph at `onnx` and write `path` (.xml) with its weights beside it (.bin).
 
@@ -39,7 +41,7 @@ def to_openvino(
         path: of the IR.
         compress: whether weights are stored in fp16, half as large; the precision hint says what they are computed in.
         change: changes the graph before it is written, beside `rewrite`.
-        native: as in `native_kernels`.
+        native, whole: as in `native_kernels`.
 
     Returns:
         how often each rule of `native_kernels` found something to change, for the manifest.
@@ -60,7 +62,9 @@ def to_openvino(
             f"{path.parent.name}: openvino cannot convert it ({reason(error, -1)}); leave it out"
         ) from error
     weights = onnx.with_name(f"{onnx.name}.data")
-    return save(model, path, weights.stat().st_size if weights.exists() else onnx.stat().st_size, compress, native)
+    return save(
+        model, path, weights.stat().st_size if weights.exists() else onnx.stat().st_size, compress, native, whole
+    )
 
 
 def rewrite(model: openvino.Model) -> dict[str, int]:
@@ -68,13 +72,18 @@ def rewrite(model: openvino.Model) -> dict[str, int]:
     return {rule.__name__: rule(model) for rule in _RULES}
 
 
-def native_kernels(model: openvino.Model, native: str | None) -> dict[str, int]:
-    """Give layers of a graph to kernels of this project, in place; how often each rule found something to change.
+def native_kernels(model: openvino.Model, native: str | None, whole: bool = False) -> dict[str, int]:
+    """Give layers of a graph to kernels of this project, and cut what would be copied, in place; how often each rule
+    found something to change.
 
     Args:
         native: the hint, "f32" or "bf16", that the graph is computed in; None leaves every layer to OpenVINO.
+        whole: whether weights must stay in one piece, for others to be put in their places.
     """
-    return {} if native is None else {"native_attention": native_attention(model, bf16=native == "bf16")}
+    if native is None:
+        return {}
+    hits = {"native_attention": native_attention(model, bf16=native == "bf16")}
+    return hits if whole else hits | {"halved_projection": halved_projection(model)}
 
 
 def to_winograd(
@@ -109,7 +118,12 @@ def fewer_multiplications(
 
 
 def save(
-    model: openvino.Model, path: Path, size: int, compress: bool = False, native: str | None = None
+    model: openvino.Model,
+    path: Path,
+    size: int,
+    compress: bool = False,
+    native: str | None = None,
+    whole: bool = False,
 ) -> dict[str, int]:
     """Rewrite a graph and write it, an IR of about `size` bytes, at `path` (.xml); what `native_kernels` did.
 
@@ -118,7 +132,7 @@ def save(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     rewrite(model)
-    hits = native_kernels(model, native)
+    hits = native_kernels(model, native, whole)
     try:
         openvino.save_model(model, str(path), compress_to_fp16=compress)
     except RuntimeError as error:

@@ -60,7 +60,7 @@ def test_a_bundle_tells_what_was_put_in_and_is_for_no_other_program(
     made = bundle.find("openvino")
     assert made.variant.name == "openvino-fp32-native"
     assert {record.network: record.notes for record in made.engines if record.notes} == {
-        "unet": {"native_attention": 5}
+        "unet": {"native_attention": 5, "halved_projection": 7}
     }
     assert put_in == [False]
     assert "--kernels native" in bundle.command(made)
@@ -70,9 +70,14 @@ def test_a_bundle_tells_what_was_put_in_and_is_for_no_other_program(
 @pytest.mark.parametrize(
     ("changes", "bf16", "notes"),
     [
-        ({"precision": "fp16"}, False, {"native_attention": 5}),
-        ({"precision": "bf16"}, True, {"native_attention": 5}),
-        ({"convolution": "winograd"}, False, {"winograd_4x4": 3, "native_attention": 5}),
+        ({"precision": "fp16"}, False, {"native_attention": 5, "halved_projection": 7}),
+        ({"precision": "bf16"}, True, {"native_attention": 5, "halved_projection": 7}),
+        ({"lora_mode": "refit"}, False, {"native_attention": 5}),  # whose weights others are put in the places of
+        (
+            {"convolution": "winograd"},
+            False,
+            {"winograd_4x4": 1, "winograd_2x2": 2, "native_attention": 5, "halved_projection": 7},
+        ),
         ({"kernels": "backend"}, None, {}),
     ],
     ids=str,
