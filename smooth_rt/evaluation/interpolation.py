@@ -24,6 +24,7 @@ from smooth_rt.metrics.pretrained import MissingError
 from smooth_rt.metrics.reconstruction import lpips, psnr
 from smooth_rt.pipeline import SmoothPipeline
 from smooth_rt.ranges import RESCHEDULES, check, shown
+from smooth_rt.tasks.interpolate import PASSES
 
 __all__ = ["InterpolationTask", "options_of", "summarise_interpolation"]
 
@@ -56,8 +57,9 @@ class InterpolationTask:
 
     Args:
         images: an even number.
-        way: see `options_of`.
         attributes: judges what is seen; None: that is not judged.
+        way: see `options_of`.
+        passes: of a way that reschedules, at most.
 
     Raises:
         InputError: an option out of its range, or no pair.
@@ -72,11 +74,12 @@ class InterpolationTask:
     guidance_scale: float | None = None
     height: int | None = None
     width: int | None = None
+    passes: int = PASSES
 
     def __post_init__(self) -> None:
         if len(self.images) < 2:
             raise InputError(f"images={len(self.images)}: give at least 2, the ends of a path")
-        check(frames=self.frames)
+        check(frames=self.frames, reschedule_passes=self.passes)
         if self.frames < 3:
             raise InputError(f"frames={self.frames}: give at least 3, both ends and what lies between")
         options_of(self.way)
@@ -90,6 +93,9 @@ class InterpolationTask:
     def _measured(self, pipe: SmoothPipeline, pair: Sequence[Example]) -> dict[str, Any]:
         """The distances between neighbours and that of the ends, pixels in 0..255; LPIPS between neighbours; how sure
         the classifier is of an object on the ends and between them; the ends' PSNR to the images."""
+        options = options_of(self.way)
+        if "reschedule" in options:
+            options["reschedule_passes"] = self.passes
         made = pipe.interpolate(
             [example.caption for example in pair],
             [example.path for example in pair],
@@ -100,7 +106,7 @@ class InterpolationTask:
             height=self.height,
             width=self.width,
             output_type="np",
-            **options_of(self.way),
+            **options,
         )
         frames = cast("NDArray[np.float32]", made.images)
         originals = read([example.path for example in pair], *frames.shape[1:3]).permute(0, 2, 3, 1).numpy()

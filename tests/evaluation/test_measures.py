@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,8 +13,18 @@ import torch
 from PIL import Image
 
 from smooth_rt import cli
+from smooth_rt.commands.measuring import measured
+from smooth_rt.commands.options import RunOptions
 from smooth_rt.errors import InputError
-from smooth_rt.evaluation import Example, captioned, examples, measure_inversion, measure_istd, read_prompts
+from smooth_rt.evaluation import (
+    Example,
+    InterpolationTask,
+    captioned,
+    examples,
+    measure_inversion,
+    measure_istd,
+    read_prompts,
+)
 from smooth_rt.lora import Lora, LoraLayer, write_lora
 from smooth_rt.pipeline import SmoothPipeline
 from smooth_rt.tasks.inversion import METHODS
@@ -143,6 +154,30 @@ def test_paths_by_every_way(tiny_model: Path, tmp_path: Path, capsys: pytest.Cap
     ):
         assert cli.main([*common, *options]) == 2
         assert line in capsys.readouterr().err
+
+
+def test_kept_rows_of_a_path_are_those_of_its_passes(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of other passes of rescheduling are measured anew."""
+    options = RunOptions(model=str(tiny_model), lora="none", engine="eager", output=tmp_path)
+    asked: list[int] = []
+    own = SmoothPipeline.interpolate
+
+    def interpolate(*given: Any, **named: Any) -> Any:
+        asked.append(named["reschedule_passes"])
+        return own(*given, **named)
+
+    monkeypatch.setattr(SmoothPipeline, "interpolate", interpolate)
+    for passes in (1, 2, 1):
+        task = InterpolationTask(
+            tuple(examples()[:2]), None, "pixels", frames=6, num_inference_steps=2, height=16, width=16, passes=passes
+        )
+        assert len(list(measured(options, "interpolation", task, 1))) == 1
+    assert asked == [1, 2]
+    assert len(list((tmp_path / "rows").iterdir())) == 2
+    with pytest.raises(InputError, match="reschedule_passes=0: "):
+        InterpolationTask(tuple(examples()[:2]), None, passes=0)
 
 
 def test_inversion_by_every_method(tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
