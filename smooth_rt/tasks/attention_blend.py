@@ -5,12 +5,12 @@ own layers the keys and values of the ends then stand beside the frame's: at pla
 
     (1 - a) * attention(Q(H), K([H_0, H]), V([H_0, H])) + a * attention(Q(H), K([H_1, H]), V([H_1, H]))
 
-It ends before the last steps, which draw detail, as the paper's does. The ends stay as they are.
+The steps are divided as the authors' code divides them: in the first fifth the ends' keys and values stand alone
+(K(H_0) and K(H_1) above), then beside the frame's own, and after 60 % the frames look at themselves, for those steps
+draw detail. The ends stay as they are.
 
-This is one step of the paper's kind, not its schedule. FreeMorph takes the ends' keys and values alone in the first
-fifth of the steps, beside the frame's own until 60 %, and the frame's own after that; it does so in cross-attention as
-well, in the conditional half of guidance alone, and with weights spaced by a beta distribution. Here they stand beside
-the frame's from the first step on, in self-attention alone, in both halves, and weigh as the frame's place says.
+FreeMorph does so in cross-attention as well, in the conditional half of guidance alone, and with weights spaced by a
+beta distribution. Here it is self-attention alone, in both halves, and the weights are the frame's place.
 """
 
 from __future__ import annotations
@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = ["blended_back", "blending"]
 
-SHARE = 0.6  # of the steps, from the first: the paper's
+# Of the steps, from the first, those in which the ends alone are looked at, and those in which they are at all.
+ALONE, SHARE = 0.2, 0.6
 
 
 class _Blend:
@@ -39,6 +40,7 @@ class _Blend:
     def __init__(self) -> None:
         self.end: int | None = None  # whose inputs are kept by this call
         self.places: Tensor | None = None  # of the frames of this call [n]
+        self.alone = False  # whether these look at the ends alone
         self.kept: dict[tuple[int, int], Tensor] = {}  # by layer and end: [1 or 2 halves of guidance, tokens, width]
 
 
@@ -75,7 +77,7 @@ class _Processor:
         def beside(end: int) -> Tensor:
             kept = blend.kept[self.index, end]
             kept = kept[-halves:].expand(halves, -1, -1).repeat_interleave(count, 0)
-            return attended(torch.cat([kept, hidden_states], 1))
+            return attended(kept if blend.alone else torch.cat([kept, hidden_states], 1))
 
         return (1 - place) * beside(0) + place * beside(1)
 
@@ -130,7 +132,7 @@ def blended_back(
             found = []
             for blend.end, at in ((0, 0), (1, frames - 1)):
                 found.append(some(slice(at, at + 1)))
-            blend.end = None
+            blend.end, blend.alone = None, index < ALONE * steps
             for part in pipe.calls("unet", frames - 2, latents.shape[2:], rows):
                 inner = slice(part.start + 1, min(part.stop + 1, frames - 1))
                 blend.places = where[inner]

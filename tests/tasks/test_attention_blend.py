@@ -54,12 +54,36 @@ def test_a_layer_by_hand() -> None:
             plain = layer(ends[blend.end])
             torch.testing.assert_close(plain, torch.stack([attended(row, row) for row in ends[blend.end]]))
         blend.end, blend.places = None, places
-        found = layer(inner)
-        for half in range(2):
-            for i, place in enumerate(places):
-                row = inner[3 * half + i]
-                one, other = (attended(row, torch.cat([ends[end, half], row])) for end in (0, 1))
-                torch.testing.assert_close(found[3 * half + i], (1 - place) * one + place * other)
+        for blend.alone in (False, True):
+            found = layer(inner)
+            for half in range(2):
+                for i, place in enumerate(places):
+                    row = inner[3 * half + i]
+                    seen = (ends[end, half] if blend.alone else torch.cat([ends[end, half], row]) for end in (0, 1))
+                    one, other = (attended(row, of) for of in seen)
+                    torch.testing.assert_close(found[3 * half + i], (1 - place) * one + place * other)
+
+
+def test_the_ends_alone_then_beside_the_frame_then_the_frame(eager: SmoothPipeline, images: Tensor) -> None:
+    """Of ten steps two, four and four."""
+    seen: list[int] = []
+    layer = eager.attentions()[0]
+    own = layer.processor
+
+    def watched(
+        attention: Any, hidden_states: Tensor, encoder_hidden_states: Tensor | None, attention_mask: Tensor | None
+    ) -> Tensor:
+        if encoder_hidden_states is not None:
+            seen.append(encoder_hidden_states.shape[1] // hidden_states.shape[1])
+        result: Tensor = own(attention, hidden_states, encoder_hidden_states, attention_mask)
+        return result
+
+    layer.processor = watched
+    try:
+        eager.interpolate("dog", images, frames=3, num_inference_steps=10, output_type="latent", attention_blend=True)
+    finally:
+        layer.processor = own
+    assert seen == [1, 1] * 2 + [2, 2] * 4  # a call an end; after that no frame looks at them
 
 
 @pytest.mark.parametrize("guidance_scale", [1.0, 4.0])
