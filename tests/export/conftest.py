@@ -6,15 +6,17 @@ import json
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from engines.base import Engine
 from engines.bundle import Bundle
 from engines.contract import Dims, Network, NetworkName, contract
-from engines.eager import torch_networks
+from engines.eager import gradient_networks, torch_networks
 from engines.lora import LoraWeights
 from engines.manifest import LoraSource, Source
 from engines.runtime_lora import RuntimeUnet
@@ -22,6 +24,7 @@ from engines.select import architecture
 from engines.variant import Order, Precision, Profile, Variant, every_size
 from export import stages
 from export.build import build_bundle
+from smooth_rt.model import load_model
 
 BACKENDS = ("onnxruntime", "openvino")
 SOURCE = Source(
@@ -126,3 +129,35 @@ def ready_made(built: Built, monkeypatch: pytest.MonkeyPatch) -> list[str]:
 @pytest.fixture
 def generator() -> torch.Generator:
     return torch.Generator().manual_seed(7)
+
+
+@pytest.fixture(scope="session")
+def default_gradient() -> Callable[[NetworkName], tuple[nn.Module, Dims]]:
+    """A gradient network of the model that ships, in torch, and the model's sizes."""
+
+    @cache
+    def of(name: NetworkName) -> tuple[nn.Module, Dims]:
+        model = load_model("default")
+        unet = torch_networks(model.text_encoder, model.unet, model.vae)["unet"]
+        return gradient_networks(unet, [name])[name], model.dims
+
+    return of
+
+
+class _Altered(Engine):
+    """An engine whose gradients are altered."""
+
+    backend = "altered"
+
+    def __init__(self, engine: Engine, alter: Callable[[Tensor], Tensor]) -> None:
+        super().__init__(engine.network)
+        self.engine, self.alter = engine, alter
+
+    def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:
+        outputs = self.engine.infer(**inputs)
+        return {name: self.alter(one) if name.startswith("grad_") else one for name, one in outputs.items()}
+
+
+@pytest.fixture(scope="session")
+def altered() -> Callable[[Engine, Callable[[Tensor], Tensor]], Engine]:
+    return _Altered
