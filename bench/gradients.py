@@ -22,6 +22,7 @@ from pathlib import Path
 from statistics import median
 
 import torch
+from pydantic import TypeAdapter
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
@@ -101,7 +102,7 @@ def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None])
     """Errors, times and memory of every network that is asked for, on every engine."""
     module, dims = unet(options.model)
     rows = []
-    for name in gradients_named(options.gradients):
+    for name in gradients_named(options.gradients, dims.up_blocks):
         if name not in WRT:
             continue
         network = contract(name, dims)
@@ -211,7 +212,7 @@ def _peak(of: str, name: NetworkName, dims: Dims, path: Path | None, options: ar
 
 
 def _job(options: argparse.Namespace) -> int:
-    dims = Dims(**json.loads(options.dims))
+    dims = TypeAdapter(Dims).validate_json(options.dims)
     network = contract(options.network, dims)
     if options.job == EAGER:
         module, _ = unet(options.model)

@@ -119,7 +119,7 @@ def sd15() -> tuple[dict[NetworkName, nn.Module], Dims]:
     torch.manual_seed(0)
     dims = Dims(
         tokens=77, text_width=768, vocabulary=49408, latent_channels=4, image_channels=3, vae_factor=8,
-        latent_multiple=8, sample_size=64, feature_channels=640,
+        latent_multiple=8, sample_size=64, up_channels=(1280, 1280, 640, 320),
     )  # fmt: skip
     unet = UNet2DConditionModel(**SD15, sample_size=64).requires_grad_(False)
     blocks = {"down_block_types": ["DownEncoderBlock2D"] * 4, "up_block_types": ["UpDecoderBlock2D"] * 4}

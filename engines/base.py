@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from engines.contract import FEATURES, OF, WRT, Network, NetworkName
+from engines.contract import BLOCKS, FEATURES, OF, WRT, Network, NetworkName
 from engines.errors import EngineError, InputError, reason
 from engines.variant import Bounds, Place, fitting
 
@@ -146,11 +146,11 @@ class Engine(abc.ABC):
         Args:
             wrt: the inputs that gradients are taken with respect to: "sample", "encoder_hidden_states" or both; of
                 features, "sample".
-            cotangent: shaped as what the gradients are of: [B, C, h, w].
+            cotangent: shaped as what the gradients are of: [B, C, h, w]; of an early block the sides are smaller.
             cotangent_scale: [B], or [1] for the whole batch; None is 0. The gradients are those of the sum of
                 `y * c`, where `y` is what they are of and `c = cotangent + cotangent_scale * y` is held constant. So
                 that of |a * y + b|^2 takes one call: `cotangent = 2a * b`, `cotangent_scale = 2a^2`.
-            of: "noise_pred", or "features" for those of `features`; what comes after them is not computed.
+            of: "noise_pred", "features" or a block as of `features`; what comes after them is not computed.
             inputs: as of `infer`.
 
         Returns:
@@ -165,21 +165,24 @@ class Engine(abc.ABC):
 
         scale = torch.zeros(1) if cotangent_scale is None else cotangent_scale
         outputs = self.gradient(wrt, of).infer(**inputs, cotangent=cotangent, cotangent_scale=scale)
-        return {of: outputs[of]}, {name: outputs[f"grad_{name}"] for name in WRT["unet_vjp"] if name in wrt}
+        grads = {name: outputs[f"grad_{name}"] for name in WRT["unet_vjp"] if name in wrt}
+        return {of: outputs[self._ends_at(of)]}, grads
 
-    def features(self, **inputs: Tensor) -> Tensor:
-        """The features of the UNet that drag editing follows, [B, F, h, w]: the output of its last up block but one.
+    def features(self, block: str = FEATURES, **inputs: Tensor) -> Tensor:
+        """The output of one of the UNet's up blocks, [B, F, h / d, w / d]: the features that drag editing follows.
 
         What comes after them is not computed. `vjp` takes their gradient.
 
         Args:
+            block: "up_blocks.1", as diffusers calls it; or "features", the last block but one, where d is 1 as at the
+                last. At each block before that d is twice as much.
             inputs: as of `infer`.
 
         Raises:
-            InputError: a tensor contradicts the contract.
+            InputError: a tensor contradicts the contract, or the UNet has no such block.
             EngineError: the engine has no such features, or as `infer` raises it.
         """
-        return self.up_to_features().infer(**inputs)["features"]
+        return self.up_to_features(block).infer(**inputs)[self._blocks()[block]]
 
     def lacks_gradient(self, wrt: Collection[str], of: str = "noise_pred") -> str | None:
         """None if `vjp` takes gradients of `of` with respect to `wrt`, else one line: why not, and what mends it.
@@ -187,21 +190,25 @@ class Engine(abc.ABC):
         Raises:
             InputError: `wrt` names none or no such input, or `of` nothing that gradients are taken of.
         """
-        if of not in OF.values():
-            raise InputError(f"of: {of}; name {' or '.join(dict.fromkeys(OF.values()))}")
-        able = max((WRT[name] for name in WRT if OF[name] == of), key=len)
+        end = self._ends_at(of)
+        able = max((WRT[name] for name in WRT if OF[name] == end), key=len)
         if not set(wrt) or not set(wrt) <= set(able):
             choice = f"{' or '.join(able)}{', or both' if len(able) > 1 else f', the input of the gradient of {of}'}"
             raise InputError(f"wrt: {', '.join(sorted(set(wrt))) or 'nothing'}; name {choice}")
         asked = f"gradient of {of}" if of != "noise_pred" else "gradient"
         asked += f" with respect to {' and '.join(name for name in able if name in wrt)}"
-        able_ones = (name for name in WRT if OF[name] == of and set(wrt) <= set(WRT[name]))
+        able_ones = (name for name in WRT if OF[name] == end and set(wrt) <= set(WRT[name]))
         least = min(able_ones, key=lambda name: len(WRT[name]))
-        return self._lacks("gradients are those", asked, bool(self._enough(wrt, of)), least)
+        return self._lacks("gradients are those", asked, bool(self._enough(wrt, end)), least)
 
-    def lacks_features(self) -> str | None:
-        """None if `features` gives them, else one line: why not, and what mends it."""
-        return self._lacks("features are those", "graph up to its features", FEATURES in self.gradients, FEATURES)
+    def lacks_features(self, block: str = FEATURES) -> str | None:
+        """None if `features` gives them, else one line: why not, and what mends it.
+
+        Raises:
+            InputError: the UNet has no such block.
+        """
+        name = self._up_to(block)
+        return self._lacks("features are those", f"graph up to its {block}", name in self.gradients, name)
 
     def _lacks(self, what: str, asked: str, found: bool, least: NetworkName) -> str | None:
         if self.closed:
@@ -221,14 +228,14 @@ class Engine(abc.ABC):
         fault = self.lacks_gradient(wrt, of)
         if fault is not None:
             raise EngineError(fault)
-        return self._derived(self._enough(wrt, of)[0])
+        return self._derived(self._enough(wrt, self._ends_at(of))[0])
 
-    def up_to_features(self) -> Engine:
+    def up_to_features(self, block: str = FEATURES) -> Engine:
         """The engine that `features` runs; as `gradient`."""
-        fault = self.lacks_features()
+        fault = self.lacks_features(block)
         if fault is not None:
             raise EngineError(fault)
-        return self._derived(FEATURES)
+        return self._derived(self._up_to(block))
 
     def attentions(self) -> list[Any]:
         """The UNet's self-attention layers, from its input to its output: diffusers' `Attention` modules, whose
@@ -241,9 +248,29 @@ class Engine(abc.ABC):
             f"{self.network.name}: the {self.backend} engine does not expose its attention; use the engine eager"
         )
 
-    def _enough(self, wrt: Collection[str], of: str) -> list[NetworkName]:
-        """The gradient networks at hand that cover `wrt`, the smallest first."""
-        names = (name for name in self.gradients if OF.get(name) == of and set(wrt) <= set(WRT[name]))
+    def _ends_at(self, of: str) -> str:
+        """The tensor of the UNet that `of` names."""
+        known = {"noise_pred": "noise_pred", **self._blocks()}
+        if of not in known:
+            raise InputError(f"of: {of}; name {', '.join(known)}")
+        return known[of]
+
+    def _up_to(self, block: str) -> NetworkName:
+        """The network that ends at that block."""
+        known = self._blocks()
+        if block not in known:
+            raise InputError(f"block: {block}; name {', '.join(known)}")
+        return BLOCKS[known[block]][0]
+
+    def _blocks(self) -> dict[str, str]:
+        """The blocks that features can be taken of, by what they are called; a Stable Diffusion's where the UNet's are
+        not known."""
+        names = [spec.name for spec in self.network.within] or list(BLOCKS)
+        return {FEATURES: names[-2:][0], **{name: name for name in names}}
+
+    def _enough(self, wrt: Collection[str], end: str) -> list[NetworkName]:
+        """The gradient networks at hand that cover `wrt`, of that tensor, the smallest first."""
+        names = (name for name in self.gradients if name in WRT and OF[name] == end and set(wrt) <= set(WRT[name]))
         return sorted(names, key=lambda name: len(WRT[name]))
 
     def _derived(self, name: NetworkName) -> Engine:

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = [
+    "BLOCKS",
     "DERIVED",
     "FEATURES",
     "GRADIENTS",
@@ -30,8 +31,7 @@ __all__ = [
     "NetworkName",
     "TensorSpec",
     "contract",
-    "features_contract",
-    "gradient_contract",
+    "derived_contract",
     "gradient_word",
     "gradients_named",
     "said_gradients",
@@ -43,33 +43,55 @@ NetworkName = Literal[
     "unet",
     "vae_encoder",
     "vae_decoder",
-    "unet_features",
     "unet_vjp_text",
     "unet_vjp_sample",
     "unet_vjp",
-    "unet_features_vjp",
+    "unet_up_blocks_0",
+    "unet_up_blocks_1",
+    "unet_up_blocks_2",
+    "unet_up_blocks_3",
+    "unet_up_blocks_0_vjp",
+    "unet_up_blocks_1_vjp",
+    "unet_up_blocks_2_vjp",
+    "unet_up_blocks_3_vjp",
 ]
 # Those that every bundle has.
 NETWORKS: tuple[NetworkName, ...] = ("text_encoder", "unet", "vae_encoder", "vae_decoder")
-# The UNet's gradients, each a network of its own so that one that is not asked for costs nothing: by the inputs that
-# they are taken with respect to. Eager has them by autograd, a bundle those that it was built with.
+# The features within the UNet: the outputs of its up blocks, called as diffusers calls those, of which a Stable
+# Diffusion has four. Each has a network that ends there, since what comes after is not wanted, and one of its gradient.
+BLOCKS: dict[str, tuple[NetworkName, NetworkName]] = {
+    "up_blocks.0": ("unet_up_blocks_0", "unet_up_blocks_0_vjp"),
+    "up_blocks.1": ("unet_up_blocks_1", "unet_up_blocks_1_vjp"),
+    "up_blocks.2": ("unet_up_blocks_2", "unet_up_blocks_2_vjp"),
+    "up_blocks.3": ("unet_up_blocks_3", "unet_up_blocks_3_vjp"),
+}
+# The block that drag editing follows, the last but one: of SD1.x that is `up_blocks.2`, the "UNet feature 3" of
+# DragDiffusion (arXiv 2306.14435).
+FEATURES = "features"
+# What is made of the UNet and a bundle may have beside `NETWORKS`, in the order that it is built in, each a network of
+# its own so that one that is not asked for costs nothing: by the tensor of the UNet that it ends at. Eager has them by
+# autograd, a bundle those that it was built with.
+OF: dict[NetworkName, str] = {
+    **{forward: block for block, (forward, _) in BLOCKS.items()},
+    "unet_vjp_text": "noise_pred",
+    "unet_vjp_sample": "noise_pred",
+    "unet_vjp": "noise_pred",
+    **{gradient: block for block, (_, gradient) in BLOCKS.items()},
+}
+DERIVED: tuple[NetworkName, ...] = tuple(OF)
+# Those that are gradients of that tensor: by the inputs that they are taken with respect to.
 WRT: dict[NetworkName, tuple[str, ...]] = {
     "unet_vjp_text": ("encoder_hidden_states",),
     "unet_vjp_sample": ("sample",),
     "unet_vjp": ("sample", "encoder_hidden_states"),
-    "unet_features_vjp": ("sample",),
+    **{gradient: ("sample",) for _, gradient in BLOCKS.values()},
 }
-# What those gradients are of: the UNet's output, or features within it; what comes after those is not computed.
-OF: dict[NetworkName, str] = {name: "features" if name == "unet_features_vjp" else "noise_pred" for name in WRT}
-FEATURES: NetworkName = "unet_features"  # the features alone
-# What is made of the UNet and a bundle may have beside `NETWORKS`, in the order that it is built in.
-DERIVED: tuple[NetworkName, ...] = (FEATURES, *WRT)
-# What a user calls them.
+# What a user calls them. The word `FEATURES` alone is the block that it stands for.
 GRADIENTS: dict[str, tuple[NetworkName, ...]] = {
     "text": ("unet_vjp_text",),
     "sample": ("unet_vjp_sample",),
     "both": ("unet_vjp",),
-    "features": (FEATURES, "unet_features_vjp"),
+    **{f"{FEATURES}:{block}": networks for block, networks in BLOCKS.items()},
 }
 LORA_STRENGTH = "lora_strength"  # the input of a UNet whose LoRA takes its strength as it runs
 LARGEST_STRENGTH = 100.0  # of a LoRA: beyond it nothing of the model is left
@@ -88,8 +110,8 @@ class Dims:
         vae_factor: f, pixels of the image a side of a latent cell.
         latent_multiple: the UNet halves the latent this many-fold, so latent sides are multiples of it.
         sample_size: the latent side that the model was trained at; the default.
-        feature_channels: of the features that drag editing follows, the output of the last up block but one: 640 for
-            SD1.x. None where they are not known.
+        up_channels: of the output of each of the UNet's up blocks, in order: 1280, 1280, 640 and 320 for SD1.x. None
+            where they are not known.
     """
 
     tokens: int
@@ -100,12 +122,12 @@ class Dims:
     vae_factor: int
     latent_multiple: int
     sample_size: int
-    feature_channels: int | None = None
+    up_channels: tuple[int, ...] | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
             size = getattr(self, field.name)
-            if size is not None and size < 1:
+            if size is not None and min(size if isinstance(size, tuple) else (size,), default=1) < 1:
                 raise ValueError(f"{field.name}={size}: a size is at least 1")
 
     @property
@@ -113,16 +135,27 @@ class Dims:
         """Image sides are multiples of this number of pixels."""
         return self.vae_factor * self.latent_multiple
 
+    @property
+    def up_blocks(self) -> int:
+        """How many up blocks the UNet has: each but the last doubles the sides."""
+        return self.latent_multiple.bit_length()
+
 
 @dataclass(frozen=True)
 class Axis:
-    """A size that a caller chooses: `factor * symbol`."""
+    """A size that a caller chooses: `factor * symbol / divisor`, a whole number at every size that is allowed."""
 
     symbol: str
     factor: int = 1
+    divisor: int = 1
+
+    def of(self, size: int) -> int:
+        """The axis's size where the symbol has that size."""
+        return self.factor * size // self.divisor
 
     def __str__(self) -> str:
-        return self.symbol if self.factor == 1 else f"{self.factor}*{self.symbol}"
+        named = self.symbol if self.factor == 1 else f"{self.factor}*{self.symbol}"
+        return named if self.divisor == 1 else f"{named}/{self.divisor}"
 
 
 @dataclass(frozen=True)
@@ -149,7 +182,7 @@ class TensorSpec:
 
     def shape(self, sizes: Mapping[str, int]) -> tuple[int, ...]:
         """The shape where each symbol has the given size."""
-        return tuple(a if isinstance(a, int) else a.factor * sizes[a.symbol] for a in self.axes)
+        return tuple(a if isinstance(a, int) else a.of(sizes[a.symbol]) for a in self.axes)
 
     def __str__(self) -> str:
         return f"{self.name}: {self.dtype} [{', '.join(str(a) for a in self.axes)}]"
@@ -158,7 +191,7 @@ class TensorSpec:
 @dataclass(frozen=True)
 class Network:
     """One network's inputs, in order, and outputs, in order. `multiples`: what each symbol's size is a multiple of.
-    `within` are tensors on the way to the outputs that other networks are cut off at."""
+    `within` are tensors on the way to the outputs, in order, that other networks are cut off at."""
 
     name: NetworkName
     inputs: tuple[TensorSpec, ...]
@@ -208,11 +241,11 @@ class Network:
                 if size != axis:
                     raise InputError(f"{wanted}; {size} should be {axis}")
                 continue
-            multiple = axis.factor * self.multiples.get(axis.symbol, 1)
+            multiple = axis.of(self.multiples.get(axis.symbol, 1))
             if size < 1 or size % multiple:
                 raise InputError(f"{wanted}; {size} is not a positive multiple of {multiple}")
-            bound = sizes.setdefault(axis.symbol, size // axis.factor)
-            if bound * axis.factor != size:
+            bound = sizes.setdefault(axis.symbol, size * axis.divisor // axis.factor)
+            if axis.of(bound) != size:
                 raise InputError(f"{wanted}; another input has {axis.symbol}={bound}")
 
 
@@ -224,12 +257,10 @@ def contract(name: NetworkName, dims: Dims, *, lora_strength: bool = False) -> N
             or one for all.
 
     Raises:
-        InputError: the network is cut off at the UNet's features, and `dims` does not know those.
+        InputError: the network ends at a block that the UNet lacks, or whose sizes `dims` does not know.
     """
-    if name in WRT:
-        return gradient_contract(contract("unet", dims, lora_strength=lora_strength), name)
-    if name == FEATURES:
-        return features_contract(contract("unet", dims, lora_strength=lora_strength))
+    if name in OF:
+        return derived_contract(contract("unet", dims, lora_strength=lora_strength), name)
     batch, height, width = Axis("batch"), Axis("height"), Axis("width")
     latent: tuple[int | Axis, ...] = (batch, dims.latent_channels, height, width)
     pixels = (Axis("height", dims.vae_factor), Axis("width", dims.vae_factor))
@@ -265,30 +296,32 @@ def contract(name: NetworkName, dims: Dims, *, lora_strength: bool = False) -> N
     inputs, outputs = tensors[name]
     if name != "unet":
         return Network(name, inputs, outputs, {})
-    channels = dims.feature_channels
-    within = () if channels is None else (TensorSpec("features", f32, (batch, channels, height, width)),)
-    return Network(name, inputs, outputs, {"height": dims.latent_multiple, "width": dims.latent_multiple}, within)
+    within = []
+    for index, (block, channels) in enumerate(zip(BLOCKS, dims.up_channels or (), strict=False)):
+        # Every block but the last hands on sides that are doubled.
+        sides = (Axis(side, divisor=max(1, dims.latent_multiple >> index + 1)) for side in ("height", "width"))
+        within.append(TensorSpec(block, f32, (batch, channels, *sides)))
+    multiples = {"height": dims.latent_multiple, "width": dims.latent_multiple}
+    return Network(name, inputs, outputs, multiples, tuple(within))
 
 
-def features_contract(unet: Network) -> Network:
-    """The tensors of the network that ends at the features of the UNet whose tensors `unet` are.
+def derived_contract(unet: Network, name: NetworkName) -> Network:
+    """The tensors of the network `name` of `DERIVED`, of the UNet whose tensors `unet` are.
 
-    Raises:
-        InputError: they are not known.
-    """
-    return Network(FEATURES, unet.inputs, (_differentiated(unet, FEATURES, "features"),), unet.multiples)
-
-
-def gradient_contract(unet: Network, name: NetworkName) -> Network:
-    """The tensors of the gradient network `name`, a key of `WRT`, of the UNet whose tensors `unet` are.
-
-    Its gradients are those of the sum of `y * c`, where `y` is the output `OF[name]` and
+    A gradient network's gradients are those of the sum of `y * c`, where `y` is the output `OF[name]` and
     `c = cotangent + cotangent_scale * y` is held constant.
 
     Raises:
-        InputError: they are those of features that are not known.
+        InputError: it ends at a block that the UNet lacks, or whose sizes are not known.
     """
-    output = _differentiated(unet, name, OF[name])
+    ends = {spec.name: spec for spec in (*unet.outputs, *unet.within)}
+    if OF[name] not in ends:
+        if not unet.within:
+            raise InputError(f"{name}: the sizes of the UNet's features are not known; load the model again")
+        raise InputError(f"{name}: the UNet has no {OF[name]}; its blocks are {', '.join(s.name for s in unet.within)}")
+    output = ends[OF[name]]
+    if name not in WRT:
+        return Network(name, unet.inputs, (output,), unet.multiples)
     inputs = {spec.name: spec for spec in unet.inputs}
     grads = (replace(inputs[of], name=f"grad_{of}") for of in WRT[name])
     cotangent = replace(output, name="cotangent")
@@ -298,29 +331,31 @@ def gradient_contract(unet: Network, name: NetworkName) -> Network:
 
 def undifferentiated(network: Network) -> Network:
     """The tensors of the forward pass that a gradient network differentiates."""
-    name: NetworkName = FEATURES if OF[network.name] == "features" else "unet"
+    of = OF[network.name]
+    name: NetworkName = BLOCKS[of][0] if of in BLOCKS else "unet"
     return Network(name, network.inputs[:-2], network.outputs[:1], network.multiples)
 
 
-def _differentiated(unet: Network, name: NetworkName, of: str) -> TensorSpec:
-    """The tensor `of` that the network `name` ends at."""
-    for spec in (*unet.outputs, *unet.within):
-        if spec.name == of:
-            return spec
-    raise InputError(f"{name}: the sizes of the UNet's {of} are not known; load the model, or build its bundle, again")
+def gradients_named(words: Collection[str], blocks: int | None = None) -> tuple[NetworkName, ...]:
+    """The networks of `DERIVED` that a user calls so: the keys of `GRADIENTS`, and `FEATURES`.
 
-
-def gradients_named(words: Collection[str]) -> tuple[NetworkName, ...]:
-    """The networks of `DERIVED` that a user calls so.
+    Args:
+        blocks: how many up blocks the UNet has (`Dims.up_blocks`). None: not known yet, and taken for those of a Stable
+            Diffusion.
 
     Raises:
-        InputError: a word is none of `GRADIENTS`.
+        InputError: a word is none of these.
     """
+    there = list(BLOCKS)[:blocks]
+    known = {word: named for word, named in GRADIENTS.items() if OF[named[0]] in ("noise_pred", *there)}
+    if len(there) > 1:
+        known[FEATURES] = BLOCKS[there[-2]]
+    found: set[NetworkName] = set()
     for word in words:
-        if word not in GRADIENTS:
-            raise InputError(f"gradients={word}: unknown; choose from {', '.join(GRADIENTS)}")
-    named = {name for word in words for name in GRADIENTS[word]}
-    return tuple(name for name in DERIVED if name in named)
+        if word not in known:
+            raise InputError(f"gradients={word}: unknown; choose from {', '.join(known)}")
+        found |= set(known[word])
+    return tuple(name for name in DERIVED if name in found)
 
 
 def gradient_word(wrt: Collection[str]) -> str:

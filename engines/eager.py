@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.base import Engine
-from engines.contract import FEATURES, OF, WRT, Network, NetworkName, features_contract, gradient_contract
+from engines.contract import BLOCKS, OF, WRT, Network, NetworkName, derived_contract
 from engines.errors import EngineError
 from engines.lora import put
 
@@ -52,22 +52,21 @@ class Unet(nn.Module):
 
 
 class UnetFeatures(nn.Module):
-    """The UNet up to the features that drag editing follows: its inputs -> `features` [B, F, h, w].
-
-    They are the output of the last up block but one, which has the latent's sides: of SD1.x that is `up_blocks.2`, the
-    "UNet feature 3" of DragDiffusion (arXiv 2306.14435). What comes after is neither computed nor held.
+    """The UNet up to the output of one of its up blocks: its inputs -> [B, F, h / d, w / d], where d is 1 for the last
+    two blocks and twice as much for each one before. What comes after is neither computed nor held.
 
     Args:
         unet: the network "unet" in torch, in whatever form. It stays as it is: this is a copy, which shares its
             weights.
+        block: a key of `contract.BLOCKS`.
     """
 
-    def __init__(self, unet: nn.Module) -> None:
+    def __init__(self, unet: nn.Module, block: str) -> None:
         super().__init__()
         # deepcopy takes from the memo what it finds there: the tensors themselves, in new modules.
         self.network: nn.Module = copy.deepcopy(unet, {id(t): t for t in (*unet.parameters(), *unet.buffers())})
         cut: Any = next(one for one in self.network.modules() if isinstance(getattr(one, "up_blocks", None), nn.Module))
-        cut.up_blocks = cut.up_blocks[:-1]
+        cut.up_blocks = cut.up_blocks[: list(BLOCKS).index(block) + 1]
         cut.conv_norm_out, cut.conv_out = None, nn.Identity()
 
     def forward(self, *inputs: Tensor) -> tuple[Tensor]:
@@ -174,18 +173,15 @@ def torch_networks(text_encoder: nn.Module, unet: nn.Module, vae: nn.Module) -> 
     }
 
 
-def gradient_networks(unet: nn.Module, names: Collection[NetworkName] = tuple(WRT)) -> dict[NetworkName, nn.Module]:
-    """The UNet's gradient networks of those names, in the form and on the weights of `torch_networks`.
+def gradient_networks(unet: nn.Module, names: Collection[NetworkName]) -> dict[NetworkName, nn.Module]:
+    """The networks of those names that are made of the UNet, in the form and on the weights of `torch_networks`.
 
     Args:
         unet: the network "unet" of `torch_networks`.
-        names: keys of `contract.WRT`, or `contract.FEATURES`: the forward pass up to the features.
+        names: of `contract.DERIVED`.
     """
-    features = UnetFeatures(unet).eval() if any(name == FEATURES or OF[name] == "features" for name in names) else unet
-    return {
-        name: features if name == FEATURES else UnetVjp(features if OF[name] == "features" else unet, WRT[name]).eval()
-        for name in names
-    }
+    ends = {of: UnetFeatures(unet, of).eval() if of in BLOCKS else unet for of in {OF[name] for name in names}}
+    return {name: UnetVjp(ends[OF[name]], WRT[name]).eval() if name in WRT else ends[OF[name]] for name in names}
 
 
 class EagerEngine(Engine):
@@ -203,9 +199,7 @@ class EagerEngine(Engine):
         self._module: nn.Module | None = module
         if network.name == "unet":
             known = {spec.name for spec in (*network.outputs, *network.within)}
-            derived = {name: gradient_contract(network, name) for name in WRT if OF[name] in known}
-            if "features" in known:
-                derived[FEATURES] = features_contract(network)
+            derived = {name: derived_contract(network, name) for name in OF if OF[name] in known}
             self.gradients = {name: partial(_derived, one, module) for name, one in derived.items()}
 
     def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:  # noqa: ARG002

@@ -28,7 +28,7 @@ __all__ = [
     "key_parts",
 ]
 
-FORMAT = 3  # 2 had one precision and one set of sizes a bundle
+FORMAT = 4  # 3 knew the features of one block alone, 2 had one precision and one set of sizes a bundle
 
 
 def _inside(path: str) -> str:

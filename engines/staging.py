@@ -22,7 +22,10 @@ _TOP = frozenset({"manifest.json", "config"})
 _FORMER = {  # format 2 had one folder a backend, and in it the graphs alone
     part: re.compile(rf"({'|'.join(NETWORKS)})\.(onnx|onnx\.data|xml|bin)") for part in ("onnx", "openvino")
 }
-_PARTS = frozenset({*NETWORKS, *DERIVED, "model_index.json", "scheduler", "tokenizer", "lora.safetensors"})
+_PARTS = frozenset(
+    {*NETWORKS, *DERIVED, "model_index.json", "scheduler", "tokenizer", "lora.safetensors"}
+    | {"unet_features", "unet_features_vjp"}  # of format 3
+)
 
 _OURS: set[Path] = set()  # partial folders that this process is working in
 _PUBLISH_TRIES = 3

@@ -49,7 +49,7 @@ def dynamic_shapes(network: Network, module: nn.Module) -> tuple[Any, ...]:
     roots["batch"] = Dim("batch", min=1, max=TRACED_BATCH_MAX)
 
     def dimension(axis: Axis) -> Any:
-        multiple = axis.factor * network.multiples.get(axis.symbol, 1)
+        multiple = axis.of(network.multiples.get(axis.symbol, 1))
         return roots[axis.symbol] if multiple == 1 else multiple * roots[axis.symbol]
 
     shapes = tuple(

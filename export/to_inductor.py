@@ -181,7 +181,7 @@ def _traced(network: Network, dims: Dims, bounds: Bounds) -> tuple[tuple[Tensor,
             roots[symbol] = Dim(symbol, min=low // multiple, max=None if most is None else most // multiple)
 
     def dimension(axis: Axis) -> Any:
-        multiple = axis.factor * network.multiples.get(axis.symbol, 1)
+        multiple = axis.of(network.multiples.get(axis.symbol, 1))
         return roots[axis.symbol] if multiple == 1 else multiple * roots[axis.symbol]
 
     inputs = random_inputs(network, dims, Case(sizes, 1.0), torch.Generator().manual_seed(0))

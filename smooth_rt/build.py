@@ -111,7 +111,8 @@ def ensure_engines(
             `lora_strength` is of no account here with either.
         gradients: that the engines shall have beside those that they have already: "text" (of the UNet's output with
             respect to the text embeddings), "sample" (to the latents), "both" (in one call) and "features" (those
-            features and their gradient); see `Engine.vjp` and `Engine.features`.
+            of the last up block but one, and their gradient) or, of another block, "features:up_blocks.1"; see
+            `Engine.vjp` and `Engine.features`.
         convolution: "direct"; or "winograd": on OpenVINO in fp32, for profiles of one height and one width, 3x3
             convolutions are rewritten to take fewer multiplications. The weights take twice the space.
         kernels: "backend"; or "native": on OpenVINO, the UNet computes some of its layers in kernels of this project,
@@ -134,6 +135,7 @@ def ensure_engines(
     from smooth_rt.model import Model, load_model
 
     loaded = model if isinstance(model, Model) else load_model(model)
+    wrt = gradients_named(gradients, loaded.dims.up_blocks)
     for profile in profiles:
         profile.check(loaded.dims)
     if fused_with(loaded.unet) is not None:

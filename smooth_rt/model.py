@@ -262,7 +262,7 @@ def _dims(source: str, tokenizer: CLIPTokenizer, networks: dict[str, Any]) -> Di
         vae_factor=vae_factor,
         latent_multiple=2 ** (len(unet.block_out_channels) - 1),
         sample_size=side if isinstance(side, int) else max(side),
-        feature_channels=unet.block_out_channels[1] if len(unet.block_out_channels) > 1 else None,
+        up_channels=tuple(reversed(unet.block_out_channels)),
     )
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engines.base import Engine
 from engines.bundle import Bundle
-from engines.contract import LORA_STRENGTH, NETWORKS, WRT, Dims, NetworkName, contract
+from engines.contract import DERIVED, FEATURES, LORA_STRENGTH, NETWORKS, WRT, Dims, NetworkName, contract
 from engines.eager import EagerEngine, torch_networks
 from engines.lora import LoraWeights
 from engines.runtime_lora import RuntimeUnet
@@ -38,8 +38,7 @@ CELLS_PER_CALL: dict[NetworkName, int] = {
     "unet": 16_384,
     "vae_encoder": 4_096,
     "vae_decoder": 4_096,
-    "unet_features": 16_384,
-    **dict.fromkeys(WRT, 4_096),
+    **{name: 4_096 if name in WRT else 16_384 for name in DERIVED},
 }
 ROWS_PER_CALL = 62
 
@@ -150,10 +149,10 @@ class Networks:
             timestep: of all of them.
             wrt: "sample" (the latents), "encoder_hidden_states" (the embeddings) or both.
             cotangent: shaped as the result, `cotangent_scale`: [N], [1] or None.
-            of: what the gradients are of: "noise_pred", or the "features" that `features` gives.
+            of: what the gradients are of: "noise_pred", or a block of `features`.
 
         Returns:
-            The output [N, C, h, w], or the features [N, F, h, w], and the gradients by name.
+            The output [N, C, h, w], or the features as of `features`, and the gradients by name.
 
         Raises:
             InputError: a tensor is of another shape, or `wrt` or `of` names no such thing.
@@ -186,27 +185,28 @@ class Networks:
             grads.append(grad)
         return torch.cat(outputs), {name: torch.cat([grad[name] for grad in grads]) for name in grads[0]}
 
-    def features(self, latents: Tensor, timestep: int, prompt_embeds: Tensor) -> Tensor:
-        """The UNet's features of N images that drag editing follows, [N, F, h, w]; see `Engine.features`.
+    def features(self, latents: Tensor, timestep: int, prompt_embeds: Tensor, block: str = FEATURES) -> Tensor:
+        """The UNet's features of N images that drag editing follows, [N, F, h / d, w / d]; see `Engine.features`.
 
         An engine without them leaves them to eager, as `vjp` does.
 
         Args:
             latents: [N, C, h, w], `prompt_embeds`: [N, L, D].
             timestep: of all of them.
+            block: "up_blocks.1" and so on, or "features": the last block but one, where d is 1.
 
         Raises:
-            InputError: a tensor is of another shape.
+            InputError: a tensor is of another shape, or there is no such block.
             EngineError: the engine has no features, and its torch weights are out of reach.
         """
         count, timestep = _rows(latents=latents, prompt_embeds=prompt_embeds), _whole(timestep)
-        engine = self._differentiable(self._engines["unet"].lacks_features())
+        engine = self._differentiable(self._engines["unet"].lacks_features(block))
         found = []
-        for part in self.calls("unet", count, latents.shape[2:], runs=engine.up_to_features()):
+        for part in self.calls("unet", count, latents.shape[2:], runs=engine.up_to_features(block)):
             sample, text = latents[part], prompt_embeds[part]
             when = torch.full((len(sample),), timestep, dtype=torch.int64)
             inputs = {"sample": sample, "timestep": when, "encoder_hidden_states": text}
-            found.append(engine.features(**inputs, **self._strength(engine)))
+            found.append(engine.features(block, **inputs, **self._strength(engine)))
             self.evaluations["forward"] += len(sample)
         return torch.cat(found)
 

@@ -47,7 +47,7 @@ def message(error: pytest.ExceptionInfo[Exception]) -> str:
 def test_dims_come_from_the_configs(model: Model) -> None:
     assert model.dims == Dims(
         tokens=12, text_width=32, vocabulary=model.text_encoder.config.vocab_size, latent_channels=4,
-        image_channels=3, vae_factor=2, latent_multiple=4, sample_size=8, feature_channels=32,
+        image_channels=3, vae_factor=2, latent_multiple=4, sample_size=8, up_channels=(32, 32, 16),
     )  # fmt: skip
 
 

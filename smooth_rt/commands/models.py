@@ -74,9 +74,10 @@ def build_engine(
     gradients: Annotated[
         str | None,
         typer.Option(
-            metavar="text,sample,both,features",
+            metavar="text,sample,both,features[:BLOCK]",
             help="Also the UNet's gradients: to the text embeddings (null-text inversion), the latents (SPDInv), both "
-            "in one call, or those of its features (drag editing). A bundle that is there is added to.",
+            "in one call, or those of its features (drag editing), the output of the last up block but one or of "
+            "another: features:up_blocks.1. A bundle that is there is added to.",
             show_default=False,
         ),
     ] = None,

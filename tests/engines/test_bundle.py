@@ -92,8 +92,8 @@ def test_no_bundle_at_all(tmp_path: Path) -> None:
         (b"[1, 2]", "not a bundle's manifest"),
         (b'{"name": "a web extension"}', "not a bundle's manifest"),
         (b'{"format": true}', "not a bundle's manifest"),
-        (b'{"format": 999}', "bundle format 999, this version reads format 3"),
-        (b'{"format": 3}', "Field required"),
+        (b'{"format": 999}', "bundle format 999, this version reads format 4"),
+        (b'{"format": 4}', "Field required"),
     ],
 )
 def test_a_manifest_that_is_none(bundle_folder: Path, content: bytes, said: str) -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from engines.contract import NETWORKS, Dims, NetworkName, contract
+from engines.contract import BLOCKS, NETWORKS, Dims, NetworkName, contract
 from engines.errors import InputError
 
 
@@ -66,14 +66,23 @@ def test_token_ids_outside_the_vocabulary(dims: Dims, stray: int) -> None:
 
 
 def test_networks_that_end_at_the_features(dims: Dims) -> None:
-    known = replace(dims, feature_channels=5)
+    known = replace(dims, latent_multiple=4, up_channels=(7, 6, 5))
     sizes = {"batch": 3, "height": 8, "width": 16}
-    (features,) = contract("unet_features", known).outputs
-    gradients = contract("unet_features_vjp", known)
-    assert features.shape(sizes) == (3, 5, 8, 16)
-    assert [spec.name for spec in gradients.outputs] == ["features", "grad_sample"]
-    assert gradients.inputs[-2].shape(sizes) == features.shape(sizes)
-    names: tuple[NetworkName, ...] = ("unet_features", "unet_features_vjp")
+    for (name, gradient), shape in zip(BLOCKS.values(), ((3, 7, 4, 8), (3, 6, 8, 16), (3, 5, 8, 16)), strict=False):
+        (features,) = contract(name, known).outputs
+        gradients = contract(gradient, known)
+        assert features.shape(sizes) == shape
+        assert [spec.name for spec in gradients.outputs] == [features.name, "grad_sample"]
+        assert gradients.inputs[-2].shape(sizes) == shape
+    early = contract("unet_up_blocks_0_vjp", known)
+    assert early.inputs[-2].axis_names == ("batch", 7, "height/2", "width/2")
+    inputs = {spec.name: torch.zeros(spec.shape(sizes), dtype=getattr(torch, spec.dtype)) for spec in early.inputs}
+    assert early.bind(inputs) == sizes
+    with pytest.raises(InputError, match=r"cotangent has shape \[3, 7, 8, 16\], not .*height/2.*another input has"):
+        early.bind({**inputs, "cotangent": torch.zeros(3, 7, 8, 16)})
+    names: tuple[NetworkName, ...] = ("unet_up_blocks_3", "unet_up_blocks_3_vjp")
     for name in names:
+        with pytest.raises(InputError, match=f"{name}: the UNet has no up_blocks.3; its blocks are up_blocks.0, up_b"):
+            contract(name, known)
         with pytest.raises(InputError, match=rf"{name}: the sizes of the UNet's features are not known; load the"):
             contract(name, dims)

@@ -58,7 +58,7 @@ def dims() -> Dims:
         vae_factor=2,
         latent_multiple=4,
         sample_size=8,
-        feature_channels=32,
+        up_channels=(32, 32, 16),
     )
 
 

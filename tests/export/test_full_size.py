@@ -118,7 +118,7 @@ def dims_of(config: dict[str, Any]) -> Dims:
         vae_factor=2 ** (len(config["vae"]["block_out_channels"]) - 1),
         latent_multiple=2 ** (len(config["unet"]["block_out_channels"]) - 1),
         sample_size=config["unet"]["sample_size"],
-        feature_channels=config["unet"]["block_out_channels"][1],
+        up_channels=tuple(reversed(config["unet"]["block_out_channels"])),
     )
 
 

@@ -46,7 +46,7 @@ def unet_of(size: str) -> tuple[nn.Module, Dims]:
     unet = UNet2DConditionModel(**narrow, sample_size=64).requires_grad_(False)
     dims = Dims(
         tokens=7, text_width=32, vocabulary=50, latent_channels=4, image_channels=3, vae_factor=8, latent_multiple=8,
-        sample_size=64, feature_channels=32,
+        sample_size=64, up_channels=(64, 64, 32, 32),
     )  # fmt: skip
     return Unet(unet).eval(), dims
 
@@ -66,7 +66,7 @@ def opened(backend: str, size: str, name: NetworkName, folder: Path, images: int
 def sd15_dims() -> Dims:
     return Dims(
         tokens=77, text_width=768, vocabulary=49408, latent_channels=4, image_channels=3, vae_factor=8,
-        latent_multiple=8, sample_size=64, feature_channels=640,
+        latent_multiple=8, sample_size=64, up_channels=(1280, 1280, 640, 320),
     )  # fmt: skip
 
 
@@ -102,7 +102,7 @@ def results(backend: str, size: str, name: NetworkName, folder: Path) -> dict[tu
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak memory from /proc")
-@pytest.mark.parametrize("name", ["unet_vjp", "unet_features_vjp"])
+@pytest.mark.parametrize("name", ["unet_vjp", "unet_up_blocks_2_vjp"])
 @pytest.mark.parametrize("size", ["shrunken", "sd15"])
 def test_gradients_at_full_size(size: str, name: NetworkName, tmp_path: Path) -> None:
     unet: Any

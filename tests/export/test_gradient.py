@@ -208,10 +208,11 @@ LINEAR = {"use_linear_projection": True, "attention_head_dim": (2, 4, 4)}  # as 
     [
         ("unet_vjp", "fp32", {}),
         ("unet_vjp", "fp32", LINEAR),
-        ("unet_features_vjp", "fp32", {}),
+        ("unet_up_blocks_1_vjp", "fp32", {}),
+        ("unet_up_blocks_0_vjp", "fp32", {}),  # whose sides are half the latent's
         ("unet_vjp", "fp16", {}),
     ],
-    ids=["both", "SD2", "features", "fp16"],
+    ids=["both", "SD2", "features", "an early block", "fp16"],
 )
 def test_the_graph_gives_autograds_gradients(
     networks: dict[NetworkName, nn.Module],

@@ -62,7 +62,7 @@ def sd15() -> tuple[dict[NetworkName, nn.Module], Dims]:
         )
     dims = Dims(
         tokens=77, text_width=768, vocabulary=49408, latent_channels=4, image_channels=3, vae_factor=8,
-        latent_multiple=8, sample_size=64, feature_channels=640,
+        latent_multiple=8, sample_size=64, up_channels=(1280, 1280, 640, 320),
     )  # fmt: skip
     return networks, dims
 

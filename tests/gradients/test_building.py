@@ -154,14 +154,22 @@ def test_tensorrt_builds_the_graph_without_a_gpu(grown: Any, tmp_path: Path) -> 
 
 def test_features_come_with_their_gradient() -> None:
     names = gradients_named(["features", "text"])
-    assert names == ("unet_features", "unet_vjp_text", "unet_features_vjp")
-    assert said_gradients(names) == ["text", "features"]
+    assert names == ("unet_up_blocks_2", "unet_vjp_text", "unet_up_blocks_2_vjp")  # of a Stable Diffusion's four
+    assert said_gradients(names) == ["text", "features:up_blocks.2"]
+    assert gradients_named(said_gradients(names)) == names
+    both = gradients_named(["features", "features:up_blocks.2"], blocks=3)
+    assert both == ("unet_up_blocks_1", "unet_up_blocks_2", "unet_up_blocks_1_vjp", "unet_up_blocks_2_vjp")
 
 
 @pytest.mark.parametrize(
     ("given", "said"),
     [
         (["--gradients", "latents"], "gradients=latents: unknown; choose from text, sample, both"),
+        (
+            ["--gradients", "features:up_blocks.2"],
+            "gradients=features:up_blocks.2: unknown; choose from text, sample, both, features:up_blocks.0, "
+            "features:up_blocks.1, features",
+        ),
         (
             ["--gradients", "text", "--precision", "int8"],
             "gradients=text: onnxruntime has them in fp32, fp16, not in int8",

@@ -94,6 +94,34 @@ def test_what_it_lacks_eager_takes_and_the_command_is_said(
         assert "gradients are those of the UNet" in str(engine.lacks_gradient(["sample"]))
 
 
+@pytest.mark.slow
+def test_features_of_a_block_are_built_and_taken(
+    grown: Any, eager: SmoothPipeline, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On a bundle that has others, of the block that the word alone does not name."""
+    folder = shutil.copytree(grown.built.bundle.path, tmp_path / "bundle")
+    asked = ["features:up_blocks.1"]
+    bundle = ensure_engines(grown.model, backends=["onnxruntime"], output=folder, gradients=asked).bundle
+    assert bundle.variants[0].gradients == ("unet_up_blocks_1", "unet_vjp_text", "unet_up_blocks_1_vjp")
+    assert ensure_engines(grown.model, backends=["onnxruntime"], output=folder, gradients=asked).reused
+    given: dict[str, Any] = drawn(eager, 2, 8, 12) | {"wrt": ["sample"]}
+    where = given["latents"], given["timestep"], given["prompt_embeds"]
+    given["cotangent"] = torch.randn(2, 16, 8, 12, generator=torch.Generator().manual_seed(1))
+    with SmoothPipeline.from_engines(bundle, engine="onnxruntime") as pipe:
+        wanted, reference = eager.vjp(**given, of="up_blocks.1")
+        found, grads = pipe.vjp(**given, of="up_blocks.1")
+        for got, exact in (
+            (found, wanted), (grads["sample"], reference["sample"]), (pipe.features(*where, "up_blocks.1"), wanted)
+        ):  # fmt: skip
+            assert float((got - exact).norm() / exact.norm()) < 1e-4
+        assert pipe._eager_unet is None
+        # The block that the word alone names is another, and left to eager.
+        with caplog.at_level(logging.WARNING, "smooth_rt"):
+            assert torch.equal(pipe.features(*where), eager.features(*where, "up_blocks.0"))
+        assert "has no graph up to its features" in caplog.text
+        assert "--gradients text,features:up_blocks.0,features:up_blocks.1 --output" in caplog.text
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

@@ -51,24 +51,34 @@ def test_gradients_are_those_of_the_loss_in_float64(pipe: SmoothPipeline, drawn:
         assert float((got - reference).detach().norm() / reference.detach().norm()) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("of", "index", "shape"),
+    [
+        ("features", 1, (3, 32, 8, 16)),
+        ("up_blocks.0", 0, (3, 32, 4, 8)),
+        ("up_blocks.1", 1, (3, 32, 8, 16)),
+        ("up_blocks.2", 2, (3, 16, 8, 16)),
+    ],
+)
 def test_features_are_those_of_the_block_and_so_is_their_gradient(
-    pipe: SmoothPipeline, drawn: dict[str, Tensor]
+    pipe: SmoothPipeline, drawn: dict[str, Tensor], of: str, index: int, shape: tuple[int, ...]
 ) -> None:
     module: Any = copy.deepcopy(engine_of(pipe)._module).double()
     x, text, _, s = (one.double() for one in drawn.values())
     seen: list[Tensor] = []
-    module.unet.up_blocks[-2].register_forward_hook(lambda _, __, output: seen.append(output))
+    module.unet.up_blocks[index].register_forward_hook(lambda _, __, output: seen.append(output))
     x.requires_grad_()
     module(x, torch.tensor([500]), text)
     (features,) = seen
     c = torch.randn(features.shape, generator=torch.Generator().manual_seed(3))
     loss = (features * c.double()).sum() + 0.5 * (s[:, None, None, None] * features**2).sum()
     (wanted,) = torch.autograd.grad(loss, x)
-    alone = pipe.features(drawn["latents"], 500, drawn["prompt_embeds"])
+    alone = pipe.features(drawn["latents"], 500, drawn["prompt_embeds"], of)
     found, grads = pipe.vjp(
-        drawn["latents"], 500, drawn["prompt_embeds"], ["sample"], c, s.float(), of="features"
+        drawn["latents"], 500, drawn["prompt_embeds"], ["sample"], c, s.float(), of=of
     )  # fmt: skip
     assert list(grads) == ["sample"]
+    assert alone.shape == shape
     torch.testing.assert_close(alone, found, rtol=0, atol=0)
     for got, reference in ((found, features), (grads["sample"], wanted)):
         assert float((got - reference).detach().norm() / reference.detach().norm()) < 1e-5
@@ -76,7 +86,7 @@ def test_features_are_those_of_the_block_and_so_is_their_gradient(
 
 def test_what_comes_after_the_features_is_not_held(pipe: SmoothPipeline) -> None:
     whole: Any = engine_of(pipe)._module
-    module: Any = UnetFeatures(whole)
+    module: Any = UnetFeatures(whole, "up_blocks.1")
     held = {id(one) for one in module.parameters()}
     left_out = {name for name, one in whole.named_parameters() if id(one) not in held}
     assert {name.split(".")[1] for name in left_out} == {"up_blocks", "conv_norm_out", "conv_out"}
@@ -136,7 +146,9 @@ def test_inputs_and_weights_are_left_as_they_are(pipe: SmoothPipeline, drawn: di
         ({"wrt": "latents"}, "wrt: latents; name sample or encoder_hidden_states"),
         ({"wrt": []}, "wrt: nothing; name sample or encoder_hidden_states, or both"),
         ({"wrt": ["timestep"]}, "wrt: timestep; name sample or encoder_hidden_states"),
-        ({"of": "eps"}, "of: eps; name noise_pred or features"),
+        ({"of": "eps"}, "of: eps; name noise_pred, features, up_blocks.0, up_blocks.1, up_blocks.2$"),
+        ({"of": "up_blocks.3"}, "of: up_blocks.3; name noise_pred, features, up_blocks.0"),
+        ({"of": "up_blocks.0", "wrt": ["sample"]}, r"cotangent has shape \[3, 4, 8, 16\], not \[batch, 32, height/2, "),
         ({"of": "features"}, "wrt: .*; name sample, the input of the gradient of features"),
         ({"of": "features", "wrt": ["sample"]}, r"cotangent has shape \[3, 4, 8, 16\], not .*; 4 should be 32"),
     ],
@@ -147,6 +159,13 @@ def test_what_does_not_fit_is_named(
     with pytest.raises(InputError, match=said) as caught:
         pipe.vjp(**{"timestep": 500, "wrt": BOTH, **drawn, **change})
     assert "\n" not in str(caught.value)
+
+
+def test_features_of_a_block_that_is_none(pipe: SmoothPipeline, drawn: dict[str, Tensor]) -> None:
+    for block in ("up_blocks.3", "noise_pred"):
+        with pytest.raises(InputError) as caught:
+            pipe.features(drawn["latents"], 500, drawn["prompt_embeds"], block)
+        assert str(caught.value) == f"block: {block}; name features, up_blocks.0, up_blocks.1, up_blocks.2"
 
 
 def test_only_the_unet_has_gradients_and_only_while_open(pipe: SmoothPipeline, drawn: dict[str, Tensor]) -> None:
