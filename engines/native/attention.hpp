@@ -17,7 +17,7 @@
 namespace smooth_rt {
 
 constexpr int QUERIES = LANES * GROUPS;  // of a block
-constexpr int KEYS = 64;                 // of a block: their scores stay in the first cache
+constexpr int KEYS = 128;                // of a block: their scores stay near
 constexpr int WIDEST = 256;              // numbers a head
 
 // q and the result are [batch, queries, heads, width], k and v [batch, keys, heads, width].
