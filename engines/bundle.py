@@ -31,7 +31,7 @@ from engines.manifest import (
     digest_json,
     key_parts,
 )
-from engines.recipes import check_gradients
+from engines.recipes import build_revision, check_gradients
 from engines.select import backend_version, check_backend, gpu, open_engine, runs_here
 from engines.staging import staging
 from engines.variant import (
@@ -197,6 +197,10 @@ class Bundle:
         what = f"{built.variant.name} was built"
         if built.backend_version != version:
             return f"{what} by {built.backend} {built.backend_version}, installed is {version}; {mend}"
+        revision = build_revision(built.backend)
+        if built.build_revision != revision:
+            told = f"revision {built.build_revision} of its build, this version's is {revision}"
+            return f"{what} with other settings of {built.backend}, which change its numbers ({told}); {mend}"
         fault = None if elsewhere else runs_here(built.variant.architecture)
         return None if fault is None else f"{what} for {built.variant.architecture}, {fault}; {mend}"
 

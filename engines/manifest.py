@@ -121,6 +121,7 @@ class VariantRecord(Record):
         variant: what was asked for.
         profiles: the requests that it was built and verified for.
         backend_version: of the backend's library.
+        build_revision: `recipes.build_revision` of the backend as it was built.
         engines: a record a network.
         made_with: versions of the libraries that took part, for the record.
         seconds: that the build took; `peak_memory_bytes`: the largest resident set, up to then, of one process: the one
@@ -130,6 +131,7 @@ class VariantRecord(Record):
     variant: Variant
     profiles: list[Profile]
     backend_version: str
+    build_revision: NonNegativeInt = 0
     engines: list[EngineRecord]
     made_with: dict[str, str] = Field(default_factory=dict)
     seconds: FiniteFloat = 0.0
@@ -170,6 +172,7 @@ class VariantRecord(Record):
             precision=record.precision,
             hint=record.hint,
             backend_version=self.backend_version,
+            build_revision=self.build_revision,
         )
 
 
@@ -241,6 +244,7 @@ def key_parts(
     precision: Precision,
     hint: str | None,
     backend_version: str,
+    build_revision: int = 0,
 ) -> dict[str, Any]:
     """What a graph's key is the `digest_json` of: two that share it compute the same numbers, valid in the same places.
 
@@ -254,6 +258,7 @@ def key_parts(
         bounds: of each symbol, one for each size that it was built for.
         precision: of the graph; `hint`: the precision hint given to the backend.
         backend_version: of the backend's library.
+        build_revision: of how the backend is told to compute: `recipes.build_revision`.
     """
     return {
         # Sizes that are not known are left out, as they were before there was such a size.
@@ -266,4 +271,6 @@ def key_parts(
         "bounds": [{symbol: list(sizes) for symbol, sizes in one.items()} for one in bounds],
         "precision": [precision, hint],
         "backend_version": backend_version,
+        # As sizes above: the keys of what was never built in another way are as they were.
+        **({"build_revision": build_revision} if build_revision else {}),
     }

@@ -16,6 +16,7 @@ __all__ = [
     "NATIVE",
     "RECIPES",
     "Recipe",
+    "build_revision",
     "check_convolution",
     "check_gradients",
     "check_kernels",
@@ -97,6 +98,16 @@ SETTABLE: dict[LoraMode, tuple[str, dict[str, tuple[Precision, ...]]]] = {
         {name: tuple(precision for precision in recipes if precision != "int8") for name, recipes in RECIPES.items()},
     ),
 }
+
+
+# Counted up where a backend is told to compute other numbers of the same graph, by what is no option of a build: an
+# engine of an earlier count is stale. 1 is fp32 without TF32, and of inductor the fp32 islands in half precision.
+_REVISIONS: dict[str, int] = {"inductor": 1, "tensorrt": 1, "tensorrt-rtx": 1}
+
+
+def build_revision(backend: str) -> int:
+    """The count of what this version changed in how `backend` is built, as far as numbers go; 0 where it never did."""
+    return _REVISIONS.get(backend, 0)
 
 
 def check_precision(backend: str, precision: str) -> None:

@@ -131,6 +131,14 @@ def test_export_key_tells_why_two_bundles_differ(
     assert set(heading[4:]) == different
     assert f"1: {bundle.path}" in " ".join(told.split())
     assert rows[0]["key"] not in told
+    # Built in another way by a version of this project.
+    otherwise = built.model_copy(update={"build_revision": 1})
+    keyed = [one.model_copy(update={"key": otherwise.expected_key(one, source, bundle.dims)}) for one in keyed]
+    variants = [otherwise.model_copy(update={"engines": keyed})]
+    Bundle.open(other).rewrite(bundle.manifest.model_copy(update={"source": source, "variants": variants}))
+    assert cli.main(["engines", "export-key", str(bundle.path), str(other), "--json"]) == 0
+    told_of = [row["made_of"].get("build_revision") for row in json.loads(capsys.readouterr().out)["engines"]]
+    assert told_of == [None] * len(keyed) + [1] * len(keyed)
     assert cli.main(["engines", "export-key", str(tmp_path / "none")]) == 2
 
 
@@ -265,6 +273,16 @@ def test_another_backend_version_is_replaced(
     built = ensure_engines(tiny_model, lora, 0.6, BACKENDS)
     assert not built.reused
     assert "99.0" in built.reason
+    assert len(builds) == 1
+
+
+def test_another_way_of_building_is_replaced(
+    builds: list[dict[str, Any]], tiny_model: Path, lora: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("engines.bundle.build_revision", lambda _: 7)
+    built = ensure_engines(tiny_model, lora, 0.6, BACKENDS)
+    assert not built.reused
+    assert "revision 0 of its build, this version's is 7" in built.reason
     assert len(builds) == 1
 
 

@@ -21,6 +21,7 @@ from engines.command import build_command
 from engines.contract import NETWORKS, Dims
 from engines.errors import BundleError, EngineError
 from engines.manifest import LoraSource, Source, digest_json
+from engines.recipes import build_revision
 from engines.variant import Profile, Span, Variant
 
 Edit = Callable[[Callable[[dict[str, Any]], None]], None]
@@ -145,6 +146,7 @@ def test_a_graph_that_is_not_among_the_files(bundle_folder: Path, edit_manifest:
         {"engines": {"precision": "fp16"}},
         {"engines": {"key": "0"}},
         {"backend_version": "0"},
+        {"build_revision": 1},
         {"variant": {"architecture": "cpu-z80"}},
         {"variant": {"precision": "fp16"}},
     ],
@@ -155,10 +157,10 @@ def test_a_record_whose_key_does_not_follow(bundle_folder: Path, change: dict[st
     content = json.loads(path.read_text())
     built = content["variants"][0]
     for name, value in change.items():
-        part = built[name][2] if name == "engines" else built[name]
-        built[name] = value if isinstance(value, str) else built[name]
         if isinstance(value, dict):
-            part.update(value)
+            (built[name][2] if name == "engines" else built[name]).update(value)
+        else:
+            built[name] = value
     path.write_text(json.dumps(content))
     refusal(bundle_folder, "the key does not follow from the record")
 
@@ -182,6 +184,31 @@ def test_another_version_of_the_backend(bundle_folder: Path, edit_manifest: Edit
     ) as caught:
         bundle.engine("unet", "onnxruntime")
     assert "`smooth-rt build-engine --model some/model" in str(caught.value)
+
+
+@pytest.mark.parametrize("backend", ["tensorrt", "tensorrt-rtx", "inductor"])
+def test_engines_that_were_built_with_tf32_are_stale(
+    backend: str, bundle_folder: Path, edit_manifest: Edit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those of before the count of revisions, whose fp32 may be TF32."""
+    monkeypatch.setattr("engines.bundle.backend_version", lambda _: select.backend_version("onnxruntime"))
+
+    def built(revision: int) -> Bundle:
+        def change(content: dict[str, Any]) -> None:
+            content["variants"][0]["variant"] |= {"backend": backend}
+            content["variants"][0]["build_revision"] = revision
+
+        edit_manifest(change)
+        return Bundle.open(bundle_folder)
+
+    old = built(0)
+    said = old.stale(old.variants[0], elsewhere=True)
+    assert "was built with other settings" in str(said)
+    assert f"--backend {backend} " in str(said)
+    fresh = built(build_revision(backend))
+    assert fresh.stale(fresh.variants[0], elsewhere=True) is None
+    keys = {bundle.variants[0].engine("unet").key for bundle in (old, fresh)}
+    assert len(keys) == 2
 
 
 def test_another_architecture(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,6 +343,7 @@ BASE: dict[str, Any] = {
         {"bounds": [{"batch": (1, 1, 8)}]},
         {"bounds": [{"batch": (1, 2, None)}]},
         {"backend_version": "2"},
+        {"build_revision": 1},
         {"variant": VARIANT.model_copy(update={"backend": "onnxruntime"})},
         {"variant": VARIANT.model_copy(update={"precision": "int8"})},
         {"variant": VARIANT.model_copy(update={"lora_mode": "runtime"})},
@@ -330,6 +358,7 @@ def test_all_that_can_change_the_numbers_changes_the_key(change: dict[str, Any])
 
 def test_what_nobody_asked_for_leaves_older_keys_as_they_are() -> None:
     assert set(key_parts(**BASE)["variant"]) == {"backend", "precision", "lora_mode", "architecture"}
+    assert "build_revision" not in key_parts(**BASE)
     for variant in (VARIANT, VARIANT.model_copy(update={"convolution": "winograd", "kernels": "native"})):
         assert Variant(**variant.model_dump()) == variant
 
