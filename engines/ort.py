@@ -22,12 +22,17 @@ from engines.specialised import Specialised, one_size
 from engines.text_part import TextPart
 from engines.variant import Bounds
 
-__all__ = ["RUN_GRAPH", "OrtEngine", "text_graph"]
+__all__ = ["RUN_GRAPH", "OrtEngine", "plain_graph", "text_graph"]
 
 LOG = logging.getLogger("smooth_rt")
 
 _FATAL = 4  # ONNX Runtime's log severity: what it raises, it would print as well
 RUN_GRAPH = "onnxruntime.onnx"  # in the place of the plain graph, where rewrites make a faster one
+
+
+def plain_graph(path: Path) -> Path | None:
+    """The plain graph, which others open, beside the rewritten one at `path`; None where `path` is no rewritten one."""
+    return path.with_name("model.onnx") if path.name == RUN_GRAPH else None
 
 
 def text_graph(path: Path) -> Path:

@@ -32,7 +32,7 @@ from engines.recipes import (
 from engines.select import availability, backend_version, buildable, open_engine, runs_here
 from engines.staging import staging
 from engines.variant import Bounds, Order, Place
-from export.graphs import Case, cases
+from export.graphs import cases
 from export.layout import KINDS, write_layout
 from export.needs import check_memory, disk_needed
 from export.places import find_places
@@ -233,18 +233,15 @@ class _Build:
         # What cannot run here is published without, and proved where it runs before it is used.
         if here:
             tried = cases(network, self.dims, bounds)
-
-            def verified(path: Path, bounds: list[Bounds], tried: Sequence[Case]) -> list[Parity]:
-                with open_engine(variant.backend, network, path, recipe.hint, bounds) as engine:
-                    engine.places = places
-                    return self.reference.verify(
-                        engine, variant, network, self.dims, recipe.precision, VERIFY_SEED, tried
-                    )
-
-            parity = verified(graph.path, bounds, tried)
+            with open_engine(variant.backend, network, graph.path, recipe.hint, bounds) as engine:
+                engine.places = places
+                parity = self.reference.verify(
+                    engine, variant, network, self.dims, recipe.precision, VERIFY_SEED, tried
+                )
             if graph.plain is not None:
-                errors = [f"{one.output} {one.relative:.1e}" for one in verified(graph.plain, [], tried[:1])]
-                graph.notes["plain_graph"] = errors
+                graph.notes["plain_graph"] = self.reference.verify_plain(
+                    graph.plain, variant, network, self.dims, recipe, places, VERIFY_SEED, tried[0]
+                )
         record = self.record(network, recipe, graph, bounds, parity)
         return record.model_copy(update={"places": places})
 

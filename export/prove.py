@@ -15,7 +15,8 @@ from engines.bundle import Bundle
 from engines.contract import Network, NetworkName
 from engines.lora import LoraWeights
 from engines.manifest import EngineRecord, Manifest, VariantRecord
-from engines.recipes import native_hint
+from engines.ort import plain_graph
+from engines.recipes import Recipe, native_hint
 from engines.select import availability, runs_here
 from engines.variant import Variant
 from export.bisect import RUNNERS, Divergence, Run, first_divergence, on_openvino
@@ -37,8 +38,8 @@ def prove(
     progress: Callable[[str, int, int], None] | None = None,
     lora: LoraWeights | None = None,
 ) -> dict[str, VariantRecord | str]:
-    """Compare every output of every engine that can run here; by variant, its record with the errors found, or why it
-    cannot run here.
+    """Compare every output of every engine that can run here, and of the plain graphs that others open, as a build
+    does; by variant, its record with the errors found, or why it cannot run here.
 
     A variant that was built where it could not run gets its errors written into the manifest: from then on it is used.
 
@@ -50,7 +51,7 @@ def prove(
         lora: of a bundle whose LoRA is set as it runs; `networks` are then those of the base model.
 
     Raises:
-        ParityError: an engine's output is over its tolerance or not finite.
+        ParityError: an engine's output, or a plain graph's, is over its tolerance or not finite.
         BundleError: an engine cannot be opened, or the manifest cannot be written.
     """
     reference = Reference(networks, lora)
@@ -60,7 +61,8 @@ def prove(
         for built in bundle.variants
     }
     total = sum(
-        len(_tried(bundle, built, record)) * reference.rounds(built.variant, record.network)
+        (len(_tried(bundle, built, record)) + (plain_graph(bundle.path / record.file) is not None))
+        * reference.rounds(built.variant, record.network)
         for built in bundle.variants
         if faults[built.variant.name] is None
         for record in built.engines
@@ -83,13 +85,19 @@ def prove(
         for record in built.engines:
             what = f"{name}: {record.network}"
             tell(what, 0)
-            network = built.variant.network(record.network, bundle.dims)
+            network, tried = built.variant.network(record.network, bundle.dims), _tried(bundle, built, record)
+            compared = partial(tell, what, 1)
             with bundle.open_network(record.network, built, proved=False) as engine:
-                tried = _tried(bundle, built, record)
                 parity = reference.verify(
-                    engine, built.variant, network, bundle.dims, record.precision, seed, tried, partial(tell, what, 1)
+                    engine, built.variant, network, bundle.dims, record.precision, seed, tried, compared
                 )
-            records.append(record.model_copy(update={"parity": parity}))
+            notes = dict(record.notes)
+            plain, recipe = plain_graph(bundle.path / record.file), Recipe(record.precision, record.hint)
+            if plain is not None:
+                notes["plain_graph"] = reference.verify_plain(
+                    plain, built.variant, network, bundle.dims, recipe, record.places, seed, tried[0], compared
+                )
+            records.append(record.model_copy(update={"parity": parity, "notes": notes}))
         found[name] = built.model_copy(update={"engines": records})
     _note(bundle, found)
     return found

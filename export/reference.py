@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from torch import nn
 
@@ -13,8 +14,10 @@ from engines.contract import DERIVED, Dims, Network, NetworkName
 from engines.eager import gradient_networks
 from engines.lora import LoraWeights, put
 from engines.manifest import Parity
+from engines.recipes import Recipe
 from engines.runtime_lora import RuntimeUnet
-from engines.variant import Variant
+from engines.select import open_engine
+from engines.variant import Place, Variant
 from export.graphs import Case
 from export.verify import verify
 
@@ -66,6 +69,31 @@ class Reference:
             for _ in _strengths(engine, self.networks["unet"], self._replaced(variant, network.name))
         ]
         return [max(errors, key=lambda one: one.relative) for errors in zip(*found, strict=True)]
+
+    def verify_plain(
+        self,
+        path: Path,
+        variant: Variant,
+        network: Network,
+        dims: Dims,
+        recipe: Recipe,
+        places: Mapping[str, Place],
+        seed: int,
+        case: Case,
+        compared: Callable[[], None] | None = None,
+    ) -> list[str]:
+        """Hold the plain graph at `path`, which others open in the place of a rewritten one, to torch as well.
+
+        Returns:
+            each output with its relative error, for the manifest's notes as `plain_graph`.
+
+        Raises:
+            as `verify` and `open_engine` do.
+        """
+        with open_engine(variant.backend, network, path, recipe.hint) as engine:
+            engine.places = places
+            found = self.verify(engine, variant, network, dims, recipe.precision, seed, [case], compared)
+        return [f"{one.output} {one.relative:.1e}" for one in found]
 
     def rounds(self, variant: Variant, name: NetworkName) -> int:
         """How often `verify` goes through its cases."""

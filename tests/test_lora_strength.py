@@ -171,6 +171,10 @@ def test_the_engines_are_proved_again(bundle: Bundle, capsys: pytest.CaptureFixt
     rows = json.loads(capsys.readouterr().out)["parity"]
     assert {row["engine"] for row in rows} == {built.variant.name for built in bundle.variants}
     assert all(row["relative error"] < 1e-4 for row in rows)
+    # Of a graph that is rewritten, the plain one that others open, too.
+    plain = [(row["network"], row["output"]) for row in rows if row["note"] is not None]
+    assert plain
+    assert set(plain) == {("unet", "noise_pred")}
     assert cli.main(["engines", "inspect", "--json", str(bundle.path)]) == 0
     assert json.loads(capsys.readouterr().out)["lora"].endswith("at any strength")
 

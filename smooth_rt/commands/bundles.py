@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["export_key", "inspect_engines", "list_engines", "prune_engines", "verify_engines"]
 
+PLAIN = "the plain graph, which others open"
 SHORT_KEY = 12  # digits of a key that tell it from others at a glance
 # Parts of a key that an engine's own name holds, as in openvino-fp32-refit.
 TOLD_BY_NAME = tuple(f"variant.{part}" for part in ("backend", "precision", "lora_mode", "convolution", "kernels"))
@@ -138,6 +139,10 @@ def _parity(bundle: Bundle, model: Model, seed: int, progress: Progress) -> list
         for record in found.engines:
             for error in record.parity:
                 numbers = {"output": error.output, "relative error": error.relative, "note": None}
+                rows.append({"engine": name, "network": record.network, **numbers})
+            for said in cast("list[str]", record.notes.get("plain_graph", [])):
+                output, relative = said.split()
+                numbers = {"output": output, "relative error": float(relative), "note": PLAIN}
                 rows.append({"engine": name, "network": record.network, **numbers})
     return rows
 

@@ -165,7 +165,8 @@ def test_a_plain_graph_that_is_wrong_is_not_published(
             )
         return engine
 
-    monkeypatch.setattr(build, "open_engine", open_altered)
+    for opens in (build, reference):
+        monkeypatch.setattr(opens, "open_engine", open_altered)
     with pytest.raises(ParityError, match="unet: onnxruntime's noise_pred differs"):
         run()
     assert opened[-2:] == ["unet/onnxruntime.onnx", "unet/model.onnx"]
