@@ -220,3 +220,25 @@ def test_what_half_precision_does_not_keep_judges_no_engine(dims: Dims) -> None:
     module = Rounded(largest=4000.0, least=4000.0)
     with pytest.raises(ParityError, match="leaves next to nothing of the model's own grad_encoder_hidden_states"):
         verify(engine, module, engine.network, dims, "fp16", seed=3)
+
+
+@pytest.mark.parametrize(("factor", "asked"), [(1.01, []), (1.04, [6]), (1.1, [6, 30]), (1.4, [6, 30])])
+def test_what_few_draws_refuse_is_held_against_more(
+    dims: Dims, monkeypatch: pytest.MonkeyPatch, factor: float, asked: list[int]
+) -> None:
+    drawn: list[int] = []
+
+    def allowance(self: object, inputs: Any, wanted: dict[str, Tensor], each: int, draws: int) -> dict[str, Tensor]:
+        drawn.append(draws)
+        return {name: torch.full([len(one)], 0.01 * draws) for name, one in wanted.items()}
+
+    monkeypatch.setattr(export.verify.Conditioning, "allowance", allowance)
+    module, case = Rounded(largest=0.0, least=0.0), Case({"batch": 2, "height": 8, "width": 8}, 1.0)
+    engine = InHalf(dims, module, lambda grad: factor * grad)
+    if factor - 1 <= 0.3:
+        _, parity = verify(engine, module, engine.network, dims, "fp16", 3, [case])
+        assert parity.relative == pytest.approx(factor - 1, rel=0.1)
+    else:
+        with pytest.raises(ParityError, match=r"differs from torch.s by 4.* tolerance 3e-01"):
+            verify(engine, module, engine.network, dims, "fp16", 3, [case])
+    assert drawn == asked
