@@ -18,14 +18,10 @@ from engines.eager import EagerEngine
 from engines.lora import LoraWeights
 from engines.ort import RUN_GRAPH, OrtEngine, text_graph
 from engines.runtime_lora import RuntimeUnet
-from engines.variant import Variant
-from export import half
 from export.graphs import cases, random_inputs
-from export.half import in_half
 from export.rewrites.fused_attention import fused_attention
 from export.rewrites.split_projection import split_projection
 from export.rewrites.text_apart import text_apart
-from export.stages import Stages
 from export.to_onnx import to_onnx
 from export.to_ort import to_ort
 from export.verify import verify
@@ -154,31 +150,6 @@ def test_a_strength_stays_with_the_latent(networks: Networks, dims: Dims, tmp_pa
     assert inputs[1] == {"encoder_hidden_states"}
     with OrtEngine(network, path) as engine:
         verify(engine, module, network, dims, "fp32", 1)
-
-
-@pytest.mark.parametrize("precision", ["fp32", "fp16"])
-def test_cudas_provider_gets_attention_as_one_node(
-    networks: Networks, dims: Dims, tmp_path: Path, precision: Any
-) -> None:
-    module, network = networks["unet"], contract("unet", dims)
-    traced = module if precision == "fp32" else in_half(module, network, dims, precision)[0]
-    stages = Stages(tmp_path / "work", dims, None, lambda *_: None)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(half, "in_half", lambda *_: (traced, []))
-        (tmp_path / "made").mkdir()
-        variant = Variant(backend="onnxruntime-cuda", precision=precision, lora_mode="fused", architecture="gpu")
-        graph = stages.build(network, module, variant, precision, [], tmp_path / "made")
-    attentions = sum(name.endswith((".attn1", ".attn2")) for name, _ in module.named_modules())
-    assert graph.notes["fused_attention"] == attentions
-    assert not {"split_projection", "text_apart"} & set(graph.notes)
-    model = onnx_ir.load(graph.path)
-    kinds = [node.op_type for node in model.graph]
-    assert kinds.count("MultiHeadAttention") == attentions
-    assert "Softmax" not in kinds
-    assert domains(graph.path) == {"", "com.microsoft"}
-    if precision == "fp32":  # in which a processor has the operator
-        with OrtEngine(network, graph.path) as engine:
-            verify(engine, module, network, dims, "fp32", 1)
 
 
 def test_weights_that_are_put_in_later_lie_in_one_graph(built: Any, tmp_path: Path) -> None:
