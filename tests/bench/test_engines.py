@@ -154,6 +154,22 @@ def test_every_candidate_is_there_and_near(tiny_model: Path, tmp_path: Path) -> 
 
 
 @pytest.mark.slow
+def test_starts_and_switches_on_every_engine_that_replaces_weights(
+    tiny_model: Path, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "figures.json"
+    arguments = ["--model", str(tiny_model), "--lora", str(lora), "--num-inference-steps", "2"]
+    starts.main([*arguments, "--output", str(output)])
+    rows = json.loads(output.read_text())
+    assert [row.pop("engine") for row in rows] == ["onnxruntime", "openvino"]
+    for row in rows:
+        assert {f"{job}_s" for job in starts.JOBS} < set(row)
+        assert all(figure > 0 for figure in row.values())
+    told = capsys.readouterr().out
+    assert all(what in told for what, *_ in starts._FIGURES)
+
+
+@pytest.mark.slow
 def test_a_second_start_and_a_switch_are_faster_than_a_build(tmp_path: Path) -> None:
     output = tmp_path / "figures.json"
     starts.main(["--engine", "openvino", "--num-inference-steps", "2", "--output", str(output)])
