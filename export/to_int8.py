@@ -29,8 +29,8 @@ LOG = logging.getLogger("smooth_rt")
 
 # The median PSNR of images to fp32's at which a rung of the ladder is taken: 30 dB, and one for other prompts.
 ENOUGH_DB = 31.0
-# By the end of a weight's name. On the default model and OpenVINO's native kernels everything in int8 gave 30.9 dB, without
-# cross-attention's queries 31.5, without all queries and keys 32.1.
+# By the end of a weight's name. On the default model and OpenVINO's native kernels everything in int8 gave 30.9 dB,
+# without cross-attention's queries 31.5, without all queries and keys 32.1.
 ALWAYS = r"time_|conv_in|conv_out|attn2\.to_[kv]"
 LADDER: tuple[tuple[str, str | None], ...] = (
     ("all", None),
