@@ -269,7 +269,6 @@ RANGES: dict[str, Callable[[str, Any], Any]] = {
     "lora": partial(_or_none, kind=_source),
     "lora_mode": partial(_or_none, kind=partial(choice, known=LORA_MODES)),
     "lora_strength": _lora_strength,
-    "method": partial(choice, known=(*INVERSION_METHODS, "auto")),  # auto: where a single inversion is asked for
     "model": _source,
     "num_images_per_prompt": partial(_count, least=1),
     "num_inference_steps": _steps,

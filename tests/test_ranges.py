@@ -198,8 +198,9 @@ def test_the_table_knows_the_options_by_the_names_they_have() -> None:
 def test_what_is_in_its_range() -> None:
     ranges.check(
         num_inference_steps=1, guidance_scale=-2, frames=2, height=None, width=8, seed=-(2**63), seeds=(0, 2**64 - 1),
-        lora_strength=-100, edit_strength=0, engine="auto", batch_size="auto", method="ddim_without_text", batch=1,
+        lora_strength=-100, edit_strength=0, engine="auto", batch_size="auto", batch=1,
     )  # fmt: skip
+    assert ranges.choice("method", "ddim_without_text", ranges.INVERSION_METHODS) == "ddim-without-text"
     assert ranges.check(frames=np.int64(5), guidance_scale=np.float32(0.5), edit_strength=1, height=np.uint16(64)) == (
         5, 0.5, 1.0, 64,
     )  # fmt: skip
@@ -229,8 +230,8 @@ def test_a_number_beyond_all_sense_is_not_spelled_out(name: str, number: int) ->
 
 def test_a_long_value_is_cut() -> None:
     with pytest.raises(InputError) as caught:
-        ranges.check(method="a" * 10_000)
-    assert str(caught.value).startswith(f"method='{'a' * 59}... is unknown; it is one of")
+        ranges.check(edit_method="a" * 10_000)
+    assert str(caught.value).startswith(f"edit_method='{'a' * 59}... is unknown; it is one of")
 
 
 def test_the_table_loads_nothing_heavy() -> None:

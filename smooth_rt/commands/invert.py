@@ -13,6 +13,7 @@ from smooth_rt.commands.options import Prompts, RunOptions
 from smooth_rt.commands.pictures import as_pictures, as_seen, file_names, write_pictures
 from smooth_rt.commands.running import run
 from smooth_rt.errors import InputError
+from smooth_rt.ranges import INVERSION_METHODS, choice
 
 __all__ = ["invert"]
 
@@ -35,6 +36,7 @@ def invert(
 ) -> dict[str, Any]:
     """Turn images into noise and back: reconstructions as PNG, the noise and what else leads back as safetensors."""
     picked = None
+    method = choice("method", method, (*INVERSION_METHODS, "auto"))
     if method == "auto":
         from smooth_rt.tasks.inversion import choose
 

@@ -30,5 +30,5 @@ def check_inverted(images: Sequence[Path], method: str, prompts: Sequence[str] |
     """Refuse what cannot be inverted before an engine is built or opened."""
     from smooth_rt.tasks.inversion import source_texts
 
-    source_texts(method, prompts, len(images))
+    source_texts(method, prompts, len(images), "--prompt")
     check_readable(images)

@@ -47,8 +47,8 @@ def png_header(width: int, height: int) -> bytes:
         (["interpolate", "PICTURE", "--prompt", "dog"], "give the two ends"),
         (["interpolate", "PICTURE", "PICTURE", "--seeds", 1, 2], "the images or the seeds"),
         (["interpolate", "PICTURE", "MISSING", "--prompt", "dog"], "no such file"),
-        (["invert", "PICTURE"], "needs one for each image"),
-        (["invert", "PICTURE", "--prompt", "a", "--prompt", "b"], "prompts: 2 for 1 images"),
+        (["invert", "PICTURE"], "error: --prompt: method 'ddim' needs one for each image; give it"),
+        (["invert", "PICTURE", "--prompt", "a", "--prompt", "b"], "error: --prompt: 2 for 1 images"),
         (["invert", "PICTURE", "--prompt", "a", "--method", "magic"], "method='magic' is unknown"),
         (["invert", "TEXT", "--prompt", "a"], "not an image"),
         (["invert", "DOT", "--prompt", "a"], "1x1 px is too small"),
@@ -218,3 +218,10 @@ def test_full_disk(opened: list[Any], refused: Any, tmp_path: Path, monkeypatch:
     line = refused(*GENERATE, *FAST, "--output", tmp_path / "out")
     assert "image-001.png: cannot be written: No space left on device; free some space" in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_auto_is_named_where_it_can_be_taken(refused: Any, picture: Path) -> None:
+    asked = [picture, "--prompt", "a", "--method", "magic"]
+    assert refused("invert", *asked).endswith("edict, belm, auto")
+    for other in (["edit", *asked, "--source-prompt", "b"], ["interpolate", picture, *asked]):
+        assert refused(*other).endswith("edict, belm")

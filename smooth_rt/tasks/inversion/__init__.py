@@ -97,8 +97,11 @@ class Inversion(Noise):
     method: str
 
 
-def source_texts(method: str, prompts: str | Sequence[str] | None, count: int) -> list[str]:
+def source_texts(method: str, prompts: str | Sequence[str] | None, count: int, name: str = "prompts") -> list[str]:
     """The texts that so many images are inverted under.
+
+    Args:
+        name: what errors call the prompts.
 
     Raises:
         InputError: an unknown method, one that needs prompts without them, or a number of them that does not fit.
@@ -106,8 +109,8 @@ def source_texts(method: str, prompts: str | Sequence[str] | None, count: int) -
     if not METHODS[choice("method", method, tuple(METHODS))].with_text:
         return [""] * count
     if prompts is None:
-        raise InputError(f"prompts: method {method!r} needs one for each image; give it, or use ddim-without-text")
-    return checks.one_each(prompts, count, "prompts", "images")
+        raise InputError(f"{name}: method {method!r} needs one for each image; give it, or use ddim-without-text")
+    return checks.one_each(prompts, count, name, "images")
 
 
 def invert(
@@ -157,6 +160,7 @@ def invert(
         EngineError: a network failed, or latents or a loss stopped being finite (the step is named), or the method
             needs gradients that cannot be had.
     """
+    method = choice("method", method, (*METHODS, "auto"))
     if method == "auto":
         if num_inference_steps is not None:
             raise InputError(
@@ -167,7 +171,6 @@ def invert(
         LOG.info("inversion: %s", picked.reason)
     elif budget is not None:
         raise InputError(f"budget={shown(budget)}: it is for method 'auto', which picks by it; leave one of them out")
-    method = choice("method", method, tuple(METHODS))
     chosen = METHODS[method]
     check(output_type=output_type, callback_on_step_end=callback_on_step_end)
     (scale,) = check(guidance_scale=chosen.guidance_scale if guidance_scale is None else guidance_scale)
