@@ -125,8 +125,10 @@ def _rounds(
             wrong = next(k for k in range(len(rows)) if not (each[k].isfinite() and grad[k].isfinite().all()))
             mend = "lower guidance_scale, or check the model's weights"
             raise not_finite(job, "null-text", index, timestep, images[int(rows[wrong])], mend)
-        loss = torch.zeros(len(embeds)).index_add(0, owner[rows], each)
-        adam.step(torch.zeros_like(embeds).index_add(0, owner[rows], grad), active)
+        owners = (owner[rows],)
+        # By index_put: index_add wakes torch's threads for rows this small, which an engine's own keep waiting.
+        loss = torch.zeros(len(embeds)).index_put(owners, each, accumulate=True)
+        adam.step(torch.zeros_like(embeds).index_put(owners, grad, accumulate=True), active)
         active = active & (loss >= threshold)
         if not active.any():
             break
