@@ -24,6 +24,7 @@ __all__ = [
     "LORA_STRENGTH",
     "NETWORKS",
     "OF",
+    "TEXT",
     "WRT",
     "Axis",
     "Dims",
@@ -93,6 +94,7 @@ GRADIENTS: dict[str, tuple[NetworkName, ...]] = {
     "both": ("unet_vjp",),
     **{f"{FEATURES}:{block}": networks for block, networks in BLOCKS.items()},
 }
+TEXT = "encoder_hidden_states"  # the input that the two halves of a call with guidance differ in
 LORA_STRENGTH = "lora_strength"  # the input of a UNet whose LoRA takes its strength as it runs
 LARGEST_STRENGTH = 100.0  # of a LoRA: beyond it nothing of the model is left
 

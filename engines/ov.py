@@ -17,7 +17,8 @@ from engines import kernels
 from engines.base import Engine
 from engines.contract import DERIVED, Network
 from engines.errors import EngineError, reason
-from engines.specialised import Specialised
+from engines.halves import first_half, shared
+from engines.specialised import Specialised, one_size
 from engines.variant import Bounds
 
 __all__ = ["OvEngine", "core"]
@@ -56,7 +57,9 @@ class OvEngine(Engine):
 
     Bounds of one size get a compilation of their own in which that size is fixed, made at the first call of that size.
     So do, of a UNet of less than `OWN_BELOW`, the first `OWN_SIZES` sizes that calls come with. Every other call runs
-    in one of free sizes. Results of the one and the other differ by rounding.
+    in one of free sizes. Of a UNet each fixed size has one more, for calls whose halves differ in their text alone, as
+    guidance makes them (`engines.halves`); a large UNet has only that of the two which it used last. Results of the one
+    and the other differ by rounding.
 
     Args:
         network: the contract; the graph's inputs and outputs must bear its names.
@@ -78,10 +81,11 @@ class OvEngine(Engine):
         self._path = path
         self._replaced: dict[str, Any] = {}
         weights = path.with_suffix(".bin")
-        heavy = weights.exists() and weights.stat().st_size >= OWN_BELOW
-        own = OWN_SIZES if network.name in LOOPED and not heavy else 0
+        self._heavy = weights.exists() and weights.stat().st_size >= OWN_BELOW
+        own = OWN_SIZES if network.name in LOOPED and not self._heavy else 0
         self._requests = Specialised(self.bounds, self._open, own)
-        if own:
+        self._halved = Specialised(self.bounds, self._open_halved, own) if network.name == "unet" else None
+        if own or (self._halved is not None and self.bounds and all(map(one_size, self.bounds))):
             self._read()  # what to compile, the first call says
         else:
             self._requests.any()
@@ -102,10 +106,26 @@ class OvEngine(Engine):
         return model
 
     def _open(self, sizes: Mapping[str, int] | None) -> Any:
-        model = self._read()
+        return self._compiled(self._fixed(sizes))
+
+    def _open_halved(self, sizes: Mapping[str, int] | None) -> Any:
+        """None for free sizes, which say nothing of what a half is."""
+        if sizes is None:
+            return None
+        half, whole = self._fixed({**sizes, "batch": sizes["batch"] // 2}), self._fixed(sizes)
         with self._reading():
-            if sizes is not None:
+            graph = shared(half, whole)
+        return self._compiled(graph)
+
+    def _fixed(self, sizes: Mapping[str, int] | None) -> Any:
+        model = self._read()
+        if sizes is not None:
+            with self._reading():
                 model.reshape({spec.name: list(spec.shape(sizes)) for spec in self.network.inputs})
+        return model
+
+    def _compiled(self, model: Any) -> Any:
+        with self._reading():
             settings = {"INFERENCE_PRECISION_HINT": self.hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
             compiled = core().compile_model(model, "CPU", settings)
         if self.hint == "bf16" and compiled.get_property("INFERENCE_PRECISION_HINT") != openvino.Type.bf16:
@@ -121,20 +141,38 @@ class OvEngine(Engine):
             raise EngineError(f"{self._path}: openvino cannot open it ({reason(error, -1)}); rebuild") from error
 
     def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:
-        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-        request = self._requests.of(profile, self.network.bind(inputs))
+        request, given = self._form(profile, inputs)
+        arrays = {name: tensor.numpy() for name, tensor in given.items()}
         # Outputs are copied out of the request, which writes over its own buffers at the next call.
         results = request.infer(arrays, share_inputs=True, share_outputs=False)
         return {spec.name: torch.from_numpy(results[spec.name]) for spec in self.network.outputs}
 
+    def _form(self, profile: int | None, inputs: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
+        """What computes a call, and what it takes of the inputs."""
+        sizes = self.network.bind(inputs)
+        half = None if self._halved is None else first_half(inputs)
+        other = self._halved if half is None else self._requests
+        if self._heavy and other is not None:
+            other.drop(profile, sizes)
+        if self._halved is not None and half is not None:
+            request = self._halved.of(profile, sizes)
+            if request is not None:
+                return request, half
+        return self._requests.of(profile, sizes), inputs
+
     def refit_impl(self, weights: Mapping[str, Tensor]) -> None:
         # The compiled graph holds its weights packed: it is compiled anew from the same file with these in it.
         self._replaced |= {name: weight.float().numpy() for name, weight in weights.items()}
-        self._requests.renew()
+        for forms in self._all():
+            forms.renew()
+
+    def _all(self) -> list[Specialised]:
+        return [forms for forms in (self._requests, self._halved) if forms is not None]
 
     def close(self) -> None:
         """Free the compiled graphs."""
-        self._requests.clear()
+        for forms in self._all():
+            forms.clear()
         super().close()
 
 

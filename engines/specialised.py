@@ -56,6 +56,13 @@ class Specialised:
             self._opened[key] = self._opener(None if key is None else dict(key))
         return self._opened[key]
 
+    def drop(self, profile: int | None, sizes: Mapping[str, int]) -> None:
+        """Let go of the form that a call of `sizes` would have, if it is one of fixed sizes."""
+        with self._lock:
+            key = self._key(None if profile is None else self._fixed[profile], sizes)
+            if key is not None:
+                self._opened.pop(key, None)
+
     def renew(self) -> None:
         """Let go of all of them, and open the one that was used last anew; sizes keep having forms of their own."""
         with self._lock:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import Dim
 
-from engines.contract import LORA_STRENGTH, WRT, Axis, Dims, Network
+from engines.contract import LORA_STRENGTH, TEXT, WRT, Axis, Dims, Network
 from engines.variant import Bounds
 
 __all__ = ["Case", "cases", "dynamic_shapes", "example_inputs", "random_inputs"]
@@ -30,12 +30,14 @@ GRADIENT_CELLS = 2_048
 
 @dataclass(frozen=True)
 class Case:
-    """One set of inputs for verification: the size of each symbol, how large latents are (standard deviation), and how
-    many rows came before, since a LoRA's strengths take turns over all of them."""
+    """One set of inputs for verification: the size of each symbol, how large latents are (standard deviation), how
+    many rows came before, since a LoRA's strengths take turns over all of them, and whether the two halves of the rows
+    differ in their text alone, as guidance makes them."""
 
     sizes: dict[str, int]
     latent_scale: float
     rows_before: int = 0
+    guided: bool = False
 
 
 def dynamic_shapes(network: Network, module: nn.Module) -> tuple[Any, ...]:
@@ -87,9 +89,12 @@ def cases(network: Network, dims: Dims, bounds: Sequence[Bounds] = ()) -> tuple[
     Gradients of a large model are verified at smaller sizes, of at most `GRADIENT_CELLS`, for the sake of memory.
     Latents of a VAE are `1 / scaling_factor` large (5.5 for SD1.x), those of the UNet about 1: both are covered.
     A UNet is built for calls with and without guidance, so its rows are three at least, one for each of `STRENGTHS`.
+    Its first case of two halves comes as guidance makes it as well: an engine may compute what they share once.
     """
     found = [case for one in bounds or [{}] for case in (_corners(network, one) or _spread(network, dims))]
     distinct = list({tuple(case.sizes.items()): case for case in found}.values())
+    if network.name == "unet":
+        distinct += [replace(case, guided=True) for case in distinct if case.sizes["batch"] % 2 == 0][:1]
     before = itertools.accumulate((case.sizes["batch"] for case in distinct), initial=0)
     return tuple(replace(case, rows_before=rows) for case, rows in zip(distinct, before, strict=False))
 
@@ -135,7 +140,8 @@ def random_inputs(network: Network, dims: Dims, case: Case, generator: torch.Gen
 
     Token ids span the vocabulary; timesteps are spread over 0..999; images lie in -1..1; text embeddings have the unit
     scale of the text encoder's last layer norm; the UNet's latents have unit scale as noised latents do, the VAE
-    decoder's have `case.latent_scale`. A LoRA's strength is one of `STRENGTHS`, row by row.
+    decoder's have `case.latent_scale`. A LoRA's strength is one of `STRENGTHS`, row by row. Of a guided case the second
+    half of the rows has the first half's, but for the text.
     """
     inputs: dict[str, Tensor] = {}
     for spec in network.inputs:
@@ -155,4 +161,7 @@ def random_inputs(network: Network, dims: Dims, case: Case, generator: torch.Gen
         else:
             scale = case.latent_scale if network.name == "vae_decoder" else 1.0
             inputs[spec.name] = scale * torch.randn(shape, generator=generator)
+    if case.guided:
+        half = case.sizes["batch"] // 2
+        inputs = {name: x if name == TEXT else torch.cat([x[:half]] * 2) for name, x in inputs.items()}
     return inputs

@@ -34,30 +34,38 @@ inline Vec larger(Vec one, Vec other) {
 #endif
 }
 
-// 2^x for x <= 0: a polynomial on [-1/2, 1/2] (Taylor's, degree 6: 1e-7 off at most), the whole part into the exponent.
-// With `SHORT` of degree 3 (minimax, 1e-4), for what is rounded to the 8 bits of bf16 next.
+// 2^x for x <= 0: of a polynomial on [-1/2, 1/2] (minimax, degree 5: 7.5e-8 off at most) and the whole part. With `SHORT`
+// of degree 3 (7.5e-5), for what is rounded to the 8 bits of bf16 next.
 template <bool SHORT>
 inline Vec exp2(Vec x) {
+#if defined(__AVX512DQ__)
+    const __m512 whole = _mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    const Vec part = (Vec)_mm512_reduce_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);  // 0 of -inf
+#else
     x = larger(all(-126.0f), x);
     const Vec round = all(12582912.0f);  // 1.5 * 2^23: added, it leaves the whole number in the lowest bits
     const Vec whole = x + round;
     const Vec part = x - (whole - round);
+#endif
     Vec p;
     if constexpr (SHORT) {
-        p = all(0.0558282f);
-        p = p * part + all(0.2421285f);
-        p = p * part + all(0.6931206f);
-        p = p * part + all(0.99992507f);
+        p = all(5.5171669e-2f);
+        p = p * part + all(2.4261112e-1f);
+        p = p * part + all(6.9326099e-1f);
+        p = p * part + all(9.9992807e-1f);
     } else {
-        p = all(1.5403530e-4f);
-        p = p * part + all(1.3333558e-3f);
-        p = p * part + all(9.6181291e-3f);
-        p = p * part + all(5.5504109e-2f);
-        p = p * part + all(2.4022651e-1f);
-        p = p * part + all(6.9314718e-1f);
+        p = all(1.3276472e-3f);
+        p = p * part + all(9.6755413e-3f);
+        p = p * part + all(5.5507133e-2f);
+        p = p * part + all(2.4022120e-1f);
+        p = p * part + all(6.9314697e-1f);
         p = p * part + all(1.0f);
     }
+#if defined(__AVX512DQ__)
+    return (Vec)_mm512_scalef_ps((__m512)p, whole);
+#else
     return (Vec)((Bits)p + ((Bits)whole << 23));
+#endif
 }
 
 inline int64_t up(int64_t count, int64_t multiple) { return (count + multiple - 1) / multiple * multiple; }
