@@ -82,7 +82,7 @@ def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None])
     rows = 2 * options.batch_size
     sizes = {"batch": rows, "height": side, "width": side}
     one_size: list[Bounds] = [{symbol: (size, size, size) for symbol, size in sizes.items()}]
-    inputs = random_inputs(network, dims, Case(sizes, 1.0, guided=True), torch.Generator().manual_seed(0))
+    inputs = random_inputs(network, dims, Case(sizes, 1.0, guided=not options.apart), torch.Generator().manual_seed(0))
     say("matrix rate and FLOPs")
     rate = max(matrix_rates(2048, 3), key=lambda one: one.gflop_per_s)
     flop = count_flop(module, list(inputs.values()))
@@ -197,6 +197,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace | None:
     parser.add_argument("--model", default="default", help="as everywhere, or sd15: full size, random weights")
     parser.add_argument("--side", type=int, default=0, help="pixels; default: the model's own")
     parser.add_argument("--batch-size", type=int, default=1, help="images; two rows each")
+    parser.add_argument("--apart", action="store_true", help="rows of unlike latents, not guidance's two halves")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rung", type=int, default=2, help="of export.to_int8.LADDER")
     parser.add_argument("--samples", type=int, default=4, help="rows that int8 takes its scales from")
@@ -208,7 +209,8 @@ def _parse(arguments: list[str]) -> argparse.Namespace | None:
 
 def _print(rows: Sequence[Row], facts: dict[str, Any], options: argparse.Namespace) -> None:
     call = f"{facts['rows_a_call']} rows, {facts['gflop'] / 1000:.3f} TFLOP a call"
-    what = f"UNet of {options.model}, {options.side} px, {call}"
+    rows_are = "unlike latents" if options.apart else "both halves of guidance"
+    what = f"UNet of {options.model}, {options.side} px, {call}, {rows_are}"
     table = Table(
         "engine", "s", "fastest s", "x diffusers", "x fp32 floor", "relative error", "first result in s", title=what
     )

@@ -99,7 +99,8 @@ def test_the_manifest_proves_every_output_of_every_network(built: Any, dims: Dim
             variant = bundle.find(backend)
             record = variant.engine(name)
             assert [p.output for p in record.parity] == [spec.name for spec in contract(name, dims).outputs]
-            assert all(0 < p.relative <= p.tolerance == 1e-4 and p.max_abs > 0 and p.cases == 3 for p in record.parity)
+            assert all(0 < p.relative <= p.tolerance == 1e-4 and p.max_abs > 0 for p in record.parity)
+            assert {p.cases for p in record.parity} == {4 if name == "unet" else 3}
             assert record.key == variant.expected_key(record, bundle.source, dims)
             assert variant.backend_version == backend_version(backend)
             assert variant.variant.architecture == architecture()

@@ -42,8 +42,8 @@ def test_the_plain_graph_is_compared_again(bundle: Bundle, networks: Networks) -
         outputs = dict(said.split() for said in noted)
         assert list(outputs) == ([one.output for one in record.parity] if record in rewritten else [])
         assert all(0 < float(error) <= 1e-4 for error in outputs.values())
-    # Three cases of each engine, and one of each plain graph.
-    cases = 3 * len(found.engines) + len(rewritten)
+    # Three cases of each engine, one more of the UNet's, and one of each plain graph.
+    cases = 3 * len(found.engines) + 1 + len(rewritten)
     assert told[-1][1:] == (cases, cases)
 
 
