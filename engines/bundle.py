@@ -197,10 +197,11 @@ class Bundle:
         what = f"{built.variant.name} was built"
         if built.backend_version != version:
             return f"{what} by {built.backend} {built.backend_version}, installed is {version}; {mend}"
-        revision = build_revision(built.backend)
+        revision = build_revision(built.variant)
         if built.build_revision != revision:
             told = f"revision {built.build_revision} of its build, this version's is {revision}"
-            return f"{what} with other settings of {built.backend}, which change its numbers ({told}); {mend}"
+            other = f"settings of {built.backend}" if built.variant.kernels == "backend" else "kernels of this project"
+            return f"{what} with other {other}, which change its numbers ({told}); {mend}"
         fault = None if elsewhere else runs_here(built.variant.architecture)
         return None if fault is None else f"{what} for {built.variant.architecture}, {fault}; {mend}"
 

@@ -1,8 +1,8 @@
 """Kernels of this project's own for OpenVINO on the CPU: `native/`, compiled once a machine for its processor.
 
 OpenVINO loads them as an extension. A graph that was built with `--kernels native` holds operations of the opset
-`OPSET` and cannot be opened without. They are compiled from the sources of the installed package alone, never from
-anything in a bundle.
+`OPSET` and cannot be opened without, nor with those of another revision. They are compiled from the sources of the
+installed package alone, never from anything in a bundle.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
+import re
 import shutil
 import subprocess
 import tempfile
@@ -19,24 +20,34 @@ from typing import Any
 
 from engines.errors import EngineError, reason
 
-__all__ = ["OPSET", "WIDEST", "holds", "library", "operations", "register"]
+__all__ = ["OPSET", "REVISION", "WIDEST", "holds", "library", "operations", "register"]
 
-OPSET = "smooth_rt"
+# Counted up when an operation of `native/` takes or means something else: inputs, outputs, attributes, layouts. What
+# was built before is stale then (`recipes.build_revision`), and its graphs, which name the opset, open nowhere.
+REVISION = 1
+OPSET = f"smooth_rt{REVISION}"
 WIDEST = 256  # numbers a head of attention; native/attention.hpp
 SOURCES = Path(__file__).parent / "native"
 # Without the two flags a maximum is a branch. None that would let the compiler take sums for associative: rounding to
 # whole numbers in exp2 rests on their order.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
+DEFINED = f'-DSMOOTH_RT_OPSET="{OPSET}"'
 COMPILERS = ("c++", "g++", "clang++")
+_NAMED = re.compile(rb'version="(smooth_rt[0-9]*)"')
 
 
 def holds(path: Path) -> bool:
-    """Whether the OpenVINO graph (.xml) at `path` has operations of `OPSET`.
+    """Whether the OpenVINO graph (.xml) at `path` has operations of this project.
 
     Raises:
         OSError: the file cannot be read.
+        EngineError: they are of another revision than this version's.
     """
-    return f'version="{OPSET}"'.encode() in path.read_bytes()
+    found = {name.decode() for name in _NAMED.findall(path.read_bytes())}
+    others = sorted(found - {OPSET})
+    if others:
+        raise EngineError(f"{path}: its kernels are those of {others[0]}, this version has {OPSET}; rebuild")
+    return bool(found)
 
 
 @cache
@@ -96,7 +107,15 @@ def library() -> Path:
         # Several processes may compile at the same time: each into a folder of its own, and the last one's stays.
         with tempfile.TemporaryDirectory(prefix=".compiling-", dir=path.parent) as folder:
             made = Path(folder) / path.name
-            command = [compiler, *FLAGS, f"-I{package / 'include'}", str(SOURCES / "operations.cpp"), "-o", str(made)]
+            command = [
+                compiler,
+                *FLAGS,
+                DEFINED,
+                f"-I{package / 'include'}",
+                str(SOURCES / "operations.cpp"),
+                "-o",
+                str(made),
+            ]
             command += [*map(str, libraries), f"-Wl,-rpath,{package / 'libs'}"]
             done = subprocess.run(command, capture_output=True, text=True, check=False)
             if done.returncode != 0:
@@ -152,7 +171,7 @@ def _digest(compiler: str) -> str:
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
     said = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    for part in (said, " ".join(FLAGS).encode(), openvino.__version__.encode(), _processor()):
+    for part in (said, " ".join((*FLAGS, DEFINED)).encode(), openvino.__version__.encode(), _processor()):
         digest.update(part + b"\0")
     return digest.hexdigest()[:32]
 

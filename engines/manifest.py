@@ -121,7 +121,7 @@ class VariantRecord(Record):
         variant: what was asked for.
         profiles: the requests that it was built and verified for.
         backend_version: of the backend's library.
-        build_revision: `recipes.build_revision` of the backend as it was built.
+        build_revision: `recipes.build_revision` of the variant as it was built.
         engines: a record a network.
         made_with: versions of the libraries that took part, for the record.
         seconds: that the build took; `peak_memory_bytes`: the largest resident set, up to then, of one process: the one

@@ -136,6 +136,8 @@ class OvEngine(Engine):
     def _reading(self) -> Iterator[None]:
         try:
             yield
+        except EngineError:  # of this project, in words of its own
+            raise
         except Exception as error:
             # OpenVINO puts the place in its own sources first and the cause last.
             raise EngineError(f"{self._path}: openvino cannot open it ({reason(error, -1)}); rebuild") from error

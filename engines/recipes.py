@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import cast
 
+from engines import kernels
 from engines.contract import DERIVED, NETWORKS, NetworkName, said_gradients
 from engines.errors import InputError
 from engines.providers import BY_BACKEND
@@ -105,9 +106,10 @@ SETTABLE: dict[LoraMode, tuple[str, dict[str, tuple[Precision, ...]]]] = {
 _REVISIONS: dict[str, int] = {"inductor": 1, "tensorrt": 1, "tensorrt-rtx": 1}
 
 
-def build_revision(backend: str) -> int:
-    """The count of what this version changed in how `backend` is built, as far as numbers go; 0 where it never did."""
-    return _REVISIONS.get(backend, 0)
+def build_revision(variant: Variant) -> int:
+    """The count of what was changed in how `variant` is built, as far as numbers go; 0 where nothing ever was."""
+    own = kernels.REVISION if variant.kernels == "native" else 0
+    return _REVISIONS.get(variant.backend, 0) + own  # either is only counted up, so their sum tells
 
 
 def check_precision(backend: str, precision: str) -> None:

@@ -270,7 +270,7 @@ class _Build:
             variant=variant,
             profiles=list(order.profiles),
             backend_version=backend_version(variant.backend),
-            build_revision=build_revision(variant.backend),
+            build_revision=build_revision(variant),
             engines=engines,
             made_with=versions(),
             seconds=round(seconds, 3),

@@ -1,4 +1,5 @@
-// The kernels as OpenVINO's operations, of the opset "smooth_rt". OpenVINO calls `evaluate` with tensors in fp32.
+// The kernels as OpenVINO's operations, of the opset SMOOTH_RT_OPSET, which kernels.py names and counts up when one of them
+// takes or means something else. OpenVINO calls `evaluate` with tensors in fp32.
 
 #include <tbb/blocked_range2d.h>
 #include <tbb/parallel_for.h>
@@ -19,7 +20,7 @@ using Shape = ov::PartialShape;
 // q [B, L, heads, width], k and v [B, S, heads, width] -> [B, L, heads, width].
 class Attention : public ov::op::Op {
 public:
-    OPENVINO_OP("Attention", "smooth_rt");
+    OPENVINO_OP("Attention", SMOOTH_RT_OPSET);
 
     Attention() = default;
     Attention(const ov::OutputVector& inputs, float scale, bool bf16) : Op(inputs), m_scale(scale), m_bf16(bf16) {
@@ -85,7 +86,7 @@ private:
 // What both transforms are given: a matrix, and the height and width of the picture.
 class Transform : public ov::op::Op {
 public:
-    OPENVINO_OP("Transform", "smooth_rt");
+    OPENVINO_OP("Transform", SMOOTH_RT_OPSET);
 
     Transform() = default;
     Transform(const ov::OutputVector& inputs, std::vector<float> matrix, int64_t rows, int64_t height, int64_t width)
@@ -116,7 +117,7 @@ protected:
 // [N, C, height, width] -> side * side of [N, down, across, C]; the matrix is B^T [side, side].
 class WinogradInput : public Transform {
 public:
-    OPENVINO_OP("WinogradInput", "smooth_rt", Transform);
+    OPENVINO_OP("WinogradInput", SMOOTH_RT_OPSET, Transform);
 
     WinogradInput() = default;
     WinogradInput(const ov::OutputVector& inputs, std::vector<float> matrix, int64_t rows, int64_t height, int64_t width)
@@ -160,7 +161,7 @@ public:
 // side * side of [N, down, across, C] -> [N, C, height, width]; the matrix is A^T [size, side].
 class WinogradOutput : public Transform {
 public:
-    OPENVINO_OP("WinogradOutput", "smooth_rt", Transform);
+    OPENVINO_OP("WinogradOutput", SMOOTH_RT_OPSET, Transform);
 
     WinogradOutput() = default;
     WinogradOutput(const ov::OutputVector& inputs, std::vector<float> matrix, int64_t rows, int64_t height, int64_t width)

@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import torch
 
-from engines import select
+from engines import kernels, select
 from engines.bundle import Bundle, key_parts
 from engines.command import build_command
 from engines.contract import NETWORKS, Dims
@@ -205,10 +205,28 @@ def test_engines_that_were_built_with_tf32_are_stale(
     said = old.stale(old.variants[0], elsewhere=True)
     assert "was built with other settings" in str(said)
     assert f"--backend {backend} " in str(said)
-    fresh = built(build_revision(backend))
+    fresh = built(build_revision(old.variants[0].variant))
     assert fresh.stale(fresh.variants[0], elsewhere=True) is None
     keys = {bundle.variants[0].engine("unet").key for bundle in (old, fresh)}
     assert len(keys) == 2
+
+
+def test_engines_with_an_earlier_revision_of_the_native_kernels_are_stale(
+    bundle_folder: Path, edit_manifest: Edit, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def as_native(content: dict[str, Any]) -> None:
+        content["variants"][0]["variant"] |= {"backend": "openvino", "kernels": "native"}
+        content["variants"][0] |= {"build_revision": kernels.REVISION}
+
+    monkeypatch.setattr("engines.bundle.backend_version", lambda _: select.backend_version("onnxruntime"))
+    plain = Bundle.open(bundle_folder).variants[0].variant
+    edit_manifest(as_native)
+    bundle = Bundle.open(bundle_folder)
+    assert bundle.stale(bundle.variants[0]) is None
+    monkeypatch.setattr(kernels, "REVISION", kernels.REVISION + 1)
+    with pytest.raises(BundleError, match=r"was built with other kernels of this project.* --kernels native"):
+        bundle.open_network("unet", bundle.variants[0])
+    assert build_revision(plain) == 0  # what has none of them stays valid
 
 
 def test_another_architecture(bundle_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
