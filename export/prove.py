@@ -147,7 +147,7 @@ def _runner(variant: Variant, record: EngineRecord, network: Network) -> Run | N
         def change(model: Any) -> None:
             if variant.convolution == "winograd":
                 fewer_multiplications(model, network, record.bounds, native is not None)
-            native_kernels(model, native)
+            native_kernels(model, native, whole=variant.lora_mode == "refit")
 
         return on_openvino(record.hint, change)
     return RUNNERS.get("-".join([variant.backend, *([record.hint] if record.hint else [])]))

@@ -15,10 +15,13 @@ from torch import Tensor
 
 from engines.contract import Dims, contract
 from engines.errors import EngineError
-from engines.variant import Bounds
+from engines.manifest import EngineRecord
+from engines.select import architecture
+from engines.variant import Bounds, LoraMode, Variant
+from export import prove
 from export.bisect import RUNNERS, _probe, first_divergence, on_openvino
 from export.graphs import Case, random_inputs
-from export.to_openvino import fewer_multiplications
+from export.to_openvino import fewer_multiplications, native_kernels
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +101,49 @@ def test_a_rewritten_graph_is_searched_where_the_rewriting_is(
     wanted = RUNNERS["onnxruntime-plain"](probe, inputs, layers[len(layers) // 2])
     found = on_openvino("f32", change)(probe, inputs, layers[len(layers) // 2])
     np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+@pytest.mark.usefixtures("own_kernels")
+def test_a_graph_with_native_kernels_is_searched_where_they_are(
+    graph: Path, inputs: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What they compute, what is turned after it, and the halves of a projection go by the names that they had."""
+    monkeypatch.setattr("export.rewrites.native.LEAST_KEYS", 1)
+    hits: list[dict[str, int]] = []
+
+    def change(model: Any) -> None:
+        hits.append(native_kernels(model, "f32"))
+
+    assert first_divergence(graph, inputs, on_openvino("f32", change), 1e-4) is None
+    assert all(min(one.values()) > 0 for one in hits)
+    model = onnx.load(graph, load_external_data=False)
+    nodes = {name: node for node in model.graph.node for name in node.output}
+    attended = [name for name in nodes if "scaled_dot_product_attention" in name and nodes[name].op_type == "MatMul"]
+    turned = [node.output[0] for node in model.graph.node if node.op_type == "Transpose" and node.input[0] in attended]
+    cut = [node.output[0] for node in model.graph.node if node.op_type == "Split"]
+    shutil.copyfile(f"{graph}.data", tmp_path / f"{graph.name}.data")
+    for tensor in (attended[0], turned[0], cut[0]):
+        probe = _probe(model, tensor, tmp_path / graph.name)
+        wanted = RUNNERS["onnxruntime-plain"](probe, inputs, tensor)
+        found = on_openvino("f32", change)(probe, inputs, tensor)
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_a_graph_whose_weights_are_replaced_is_searched_with_them_in_one_piece(
+    graph: Path, inputs: dict[str, Tensor], dims: Dims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes: list[Any] = []
+    monkeypatch.setattr("export.prove.native_kernels", lambda _, native, whole: changes.append((native, whole)))
+    record = EngineRecord.model_construct(network="unet", precision="fp32", hint="f32", bounds=[])
+    modes: tuple[LoraMode, ...] = ("fused", "refit")
+    for mode in modes:
+        variant = Variant(
+            backend="openvino", precision="fp32", lora_mode=mode, architecture=architecture(), kernels="native"
+        )
+        run = prove._runner(variant, record, contract("unet", dims))
+        assert run is not None
+        run(graph, inputs, "noise_pred")
+    assert changes == [("f32", False), ("f32", True)]
 
 
 def test_a_file_that_is_none(tmp_path: Path, inputs: dict[str, Tensor]) -> None:
