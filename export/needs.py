@@ -22,13 +22,14 @@ from torch import nn
 from engines.contract import DERIVED, NETWORKS, WRT, Dims, NetworkName, contract
 from engines.eager import gradient_networks
 from engines.errors import EngineError
-from engines.recipes import RECIPES
+from engines.recipes import RECIPES, native_hint
 from engines.select import ONNX, TENSORRT
 from engines.specialised import one_size
 from engines.staging import said_size
-from engines.variant import Bounds, Order, Precision, Profile, Span, Variant
+from engines.variant import Bounds, Order, Precision, Profile, Span
 from export.activations import held_at_most, without_numbers
 from export.graphs import Case, cases
+from export.transformed import added_by_transforms
 
 __all__ = ["Need", "check_memory", "disk_needed", "memory_needed"]
 
@@ -66,9 +67,8 @@ _VERIFYING: dict[str, _Opened] = {
 # Of a gradient graph, over the UNet's: it holds weights as they are and transposed; and of one that is opened.
 _GRADIENT = 1.5
 _GRADIENT_OPENED = 1.8
-# With weights that are transformed for 3x3 convolutions, over those that are not: SD1.5's UNet as it is written, and as
-# two sizes of it are opened, the file mapped.
-_TRANSFORMED = 2.2
+# With weights that are transformed for 3x3 convolutions, over those that are not: SD1.5's UNet, as two sizes of it are
+# opened, the file mapped.
 _TRANSFORMED_IN_MEMORY = 1.6
 _ALWAYS = 2**29  # bytes; libraries that are loaded on the way
 
@@ -92,8 +92,9 @@ def disk_needed(networks: Mapping[NetworkName, nn.Module], dims: Dims, orders: S
     weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     onnx = {order.variant.precision for order in held if order.variant.backend == "onnxruntime"}
     way = 0.0 if "fp32" in onnx or not held else 1.0
-    forward = weights * (way + sum(_on_disk(order.variant) for order in held))
+    forward = weights * (way + sum(_ON_DISK[order.variant.precision] for order in held))
     gradients = sum(len(order.gradients) for order in held) * _GRADIENT * _bytes(networks["unet"])
+    transformed = sum(_added(networks, dims, order) for order in held if order.variant.convolution == "winograd")
     compiled, working = 0.0, 0.0
     for order in orders:
         if order.variant.backend == "inductor":
@@ -102,11 +103,21 @@ def disk_needed(networks: Mapping[NetworkName, nn.Module], dims: Dims, orders: S
                 own = share * _bytes(networks["unet" if name in DERIVED else name])
                 compiled += own * len(_bounds(order, name, dims))
                 working = max(working, _COMPILING * own)
-    return int(_GRAPH_SHARE * (forward + gradients + compiled + working))
+    return int(_GRAPH_SHARE * (forward + gradients + transformed + compiled + working))
 
 
-def _on_disk(variant: Variant) -> float:
-    return _ON_DISK[variant.precision] * (1.0 if variant.convolution == "direct" else _TRANSFORMED)
+def _added(networks: Mapping[NetworkName, nn.Module], dims: Dims, order: Order) -> float:
+    """Of transformed convolutions. A gradient graph has the UNet's and their counterparts on the way back."""
+    added = 0.0
+    for name in order.networks:
+        own: NetworkName = "unet" if name in DERIVED else name
+        network = contract(own, dims)
+        bounds = [one for _, one in _bounds(order, own, dims)]
+        native = native_hint(order.variant, name) is not None
+        if "height" in network.symbols:
+            share = 2.0 if name in DERIVED else 1.0
+            added += share * added_by_transforms(networks[own], network, bounds, native)
+    return added
 
 
 def _bounds(order: Order, name: NetworkName, dims: Dims) -> list[tuple[Profile, Bounds]]:

@@ -23,6 +23,7 @@ from export.activations import held_at_most
 from export.graphs import cases
 from export.machine import available_memory
 from export.needs import check_memory, disk_needed, memory_needed
+from export.transformed import added_by_transforms
 
 GIB = 2**30
 KIB = 1024
@@ -161,6 +162,41 @@ def test_sd15_on_both_backends_of_the_cpu_is_what_was_measured(sd15: Any) -> Non
         assert need.network == "unet"
         assert least < need.size / GIB < 1.1 * measured
     assert disk_needed(networks, dims, both) / GIB == pytest.approx(7.94, rel=0.15)
+
+
+def test_transformed_convolutions_are_counted_by_layer_and_size(sd15: Any) -> None:
+    networks, dims = sd15
+    unet, network = networks["unet"], contract("unet", dims)
+    own = sum(weight.numel() * 4 for weight in unet.parameters())
+
+    def written(side: str, native: bool) -> float:
+        return own + added_by_transforms(unet, network, profile("1", side).bounds(network, dims), native)
+
+    # The files of real builds for 512 px, by OpenVINO's operations and by native kernels.
+    assert written("512", native=False) == pytest.approx(7_468_569_164, rel=2e-4)
+    assert written("512", native=True) == pytest.approx(7_675_005_608, rel=2e-4)
+    assert written("1024", native=False) > 2.8 * own
+
+
+@pytest.mark.parametrize("kernels", ["backend", "native"])
+def test_the_disk_of_transformed_convolutions_is_enough_at_any_size(sd15: Any, kernels: Any) -> None:
+    networks, dims = sd15
+    winograd = {"convolution": "winograd", "kernels": kernels}
+    for side in ("512", "1024"):
+        plain = ordered("openvino", dims, profile("1", side))
+        asked = plain.model_copy(update={"variant": plain.variant.model_copy(update=winograd)})
+        more = sum(
+            added_by_transforms(
+                networks[name], contract(name, dims), profile("1", side).bounds(contract(name, dims), dims),
+                native=kernels == "native" and name == "unet",
+            )
+            for name in ("unet", "vae_encoder", "vae_decoder")
+        )  # fmt: skip
+        needed = disk_needed(networks, dims, [asked])
+        assert needed == pytest.approx(disk_needed(networks, dims, [plain]) + 1.1 * more, rel=1e-6)
+        # Each of two gradients has the transformed layers of the way there and of the way back.
+        both = asked.model_copy(update={"gradients": ("unet_vjp", "unet_vjp_text")})
+        assert disk_needed(networks, dims, [both]) > needed + 2 * 2 * more / 2
 
 
 def test_each_size_of_openvino_that_is_compiled_holds_the_weights(sd15: Any) -> None:
