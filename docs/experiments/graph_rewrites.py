@@ -23,9 +23,10 @@ import onnxruntime
 from diffusers import UNet2DConditionModel
 from onnx_ir.passes.common import RemoveUnusedNodesPass
 from onnxscript.rewriter import RewriteRule, RewriteRuleSet
+from transformers import CLIPTextConfig, CLIPTextModel
 
-from engines.contract import Dims, contract
-from engines.eager import Unet
+from engines.contract import Dims, NetworkName, contract
+from engines.eager import TextEncoder, Unet
 from export.rewrites.fused_attention import fused_attention
 from export.rewrites.split_projection import split_projection
 from export.rewrites.text_apart import text_apart
@@ -34,6 +35,8 @@ from smooth_rt.model import load_model
 
 # SD1.5's UNet at 0.4 of its width: 142 M parameters.
 MIDDLE = {"block_out_channels": (128, 256, 512, 512), "cross_attention_dim": 768, "attention_head_dim": 8}
+# And its text encoder, whole.
+CLIP = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12}
 MIDDLE_DIMS = Dims(77, 768, 49408, 4, 3, 8, 8, 32)
 
 
@@ -113,6 +116,24 @@ def timestep_apart(model: Any) -> int:
     return len(layers)
 
 
+def mask_folded(model: Any) -> int:
+    """The text encoder's causal mask as a constant of numbers, without the guard against rows that are masked whole."""
+    hits = 0
+    for node in [node for node in model.graph if node.op_type == "Where"]:
+        condition, kept, other = node.inputs
+        before = condition.producer()
+        if before.op_type == "Expand":  # of booleans, to the batch
+            mask = np.where(before.inputs[0].const_value.numpy(), kept.const_value.numpy(), other.const_value.numpy())
+            node.outputs[0].replace_all_uses_with(_constant(model, f"mask_{hits}", mask))
+        elif before.op_type == "IsNaN" and before.inputs[0] is other:
+            node.outputs[0].replace_all_uses_with(other)
+        else:
+            continue
+        hits += 1
+    RemoveUnusedNodesPass()(model)
+    return hits
+
+
 # By name: the backends that it is tried on, and its rewrites in order.
 REWRITES: dict[str, tuple[str, list[Callable[[Any], Any]]]] = {
     "plain again": ("both", []),
@@ -125,35 +146,38 @@ REWRITES: dict[str, tuple[str, list[Callable[[Any], Any]]]] = {
     "GroupNorm as a node": ("both", [group_norm]),
     "all that onnxruntime gets": ("onnxruntime", [fused_attention, split_projection, text_apart]),
 }
+OF_THE_TEXT: dict[str, tuple[str, list[Callable[[Any], Any]]]] = {
+    "plain again": ("both", []),
+    "mask folded": ("both", [mask_folded]),
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", choices=("default", "middle"), default="default")
+    parser.add_argument("--network", choices=("unet", "text_encoder"), default="unet")
     parser.add_argument("--backend", choices=("onnxruntime", "openvino"), default="onnxruntime")
     parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--rounds", type=int, default=60)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--fixed", action="store_true", help="open the graphs for this one size")
-    parser.add_argument("--only", nargs="*", choices=list(REWRITES), default=list(REWRITES), help="default: all")
+    parser.add_argument("--only", nargs="*", choices=[*REWRITES, *OF_THE_TEXT], help="default: all of the network")
     parser.add_argument("--graphs", type=Path, help="a folder that keeps the exported graph; default: none is kept")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as work:
         folder = (options.graphs or Path(work)) / options.model
-        plain, dims = folder / "model.onnx", _export(options.model, folder)
+        rewrites_of = REWRITES
+        if options.network == "text_encoder":
+            folder, rewrites_of = folder / "text_encoder", OF_THE_TEXT
+        plain, dims = folder / "model.onnx", _export(options.model, options.network, folder)
         rng = np.random.default_rng(options.seed)
-        side, rows = dims.sample_size, options.rows
-        inputs = {
-            "sample": rng.standard_normal((rows, dims.latent_channels, side, side), np.float32),
-            "timestep": np.linspace(1, 990, rows).astype(np.int64),
-            "encoder_hidden_states": rng.standard_normal((rows, dims.tokens, dims.text_width), np.float32),
-        }
+        inputs = _inputs(rng, options.network, dims, options.rows)
         calls = {}
-        opened = ["plain", *options.only]
+        opened = ["plain", *(rewrites_of if options.only is None else options.only)]
         rng.shuffle(opened)  # the order has a part in how fast a graph is
         for name in opened:
-            on, rewrites = REWRITES.get(name, ("both", []))
+            on, rewrites = rewrites_of.get(name, ("both", []))
             if on in ("both", options.backend):
                 model, given = onnx_ir.load(plain), dict(inputs)
                 path = folder / f"{name.replace(' ', '-')}.onnx"
@@ -177,14 +201,28 @@ def _run(path: Path, inputs: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return {value.name: array for value, array in zip(session.get_outputs(), found, strict=True)}
 
 
-def _export(name: str, folder: Path) -> Dims:
+def _inputs(rng: np.random.Generator, network: str, dims: Dims, rows: int) -> dict[str, np.ndarray]:
+    if network == "text_encoder":
+        return {"input_ids": rng.integers(0, dims.vocabulary, (rows, dims.tokens), np.int32)}
+    side = dims.sample_size
+    return {
+        "sample": rng.standard_normal((rows, dims.latent_channels, side, side), np.float32),
+        "timestep": np.linspace(1, 990, rows).astype(np.int64),
+        "encoder_hidden_states": rng.standard_normal((rows, dims.tokens, dims.text_width), np.float32),
+    }
+
+
+def _export(name: str, network: NetworkName, folder: Path) -> Dims:
     if name == "default":
         loaded = load_model("default")
-        unet, dims = loaded.unet, loaded.dims
-    else:
+        unet, text_encoder, dims = loaded.unet, loaded.text_encoder, loaded.dims
+    elif network == "unet":
         unet, dims = UNet2DConditionModel(**MIDDLE, sample_size=MIDDLE_DIMS.sample_size), MIDDLE_DIMS
+    else:
+        text_encoder, dims = CLIPTextModel(CLIPTextConfig(**CLIP)), MIDDLE_DIMS
+    module = Unet(unet) if network == "unet" else TextEncoder(text_encoder)
     if not (folder / "model.onnx").exists():
-        to_onnx(Unet(unet.requires_grad_(False)).eval(), contract("unet", dims), dims, folder / "model.onnx")
+        to_onnx(module.requires_grad_(False).eval(), contract(network, dims), dims, folder / "model.onnx")
     return dims
 
 
@@ -199,7 +237,8 @@ def _open(path: Path, inputs: dict[str, np.ndarray], options: argparse.Namespace
         settings.intra_op_num_threads = options.threads
         settings.log_severity_level = 3
         if options.fixed:
-            for axis, size in zip(("batch", "height", "width"), np.delete(inputs["sample"].shape, 1), strict=True):
+            taken = np.delete(next(iter(inputs.values())).shape, 1)  # the text encoder's is the batch alone
+            for axis, size in zip(("batch", "height", "width"), taken, strict=False):
                 settings.add_free_dimension_override_by_name(axis, int(size))
         session = onnxruntime.InferenceSession(path, settings, providers=["CPUExecutionProvider"])
         return lambda: session.run(None, given)

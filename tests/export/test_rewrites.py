@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -162,3 +163,20 @@ def test_weights_that_are_put_in_later_lie_in_one_graph(built: Any, tmp_path: Pa
     for name, value in plain.items():
         if ".weight" in name:
             np.testing.assert_array_equal(run[name].const_value.numpy(), value.const_value.numpy())
+
+
+def test_the_text_encoders_causal_mask_is_a_constant(built: Any, dims: Dims) -> None:
+    """The exporter folds the comparison of positions; no rewrite of ours does (docs/experiments/graph-rewrites.md)."""
+    graph = onnx_ir.load(built.bundle.path / "onnxruntime-fp32" / "text_encoder" / "model.onnx").graph
+    masks = [node.inputs[0] for node in graph if node.op_type == "Expand"]
+    assert len(masks) == 1
+    assert masks[0] is not None
+    assert masks[0].const_value is not None
+    found = masks[0].const_value.numpy()
+    np.testing.assert_array_equal(found.reshape(dims.tokens, dims.tokens), np.tril(np.ones_like(found[0, 0])))
+    assert found.dtype == np.bool_
+    # Nor does OpenVINO's graph compute it: it picks one of two numbers by the constant.
+    text = (built.bundle.path / "openvino-fp32" / "text_encoder" / "openvino_model.xml").read_text()
+    kinds = set(re.findall(r'<layer [^>]*type="(\w+)"', text))
+    assert "Select" in kinds
+    assert not kinds & {"Range", "LessEqual", "Less", "GreaterEqual", "Greater", "CumSum"}
