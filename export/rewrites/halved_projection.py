@@ -33,7 +33,6 @@ def halved_projection(model: Any) -> int:
             layer = ops.matmul(product.input_value(0), _constant(part), False, turned)
             layer.set_friendly_name(f"{name}_{index}")
             fresh = ops.add(layer, _constant(offset)).output(0)
-            fresh.get_tensor().set_names(node.output(index).get_names())  # by which the result can be asked for
             for target in list(node.output(index).get_target_inputs()):
                 target.replace_source_output(fresh)
         hits += 1

@@ -76,18 +76,16 @@ def _tokens_first(output: Any) -> Any:
 
 
 def _replace(old: Any, fresh: Any) -> None:
-    """Let those who read `old` read `fresh`, which has tokens first. Names stay, by which a result can be asked for."""
+    """Let those who read `old` read `fresh`, which has tokens first."""
     turned = None
     for target in list(old.get_target_inputs()):
         reader = target.get_node()
         if _turns(reader):
-            fresh.get_tensor().add_names(reader.output(0).get_names())
             for further in list(reader.output(0).get_target_inputs()):
                 further.replace_source_output(fresh)
             continue
         if turned is None:
             turned = ops.transpose(fresh, ops.constant(np.array(_HEADS_FIRST))).output(0)
-            turned.get_tensor().set_names(old.get_names())
         target.replace_source_output(turned)
 
 
