@@ -8,19 +8,21 @@ installed package alone, never from anything in a bundle.
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import platform
 import re
-import shutil
-import subprocess
-import tempfile
+import threading
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+from engines.compiler import compiled, find, intact, version
 from engines.errors import EngineError, reason
 
 __all__ = ["OPSET", "REVISION", "WIDEST", "holds", "library", "operations", "register"]
+
+LOG = logging.getLogger("smooth_rt")
 
 # Counted up when an operation of `native/` takes or means something else: inputs, outputs, attributes, layouts. What
 # was built before is stale then (`recipes.build_revision`), and its graphs, which name the opset, open nowhere.
@@ -32,7 +34,7 @@ SOURCES = Path(__file__).parent / "native"
 # whole numbers in exp2 rests on their order.
 FLAGS = ("-std=c++17", "-O3", "-march=native", "-fno-math-errno", "-fno-trapping-math", "-fPIC", "-shared")
 DEFINED = f'-DSMOOTH_RT_OPSET="{OPSET}"'
-COMPILERS = ("c++", "g++", "clang++")
+_COMPILING = threading.Lock()  # one thread of a process, which has one folder for it
 _NAMED = re.compile(rb'version="(smooth_rt[0-9]*)"')
 
 
@@ -89,48 +91,35 @@ def _unloadable(path: Path, error: Exception) -> EngineError:
 @cache
 def library() -> Path:
     """The compiled kernels, kept beside the cache of bundles (SMOOTH_RT_CACHE). Compiled, which takes some seconds,
-    where there are none of these sources for this processor, compiler and openvino.
+    where there are none of these sources for this processor, compiler and openvino, or what is there is damaged.
 
     Raises:
-        EngineError: there is no C++ compiler, or it fails.
+        EngineError: there is no C++ compiler, it fails, or the folder cannot be written to.
     """
-    compiler = _compiler()
-    path = _folder() / f"{_digest(compiler)}.so"
-    if path.is_file():
-        return path
+    with _COMPILING:
+        compiler = find()
+        path = _folder() / f"{_digest(compiler)}.so"
+        try:
+            if path.is_file():
+                if intact(path):
+                    return path
+                LOG.warning("%s: damaged; compiled anew", path)
+            _compile(compiler, path)
+        except OSError as error:
+            raise EngineError(
+                f"kernels 'native': {error.filename or path}: {error.strerror}; set SMOOTH_RT_CACHE to a folder that "
+                "can be written to"
+            ) from error
+    return path
+
+
+def _compile(compiler: str, path: Path) -> None:
     import openvino
 
     package = Path(openvino.__file__).parent
     libraries = [_shared(package / "libs", stem) for stem in ("libopenvino.so", "libtbb.so")]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        # Several processes may compile at the same time: each into a folder of its own, and the last one's stays.
-        with tempfile.TemporaryDirectory(prefix=".compiling-", dir=path.parent) as folder:
-            made = Path(folder) / path.name
-            command = [
-                compiler,
-                *FLAGS,
-                DEFINED,
-                f"-I{package / 'include'}",
-                str(SOURCES / "operations.cpp"),
-                "-o",
-                str(made),
-            ]
-            command += [*map(str, libraries), f"-Wl,-rpath,{package / 'libs'}"]
-            done = subprocess.run(command, capture_output=True, text=True, check=False)
-            if done.returncode != 0:
-                fault = next((line for line in done.stderr.splitlines() if "error" in line), done.stderr)
-                raise EngineError(
-                    f"kernels 'native': {compiler} fails ({fault.strip():.140}); set CXX to another compiler, or build "
-                    "with --kernels backend"
-                )
-            made.replace(path)
-    except OSError as error:
-        raise EngineError(
-            f"kernels 'native': {error.filename or path}: {error.strerror}; set SMOOTH_RT_CACHE to a folder that "
-            "can be written to"
-        ) from error
-    return path
+    options = [*FLAGS, DEFINED, f"-I{package / 'include'}", str(SOURCES / "operations.cpp")]
+    compiled(compiler, [*options, *map(str, libraries), f"-Wl,-rpath,{package / 'libs'}"], path)
 
 
 def _folder() -> Path:
@@ -138,19 +127,6 @@ def _folder() -> Path:
 
     chosen = os.environ.get("SMOOTH_RT_CACHE")
     return (Path(chosen).expanduser() if chosen else user_cache_path("smooth-rt", appauthor=False)) / "kernels"
-
-
-def _compiler() -> str:
-    asked = os.environ.get("CXX")
-    for name in (asked,) if asked else COMPILERS:
-        found = shutil.which(name)
-        if found:
-            return found
-    missing = f"CXX={asked} is no program" if asked else f"none of {', '.join(COMPILERS)} is installed"
-    raise EngineError(
-        f"kernels 'native': they are compiled on the machine that they run on, and {missing}; install g++ (Debian: "
-        "`apt install g++`), or build with --kernels backend"
-    )
 
 
 def _shared(folder: Path, stem: str) -> Path:
@@ -170,8 +146,7 @@ def _digest(compiler: str) -> str:
     digest = hashlib.sha256()
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + b"\0" + source.read_bytes())
-    said = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    for part in (said, " ".join((*FLAGS, DEFINED)).encode(), openvino.__version__.encode(), _processor()):
+    for part in (version(compiler), " ".join((*FLAGS, DEFINED)).encode(), openvino.__version__.encode(), _processor()):
         digest.update(part + b"\0")
     return digest.hexdigest()[:32]
 

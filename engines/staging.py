@@ -14,7 +14,7 @@ from engines.contract import DERIVED, NETWORKS
 from engines.errors import BundleError
 from engines.select import BACKENDS
 
-__all__ = ["abandoned", "foreign", "said_size", "staging"]
+__all__ = ["abandoned", "alive", "foreign", "said_size", "staging"]
 
 # All that lies in a bundle: at its top, and in the folder of a variant.
 _VARIANT = re.compile(rf"({'|'.join(BACKENDS)})-[a-z0-9_-]+")
@@ -148,7 +148,7 @@ def abandoned(folder: Path, name: str | None = None) -> list[Path]:
         found = _PARTIAL.fullmatch(sibling.name)
         if not found or (name is not None and found["name"] != name):
             continue
-        if sibling in _OURS or _alive(int(found["pid"])):
+        if sibling in _OURS or alive(int(found["pid"])):
             continue
         target = sibling.with_name(found["name"])
         if found["kind"] == "old" and not target.exists():
@@ -158,7 +158,8 @@ def abandoned(folder: Path, name: str | None = None) -> list[Path]:
     return left
 
 
-def _alive(pid: int) -> bool:
+def alive(pid: int) -> bool:
+    """Whether a process of that number, by which something is named, is at work in it; this one is not."""
     if pid == os.getpid():
         return False  # not among ours, so an earlier process had the same number
     if os.name == "nt":

@@ -4,6 +4,7 @@
 #include <tbb/blocked_range2d.h>
 #include <tbb/parallel_for.h>
 
+#include <algorithm>
 #include <memory>
 #include <openvino/core/extension.hpp>
 #include <openvino/core/op_extension.hpp>
@@ -16,6 +17,25 @@ namespace smooth_rt {
 
 using Tensors = ov::TensorVector;
 using Shape = ov::PartialShape;
+using Shapes = std::vector<ov::PartialShape>;
+
+// Each operation checks its inputs twice: what is known of them when the graph is opened, and all of it before it reads
+// them, since sizes may stay free until then.
+Shapes known(const ov::Node& node) {
+    Shapes shapes;
+    for (const auto& input : node.inputs()) {
+        const ov::element::Type type = input.get_element_type();
+        OPENVINO_ASSERT(type.is_dynamic() || type.is_real(), node.get_type_name(), " takes floating-point numbers");
+        shapes.push_back(input.get_partial_shape());
+    }
+    return shapes;
+}
+
+Shapes given(const Tensors& inputs) {
+    Shapes shapes;
+    for (const auto& input : inputs) shapes.emplace_back(input.get_shape());
+    return shapes;
+}
 
 // q [B, L, heads, width], k and v [B, S, heads, width] -> [B, L, heads, width].
 class Attention : public ov::op::Op {
@@ -28,12 +48,8 @@ public:
     }
 
     void validate_and_infer_types() override {
-        OPENVINO_ASSERT(get_input_size() == 3, "Attention takes q, k and v");
-        const Shape& shape = get_input_partial_shape(0);
-        OPENVINO_ASSERT(shape.rank().compatible(4), "Attention takes [batch, tokens, heads, width]");
-        if (shape.rank().is_static() && shape[3].is_static())
-            OPENVINO_ASSERT(shape[3].get_length() <= WIDEST, "Attention takes heads of at most ", WIDEST, " numbers");
-        set_output_type(0, get_input_element_type(0), shape);
+        check(known(*this));
+        set_output_type(0, get_input_element_type(0), get_input_partial_shape(0));
     }
 
     std::shared_ptr<ov::Node> clone_with_new_inputs(const ov::OutputVector& inputs) const override {
@@ -49,6 +65,7 @@ public:
     bool has_evaluate() const override { return true; }
 
     bool evaluate(Tensors& outputs, const Tensors& inputs) const override {
+        check(given(inputs));
         const ov::Shape q = inputs[0].get_shape(), k = inputs[1].get_shape();
         outputs[0].set_shape(q);
         const auto of = [](size_t size) { return static_cast<int64_t>(size); };
@@ -59,6 +76,21 @@ public:
     }
 
 private:
+    static void check(const Shapes& shapes) {
+        OPENVINO_ASSERT(shapes.size() == 3, "Attention takes q, k and v");
+        for (const auto& shape : shapes)
+            OPENVINO_ASSERT(shape.rank().compatible(4), "Attention takes [batch, tokens, heads, width]");
+        const Shape &q = shapes[0], &k = shapes[1], &v = shapes[2];
+        OPENVINO_ASSERT(k.compatible(v), "Attention takes k and v of one shape, not ", k, " and ", v);
+        if (q.rank().is_dynamic()) return;
+        OPENVINO_ASSERT(q[3].is_dynamic() || q[3].get_length() <= WIDEST, "Attention takes heads of at most ", WIDEST,
+                        " numbers");
+        Shape like = q;
+        like[1] = ov::Dimension::dynamic();
+        OPENVINO_ASSERT(k.compatible(like) && v.compatible(like), "Attention takes k and v with the batch, heads and width of q, ",
+                        q, ", not ", k);
+    }
+
     template <typename Form>
     void run(ov::Tensor& output, const Tensors& inputs, const Sizes& s) const {
         const float *q = inputs[0].data<float>(), *k = inputs[1].data<float>(), *v = inputs[2].data<float>();
@@ -83,6 +115,8 @@ private:
     bool m_bf16 = false;
 };
 
+constexpr int64_t LARGEST_PICTURE = 1 << 20;  // a side, far from where products of sizes overflow
+
 // What both transforms are given: a matrix, and the height and width of the picture.
 class Transform : public ov::op::Op {
 public:
@@ -104,11 +138,17 @@ public:
 
 protected:
     Matrix matrix() const {
-        OPENVINO_ASSERT(m_rows > 0 && m_matrix.size() % m_rows == 0, "matrix is not of ", m_rows, " rows");
-        const int columns = static_cast<int>(m_matrix.size() / m_rows);
+        OPENVINO_ASSERT(m_rows > 0 && !m_matrix.empty() && m_matrix.size() % m_rows == 0, "matrix is not of ", m_rows,
+                        " rows");
+        const size_t columns = m_matrix.size() / m_rows;
         OPENVINO_ASSERT(m_rows <= LARGEST_SIDE && columns <= LARGEST_SIDE, "tiles of at most ", LARGEST_SIDE);
-        return {static_cast<int>(m_rows), columns, m_matrix};
+        OPENVINO_ASSERT(m_height > 0 && m_width > 0 && std::max(m_height, m_width) <= LARGEST_PICTURE, "a picture of ",
+                        m_height, "x", m_width, " is not taken");
+        return {static_cast<int>(m_rows), static_cast<int>(columns), m_matrix};
     }
+
+    // The tiles that cover one side of the picture, each with `size` numbers of the result.
+    static int64_t tiles(int64_t side, int64_t size) { return (side + size - 1) / size; }
 
     std::vector<float> m_matrix;
     int64_t m_rows = 0, m_height = 0, m_width = 0;
@@ -126,10 +166,9 @@ public:
     }
 
     void validate_and_infer_types() override {
+        const int64_t size = check(known(*this)).rows - 2;
         const Shape& shape = get_input_partial_shape(0);
-        OPENVINO_ASSERT(shape.rank().is_static() && shape.rank().get_length() == 4, "[N, C, height, width] is taken");
-        const int64_t size = matrix().rows - 2;
-        const Shape cells{shape[0], (m_height + size - 1) / size, (m_width + size - 1) / size, shape[1]};
+        const Shape cells{shape[0], tiles(m_height, size), tiles(m_width, size), shape[1]};
         set_output_size(m_rows * m_rows);
         for (int64_t i = 0; i < m_rows * m_rows; ++i) set_output_type(i, get_input_element_type(0), cells);
     }
@@ -139,10 +178,10 @@ public:
     }
 
     bool evaluate(Tensors& outputs, const Tensors& inputs) const override {
-        const Matrix by = matrix();
+        const Matrix by = check(given(inputs));
         const ov::Shape shape = inputs[0].get_shape();
         const int64_t pictures = shape[0], channels = shape[1], size = by.rows - 2;
-        const int64_t down = (m_height + size - 1) / size, across = (m_width + size - 1) / size;
+        const int64_t down = tiles(m_height, size), across = tiles(m_width, size);
         const ov::Shape cells{shape[0], static_cast<size_t>(down), static_cast<size_t>(across), shape[1]};
         for (auto& output : outputs) output.set_shape(cells);
         const float* images = inputs[0].data<float>();
@@ -155,6 +194,17 @@ public:
                              line % down, rows);
         });
         return true;
+    }
+
+private:
+    Matrix check(const Shapes& shapes) const {
+        const Matrix by = matrix();
+        OPENVINO_ASSERT(by.rows == by.columns && by.rows > 2, "WinogradInput takes a square matrix of 3 rows or more, not ",
+                        by.rows, "x", by.columns);
+        const Shape picture{-1, -1, m_height, m_width};
+        OPENVINO_ASSERT(shapes.size() == 1 && shapes[0].rank().is_static() && shapes[0].compatible(picture),
+                        "WinogradInput takes one picture ", picture, ", not ", shapes.empty() ? Shape{} : shapes[0]);
+        return by;
     }
 };
 
@@ -170,10 +220,8 @@ public:
     }
 
     void validate_and_infer_types() override {
-        const Matrix by = matrix();
-        OPENVINO_ASSERT(get_input_size() == static_cast<size_t>(by.columns * by.columns), "one input a cell of a tile");
+        check(known(*this));
         const Shape& shape = get_input_partial_shape(0);
-        OPENVINO_ASSERT(shape.rank().is_static() && shape.rank().get_length() == 4, "[N, down, across, C] is taken");
         set_output_type(0, get_input_element_type(0), Shape{shape[0], shape[3], m_height, m_width});
     }
 
@@ -182,7 +230,7 @@ public:
     }
 
     bool evaluate(Tensors& outputs, const Tensors& inputs) const override {
-        const Matrix by = matrix();
+        const Matrix by = check(given(inputs));
         const ov::Shape shape = inputs[0].get_shape();
         const int64_t pictures = shape[0], down = shape[1], across = shape[2], channels = shape[3];
         outputs[0].set_shape({shape[0], shape[3], static_cast<size_t>(m_height), static_cast<size_t>(m_width)});
@@ -194,6 +242,20 @@ public:
                               images + line / down * m_height * m_width * channels);
         });
         return true;
+    }
+
+private:
+    Matrix check(const Shapes& shapes) const {
+        const Matrix by = matrix();
+        OPENVINO_ASSERT(by.columns == by.rows + 2, "WinogradOutput takes a matrix with 2 columns more than rows, not ",
+                        by.rows, "x", by.columns);
+        OPENVINO_ASSERT(shapes.size() == static_cast<size_t>(by.columns * by.columns),
+                        "WinogradOutput takes one input a cell of a tile");
+        Shape cells{-1, tiles(m_height, by.rows), tiles(m_width, by.rows), -1};
+        for (const auto& shape : shapes)
+            OPENVINO_ASSERT(shape.rank().is_static() && Shape::merge_into(cells, shape),
+                            "WinogradOutput takes tiles ", cells, " each, not ", shape);
+        return by;
     }
 };
 

@@ -1,11 +1,10 @@
-"""Kernels of this project's own for OpenVINO: the numbers, and how they come to be compiled."""
+"""Kernels of this project's own for OpenVINO: the numbers, and what is refused."""
 
 from __future__ import annotations
 
 import math
-import multiprocessing
-import shutil
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import openvino
@@ -15,8 +14,9 @@ from openvino import opset13 as ops
 from torch import Tensor, nn
 
 from engines import kernels
-from engines.errors import EngineError
-from engines.ov import core
+from engines.contract import Dims, contract
+from engines.errors import EngineError, reason
+from engines.ov import OvEngine, core
 
 HALF = 2.0**-8  # a rounding to bf16
 
@@ -122,60 +122,101 @@ def test_only_attention_of_many_keys_is_replaced_and_nothing_else_changes() -> N
     np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5)
 
 
-@pytest.fixture
-def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache without kernels."""
-    monkeypatch.setenv("SMOOTH_RT_CACHE", str(tmp_path))
-    kernels.library.cache_clear()
-    return tmp_path / "kernels"
-
-
-def test_no_compiler(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("CXX", raising=False)
-    monkeypatch.setenv("PATH", str(fresh))
-    with pytest.raises(EngineError, match=r"none of c\+\+.* is installed; install g\+\+"):
-        kernels.library()
-    monkeypatch.setenv("CXX", "g++-of-nowhere")
-    with pytest.raises(EngineError, match=r"CXX=g\+\+-of-nowhere is no program"):
-        kernels.library()
-    assert not fresh.exists()
-
-
-def test_a_compiler_that_fails(fresh: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    compiler = tmp_path / "broken"
-    compiler.write_text("#!/bin/sh\necho 'x.cpp:1: error: no such thing' >&2\nexit 1\n")
-    compiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(compiler))
-    with pytest.raises(EngineError, match=r"broken fails \(x.cpp:1: error: no such thing\); set CXX"):
-        kernels.library()
-    assert list(fresh.iterdir()) == []
-
-
-def test_a_cache_that_takes_no_file(monkeypatch: pytest.MonkeyPatch, own_kernels: Path) -> None:
-    monkeypatch.setenv("SMOOTH_RT_CACHE", "/proc/none")
-    kernels.library.cache_clear()
-    with pytest.raises(EngineError, match="set SMOOTH_RT_CACHE to a folder"):
-        kernels.library()
-
-
-def test_other_sources_are_other_kernels(
-    fresh: Path, own_kernels: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def opened(
+    operation: str, shapes: list[list[int]], attributes: dict[str, Any], feed: list[list[int]] | None = None
 ) -> None:
-    before = kernels._digest("c++")
-    shutil.copytree(kernels.SOURCES, tmp_path / "native")
-    monkeypatch.setattr(kernels, "SOURCES", tmp_path / "native")
-    assert kernels._digest("c++") == before
-    with (tmp_path / "native" / "vector.hpp").open("a") as source:
-        source.write("// more\n")
-    assert kernels._digest("c++") != before
+    """Make a graph of one operation, and run it where it is given shapes for its inputs."""
+    kernels.register(core())
+    inputs = [ops.parameter(shape, np.float32) for shape in shapes]
+    node = kernels.operations().create(operation, [port.output(0) for port in inputs], attributes)
+    model = openvino.Model([ops.result(port) for port in node.outputs()], inputs, "one")
+    compiled = core().compile_model(model, "CPU")
+    if feed is not None:
+        compiled([np.zeros(shape, dtype=np.float32) for shape in feed])
 
 
-def _compiled(_: int) -> str:
-    return str(kernels.library())
+WIDE = {"matrix": [1.0] * 16, "rows": 4, "height": 16, "width": 16}  # of WinogradInput
+BACK = {"matrix": [1.0] * 8, "rows": 2, "height": 16, "width": 16}  # of WinogradOutput
+PICTURE, CELLS = [1, 2, 16, 16], [1, 8, 8, 2]
+HEADS = {"scale": 1.0, "bf16": False}
 
 
-def test_processes_that_compile_at_the_same_time(fresh: Path, own_kernels: Path) -> None:
-    with multiprocessing.get_context("spawn").Pool(2) as pool:
-        found = set(pool.map(_compiled, range(2), chunksize=1))
-    assert len(found) == 1
-    assert [path.suffix for path in fresh.iterdir()] == [".so"]
+@pytest.mark.usefixtures("own_kernels")
+@pytest.mark.parametrize(
+    ("operation", "shapes", "attributes", "fault"),
+    [
+        ("WinogradInput", [PICTURE], WIDE | {"height": 0}, "0x16 is not taken"),
+        ("WinogradInput", [PICTURE], WIDE | {"height": -5}, "-5x16 is not taken"),
+        ("WinogradInput", [PICTURE], WIDE | {"width": 2**62}, "is not taken"),
+        ("WinogradInput", [PICTURE], WIDE | {"height": 15}, "WinogradInput takes one picture"),
+        ("WinogradInput", [PICTURE], WIDE | {"height": 160}, "WinogradInput takes one picture"),
+        ("WinogradInput", [[1, 2, 16]], WIDE, "WinogradInput takes one picture"),
+        ("WinogradInput", [PICTURE, PICTURE], WIDE, "WinogradInput takes one picture"),
+        ("WinogradInput", [PICTURE], WIDE | {"matrix": [1.0] * 15}, "matrix is not of 4 rows"),
+        ("WinogradInput", [PICTURE], WIDE | {"matrix": [1.0] * 4, "rows": 2}, "square matrix of 3 rows or more"),
+        ("WinogradInput", [PICTURE], WIDE | {"matrix": [1.0] * 8, "rows": 4}, "square matrix of 3 rows or more"),
+        ("WinogradInput", [PICTURE], WIDE | {"rows": 0}, "matrix is not of 0 rows"),
+        ("WinogradInput", [PICTURE], WIDE | {"matrix": [1.0] * 81, "rows": 9}, "tiles of at most 8"),
+        ("WinogradOutput", [CELLS] * 15, BACK, "one input a cell"),
+        ("WinogradOutput", [*[CELLS] * 15, [1, 8, 4, 2]], BACK, "WinogradOutput takes tiles"),
+        ("WinogradOutput", [*[CELLS] * 15, [1, 8, 8, 1]], BACK, "WinogradOutput takes tiles"),
+        ("WinogradOutput", [CELLS] * 16, BACK | {"height": 32}, "WinogradOutput takes tiles"),
+        ("WinogradOutput", [CELLS] * 16, BACK | {"width": 0}, "16x0 is not taken"),
+        ("WinogradOutput", [CELLS] * 4, BACK | {"matrix": [1.0] * 4}, "2 columns more than rows"),
+        ("Attention", [[1, 4, 2, 8], [1, 4, 2, 8]], HEADS, "takes q, k and v"),
+        ("Attention", [[1, 4, 2, 8], [1, 4, 2, 8], [1, 3, 2, 8]], HEADS, "k and v of one shape"),
+        ("Attention", [[2, 4, 2, 8], [1, 4, 2, 8], [1, 4, 2, 8]], HEADS, "the batch, heads and width of q"),
+        ("Attention", [[1, 4, 2, 8], [1, 4, 1, 8], [1, 4, 1, 8]], HEADS, "the batch, heads and width of q"),
+        ("Attention", [[1, 4, 2, 8], [1, 4, 2, 4], [1, 4, 2, 4]], HEADS, "the batch, heads and width of q"),
+        ("Attention", [[1, 4, 2, 300]] * 3, HEADS, "heads of at most 256"),
+        ("Attention", [[1, 4, 8]] * 3, HEADS, "batch, tokens, heads, width"),
+    ],
+)
+def test_a_graph_that_would_read_outside_its_tensors_is_refused(
+    operation: str, shapes: list[list[int]], attributes: dict[str, Any], fault: str
+) -> None:
+    with pytest.raises(RuntimeError) as caught:
+        opened(operation, shapes, attributes)
+    assert fault in reason(caught.value, -1)  # the line that a message of this project repeats
+
+
+@pytest.mark.usefixtures("own_kernels")
+@pytest.mark.parametrize(
+    ("operation", "free", "attributes", "feed"),
+    [
+        ("WinogradInput", [[-1, 2, -1, -1]], WIDE, [[1, 2, 8, 16]]),
+        ("WinogradOutput", [[-1, -1, -1, 2]] * 16, BACK, [[1, 4, 8, 2]] * 16),
+        ("Attention", [[-1, -1, 2, 8]] * 3, HEADS, [[2, 4, 2, 8], [1, 4, 2, 8], [1, 4, 2, 8]]),
+        ("Attention", [[1, 4, -1, -1]] * 3, HEADS, [[1, 4, 1, 257]] * 3),
+    ],
+)
+def test_sizes_that_stay_free_are_checked_at_the_call(
+    operation: str, free: list[list[int]], attributes: dict[str, Any], feed: list[list[int]]
+) -> None:
+    opened(operation, free, attributes)
+    with pytest.raises(RuntimeError, match=rf"{operation} takes .+"):
+        opened(operation, free, attributes, feed)
+
+
+@pytest.mark.usefixtures("own_kernels")
+@pytest.mark.parametrize(
+    ("old", "new", "fault"),
+    [
+        ('height="6"', 'height="0"', "0x6 is not taken"),
+        ('height="6"', 'height="15"', "WinogradInput takes one picture"),
+        ("matrix=", 'matrix="" was=', "matrix is not of 4 rows"),
+        ('rows="4"', 'rows="2"', "square matrix of 3 rows or more"),
+    ],
+)
+def test_an_engine_of_such_a_graph_is_refused_in_one_line(
+    dims: Dims, tmp_path: Path, old: str, new: str, fault: str
+) -> None:
+    kept = Path(__file__).with_name("kernels.xml").read_text()
+    assert old in kept
+    path = tmp_path / "model.xml"
+    path.write_text(kept.replace(old, new))
+    with pytest.raises(EngineError) as caught:
+        OvEngine(contract("vae_decoder", dims), path)
+    assert str(caught.value).startswith(f"{path}: openvino cannot open it (")
+    assert fault in str(caught.value)
+    assert "\n" not in str(caught.value)
