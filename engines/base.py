@@ -28,8 +28,9 @@ class Engine(abc.ABC):
             fewer rows than the tightest of them takes is filled up with copies of its last row.
 
     Attributes: `outside` says in one line what is wrong with sizes that this one does not take, `places` where in the
-    graph the weights lie that `refit` replaces, `gradients` opens the networks that `vjp` and `features` run, by name,
-    and `without_gradient` says how to come by one that is lacking; who opens it may set them.
+    graph the weights lie that `refit` replaces, `rebuild` the command that builds the bundle again. `gradients` opens
+    the networks that `vjp` and `features` run, by name, and `without_gradient` says how to come by one that is lacking;
+    who opens it may set them.
     """
 
     backend: ClassVar[str]
@@ -38,6 +39,7 @@ class Engine(abc.ABC):
         self.network = network
         self.bounds = tuple(bounds)
         self.outside: Callable[[Mapping[str, int]], str] | None = None
+        self.rebuild: str | None = None
         self.places: Mapping[str, Place] = {}
         self.gradients: Mapping[NetworkName, Callable[[], Engine]] = {}
         self.without_gradient: Mapping[NetworkName, str] = {}
@@ -110,8 +112,12 @@ class Engine(abc.ABC):
             outputs = self.infer_impl(ready, profile)
             if missing:
                 outputs = {name: output[:rows] for name, output in outputs.items()}
-        except (InputError, EngineError):
+        except InputError:
             raise
+        except EngineError as error:  # of a graph that is opened at its first call, too
+            if self.rebuild is None or not str(error).endswith("; rebuild"):
+                raise
+            raise EngineError(f"{error} it with `{self.rebuild}`") from error
         except Exception as error:
             raise EngineError(f"{self.network.name}: {self.backend} failed: {reason(error)}") from error
         for spec in self.network.outputs:

@@ -279,6 +279,7 @@ class Bundle:
         if cache is not None:
             with suppress(OSError):  # it is used now; nothing was compiled yet, or it can only be read
                 os.utime(cache)
+        engine.rebuild = self.command(built)
         engine.places = record.places
         engine.outside = partial(outside, self.path, self.source, self.dims, built, network)
         if network == "unet":

@@ -69,7 +69,13 @@ class LoraWeights:
             scales = {name: float(value) for name, value in parts["scale"].items()}
             if not parts["base"].keys() == parts["down"].keys() == parts["up"].keys() == scales.keys():
                 raise ValueError("its parts do not belong together")
-        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
+            if not scales:
+                raise ValueError("it holds no layer")
+            for name, base in parts["base"].items():
+                down, up = parts["down"][name].flatten(1), parts["up"][name].flatten(1)
+                if up.shape[1] != down.shape[0] or (up.shape[0], down.shape[1]) != base.flatten(1).shape:
+                    raise ValueError(f"{name}: its shapes do not belong together")
+        except (OSError, SafetensorError, KeyError, ValueError, IndexError, RuntimeError) as error:
             raise BundleError(f"{path}: unreadable ({reason(error)}); run smooth-rt build-engine again") from error
         return cls(parts["base"], parts["down"], parts["up"], scales)
 

@@ -16,6 +16,7 @@ from engines.variant import Bounds, Place, Precision, Profile, Record, Variant
 
 __all__ = [
     "FORMAT",
+    "LARGEST_TOLERANCE",
     "EngineRecord",
     "FileRecord",
     "LoraSource",
@@ -28,6 +29,7 @@ __all__ = [
     "key_parts",
 ]
 
+LARGEST_TOLERANCE = 0.5  # beyond it an error tells nothing: zeros are 1 off
 FORMAT = 4  # 3 knew the features of one block alone, 2 had one precision and one set of sizes a bundle
 
 
@@ -37,6 +39,12 @@ def _inside(path: str) -> str:
     if not plain or pure.is_absolute() or not pure.parts or ".." in pure.parts:
         raise ValueError(f"{path!r} is not a plain path inside the bundle")
     return path
+
+
+def _named(model: str) -> str:
+    if not model.strip() or "\0" in model:
+        raise ValueError(f"{model!r} names no model")
+    return model
 
 
 InsidePath = Annotated[str, AfterValidator(_inside)]
@@ -69,7 +77,7 @@ class Source(Record):
     LoRA stands apart.
     """
 
-    model: str
+    model: Annotated[str, AfterValidator(_named)]
     revision: str | None = None
     digests: dict[str, str]
     lora: LoraSource | None = None
@@ -90,6 +98,16 @@ class Parity(Record):
     cases: int
     worst: dict[str, int]
     unjudged: int = 0
+
+    def check(self, named: str) -> None:
+        """Raise ValueError, which begins with `named`, unless these are errors that a build lets pass."""
+        if not 0 <= self.relative <= self.tolerance <= LARGEST_TOLERANCE:
+            raise ValueError(
+                f"{named}: {self.output} differs from torch's by {self.relative:g}, tolerance {self.tolerance:g} (of "
+                f"{LARGEST_TOLERANCE:g} at most)"
+            )
+        if self.cases < 1 or self.unjudged < 0 or self.max_abs < 0:
+            raise ValueError(f"{named}: {self.output} was compared with torch's in {self.cases} cases")
 
 
 class EngineRecord(Record):
@@ -173,6 +191,7 @@ class VariantRecord(Record):
             hint=record.hint,
             backend_version=self.backend_version,
             build_revision=self.build_revision,
+            places=record.places,
         )
 
 
@@ -217,6 +236,10 @@ class Manifest(Record):
             bounds = [one for profile in built.profiles for one in profile.bounds(network, self.dims)]
             if record.bounds != bounds:
                 raise ValueError(f"{named}: its bounds do not follow from the profiles")
+            if record.parity and sorted(one.output for one in record.parity) != sorted(s.name for s in network.outputs):
+                raise ValueError(f"{named}: its parity is not of its outputs")
+            for one in record.parity:
+                one.check(named)
             if record.key != built.expected_key(record, self.source, self.dims):
                 raise ValueError(f"{named}: the key does not follow from the record")
 
@@ -245,6 +268,7 @@ def key_parts(
     hint: str | None,
     backend_version: str,
     build_revision: int = 0,
+    places: Mapping[str, Place | Mapping[str, Any]] | None = None,
 ) -> dict[str, Any]:
     """What a graph's key is the `digest_json` of: two that share it compute the same numbers, valid in the same places.
 
@@ -259,7 +283,9 @@ def key_parts(
         precision: of the graph; `hint`: the precision hint given to the backend.
         backend_version: of the backend's library.
         build_revision: of how the backend is told to compute: `recipes.build_revision`.
+        places: of the weights that are replaced as the engine is opened; None or empty without.
     """
+    kept = {name: dict(place) for name, place in (places or {}).items()}
     return {
         # Sizes that are not known are left out, as they were before there was such a size.
         "dims": {name: size for name, size in asdict(dims).items() if size is not None},
@@ -273,4 +299,5 @@ def key_parts(
         "backend_version": backend_version,
         # As sizes above: the keys of what was never built in another way are as they were.
         **({"build_revision": build_revision} if build_revision else {}),
+        **({"places": digest_json(kept)} if kept else {}),
     }

@@ -14,7 +14,7 @@ from engines.contract import DERIVED, NETWORKS
 from engines.errors import BundleError
 from engines.select import BACKENDS
 
-__all__ = ["abandoned", "alive", "foreign", "said_size", "staging"]
+__all__ = ["PARTIAL", "abandoned", "alive", "foreign", "said_size", "staging"]
 
 # All that lies in a bundle: at its top, and in the folder of a variant.
 _VARIANT = re.compile(rf"({'|'.join(BACKENDS)})-[a-z0-9_-]+")
@@ -27,9 +27,11 @@ _PARTS = frozenset(
     | {"unet_features", "unet_features_vjp"}  # of format 3
 )
 
+_PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".npy", ".npz"})  # somebody's, wherever they lie
+
 _OURS: set[Path] = set()  # partial folders that this process is working in
 _PUBLISH_TRIES = 3
-_PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old)-(?P<pid>\d+)")
+PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old)-(?P<pid>\d+)")
 
 
 @contextmanager
@@ -48,6 +50,8 @@ def staging(target: Path, needed: int | None = None) -> Iterator[Path]:
         BundleError: the path cannot be written, something else than a bundle stands there, or the disk is full.
     """
     target = Path(os.path.realpath(target))
+    if not target.name:
+        raise BundleError(f"{target}: not a place to write to; name a new folder")
     partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     made: list[Path] = []
     begun = done = False
@@ -89,8 +93,6 @@ def _open_to_readers(folder: Path) -> None:
 
 
 def _check_replaceable(target: Path) -> None:
-    if not target.name:
-        raise BundleError(f"{target}: not a place to write to; name a new folder")
     for above in target.parents:
         if above.exists() and not above.is_dir():
             raise BundleError(f"{target}: lies under {above}, which is a file; name another folder")
@@ -119,6 +121,9 @@ def foreign(folder: Path) -> str | None:
     for variant in variants:
         parts = sorted(entry.name for entry in (folder / variant).iterdir())
         strange += [f"{variant}/{part}" for part in parts if part not in _PARTS]
+    for kept in ("config", *variants):
+        inside = sorted(path for path in (folder / kept).rglob("*") if path.suffix.lower() in _PICTURES)
+        strange += [path.relative_to(folder).as_posix() for path in inside]
     if strange:
         return f"it holds {strange[0]}"
     return "it has no manifest.json" if names and "manifest.json" not in names else None
@@ -145,7 +150,7 @@ def abandoned(folder: Path, name: str | None = None) -> list[Path]:
     """
     left = []
     for sibling in sorted(folder.iterdir()):
-        found = _PARTIAL.fullmatch(sibling.name)
+        found = PARTIAL.fullmatch(sibling.name)
         if not found or (name is not None and found["name"] != name):
             continue
         if sibling in _OURS or alive(int(found["pid"])):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from pydantic import ValidationError
 from engines.command import build_command
 from engines.errors import BundleError
 from engines.manifest import FORMAT, FileRecord, Manifest, digest_file
+from engines.staging import PARTIAL
 
 __all__ = ["MANIFEST", "check_files", "read_manifest"]
 
 MANIFEST = "manifest.json"
+READ = frozenset({".json", ".txt", ".model"})  # of configurations and tokenizers
 
 
 def read_manifest(folder: Path) -> Manifest:
@@ -24,7 +27,13 @@ def read_manifest(folder: Path) -> Manifest:
         BundleError: it is missing, damaged, or of another format.
     """
     path = folder / MANIFEST
+    unfinished = PARTIAL.fullmatch(folder.name)
+    if unfinished is not None:
+        whole = folder.with_name(unfinished["name"])
+        raise BundleError(f"{folder}: what a build leaves off or is at work in; open {whole}, the bundle, instead")
     mend = f"rebuild it with `{build_command(folder)}`"
+    if os.path.lexists(folder) and not folder.is_dir():
+        raise BundleError(f"{folder}: not a folder, so it is no bundle; name the folder of one")
     if not folder.is_dir():
         raise BundleError(f"{folder}: no such bundle folder; build it with `{build_command(folder)}`")
     if path.exists() and not path.is_file():  # a pipe would never end
@@ -54,10 +63,16 @@ def read_manifest(folder: Path) -> Manifest:
 def check_files(folder: Path, files: Sequence[FileRecord], mend: str, digests: bool) -> None:
     """Hold the files of a bundle against their records: presence and size, and with `digests` the sha256.
 
+    What the pipeline may read in config/ must be among them.
+
     Raises:
         BundleError: one is missing, damaged or leads out of the bundle; `mend` is said with it.
     """
     root = folder.resolve()
+    listed = {record.path for record in files}
+    for found in sorted((folder / "config").rglob("*")):
+        if found.suffix in READ and found.relative_to(folder).as_posix() not in listed:
+            raise BundleError(f"{found}: not among the manifest's files; {mend}")
     for record in files:
         file = folder / record.path
         if not _resolved(file, mend).is_relative_to(root):

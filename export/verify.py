@@ -12,7 +12,7 @@ from engines.base import Engine
 from engines.contract import DERIVED, WRT, Dims, Network
 from engines.eager import EagerEngine
 from engines.errors import InputError, ModelError, ParityError
-from engines.manifest import Parity
+from engines.manifest import LARGEST_TOLERANCE, Parity
 from export.conditioning import DRAWS, MORE_DRAWS, Conditioning, item_errors
 from export.graphs import Case, cases, random_inputs
 
@@ -38,7 +38,7 @@ TOLERANCES: dict[str, float] = {
 CELLS_PER_CALL = 4_096
 # Of a gradient's item that is ill-conditioned, more is let pass: `Conditioning.allowance`. Where that is beyond this,
 # the precision keeps so little of the item that it says nothing of an engine: one that gives zeros is 1 off.
-JUDGED = 0.5
+JUDGED = LARGEST_TOLERANCE
 # So of each gradient at least this share of the items must be judged; more are drawn until it is, this many times.
 SHARE = 1 / 3
 ROUNDS = 4

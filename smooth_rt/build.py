@@ -160,6 +160,8 @@ def ensure_engines(
             assert not isinstance(there, str)
             return Built(there, True, reason)
         fault = " ".join(dict.fromkeys(missing.values()))
+        if _works_in(target):
+            raise BundleError(f"{target}: the current folder, which a build replaces; call it from another folder")
         LOG.info("building engines for %s: %s", ", ".join(order.variant.name for order in missing), fault)
         keep = there if not isinstance(there, str) and there.misfit(source) is None else None
         bundle = _build(loaded, adapter, source, list(missing), target, keep, progress, calibration_prompts, memory)
@@ -279,6 +281,14 @@ def _alone(target: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def _works_in(target: Path) -> bool:
+    """Whether the current folder is `target` or lies in it: it would be renamed away, and `target` with it."""
+    try:
+        return Path.cwd().is_relative_to(os.path.realpath(target))
+    except OSError:  # it is gone already
+        return False
 
 
 def _open(target: Path) -> Bundle | str:

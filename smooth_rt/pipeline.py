@@ -22,10 +22,10 @@ from engines.lora import LORA_FILE, LoraWeights
 from engines.providers import joined
 from engines.recipes import NATIVE, RECIPES, check_gradients, check_kernels, check_lora_mode, check_precision
 from engines.select import BACKENDS, BOUNDED, Choice, choose
-from smooth_rt.errors import EngineError, InputError
+from smooth_rt.errors import BundleError, EngineError, InputError
 from smooth_rt.images import ImageLike, Images, OutputType, read, to_images
 from smooth_rt.loop import denoise, walk
-from smooth_rt.lora import fused_with
+from smooth_rt.lora import digest_weights, fused_with
 from smooth_rt.model import Model, PipelineConfig, load_model, read_config
 from smooth_rt.networks import Networks, eager_engines
 from smooth_rt.opening import open_model, reopen_model
@@ -238,7 +238,11 @@ class SmoothPipeline(Networks):
         strength = lora_strength if lora is None or lora.strength is None else lora.strength
         pipe.digests = _digests(bundle.source.digests, (lora.digest, strength) if lora is not None else None)
         if built.variant.lora_mode == "refit":
-            pipe.lora = LoraWeights.load((bundle.path / built.engine("unet").file).with_name(LORA_FILE))
+            path = (bundle.path / built.engine("unet").file).with_name(LORA_FILE)
+            pipe.lora = LoraWeights.load(path)
+            if lora is None or digest_weights(pipe.lora) != lora.digest:
+                mend = f"rebuild it with `{bundle.command(built)}`"
+                raise BundleError(f"{path}: not the LoRA that the manifest names; {mend}")
         if built.variant.lora_mode != "fused":
             pipe.set_lora_strength(strength)
         return pipe

@@ -54,6 +54,18 @@ def builds(first: tuple[Path, Built], tmp_path: Path, monkeypatch: pytest.Monkey
     return calls
 
 
+@pytest.mark.parametrize("inside", [".", "below"])
+def test_the_current_folder_is_not_replaced(
+    builds: list[dict[str, Any]], tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, inside: str
+) -> None:
+    target = tmp_path / "here"
+    (target / inside).mkdir(parents=True)
+    monkeypatch.chdir(target / inside)
+    with pytest.raises(BundleError, match="the current folder, which a build replaces"):
+        ensure_engines(tiny_model, backends=BACKENDS, output=Path("." if inside == "." else ".."))
+    assert builds == []
+
+
 @pytest.mark.parametrize(("said", "given"), [("1M", 2**20), ("0", None), ("12G", 12 * 2**30)])
 def test_the_memory_that_a_build_may_take(
     builds: list[dict[str, Any]], tiny_model: Path, monkeypatch: pytest.MonkeyPatch, said: str, given: int | None

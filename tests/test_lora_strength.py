@@ -62,6 +62,24 @@ def images(pipe: SmoothPipeline) -> torch.Tensor:
     return torch.as_tensor(made.images)
 
 
+def test_weights_that_are_not_the_named_lora_are_refused(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (path, *_) = bundle.path.glob("onnxruntime-*/unet/lora.safetensors")
+    good = load_file(path)
+    down = next(key for key in good if key.endswith(":down"))
+    file = tmp_path / "lora.safetensors"
+    for tensors, said in (({}, "no layer"), ({**good, down: good[down][:, :-1]}, "shapes do not belong together")):
+        save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
+        with pytest.raises(BundleError, match=said):
+            LoraWeights.load(file)
+    whole = LoraWeights.load(path)
+    other = LoraWeights(whole.base, {name: 2 * one for name, one in whole.down.items()}, whole.up, whole.scale)
+    monkeypatch.setattr(LoraWeights, "load", lambda _: other)
+    with pytest.raises(BundleError, match="not the LoRA that the manifest names; rebuild it with `smooth-rt"):
+        SmoothPipeline.from_engines(bundle, "onnxruntime", lora_strength=0.7, lora_mode="refit")
+
+
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_then_b_then_a_again(bundle: Bundle, backend: str, mode: str) -> None:

@@ -15,7 +15,7 @@ from engines.contract import NETWORKS, said_gradients
 from smooth_rt.commands.options import OutputOptions
 from smooth_rt.commands.progress import build_progress
 from smooth_rt.errors import InputError
-from smooth_rt.ranges import MOST_IMAGES, choice
+from smooth_rt.ranges import MOST_IMAGES, check, choice
 
 if TYPE_CHECKING:
     from engines.bundle import Bundle
@@ -106,6 +106,7 @@ def verify_engines(
 
     if not 0 <= images <= MOST_IMAGES:
         raise InputError(f"--images={images}: give a whole number from 0 to {MOST_IMAGES}")
+    check(seed=seed)
     if bisect is not None:
         bisect = choice("bisect", bisect, NETWORKS)
     result: dict[str, Any] = {"verified": [str(find(path)) for path in bundles]}

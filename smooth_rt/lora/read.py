@@ -15,6 +15,7 @@ import hashlib
 import json
 import math
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from engines.lora import LoraWeights
 from smooth_rt.checkpoint import HUB_ID, download
 from smooth_rt.errors import ModelError, reason
 from smooth_rt.model import default_lora
 
-__all__ = ["METADATA_KEY", "Lora", "LoraLayer", "read_lora"]
+__all__ = ["METADATA_KEY", "Lora", "LoraLayer", "digest_weights", "read_lora"]
 
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers' save_lora_weights puts PEFT's configuration
 WEIGHT_FILES = ("smooth_lora.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
@@ -205,10 +207,24 @@ def _configured_alpha(path: str, rank: int, config: dict[str, Any] | None) -> fl
 
 
 def _digest(layers: dict[str, LoraLayer]) -> str:
+    return _digest_parts({path: (layer.scale, layer.down, layer.up) for path, layer in layers.items()})
+
+
+def digest_weights(weights: LoraWeights) -> str:
+    """The digest of the LoRA that a bundle keeps beside its engines: that of the `Lora` it was made from."""
+    return _digest_parts(
+        {
+            name.removeprefix("unet.").removesuffix(".weight"): (scale, weights.down[name], weights.up[name])
+            for name, scale in weights.scale.items()
+        }
+    )
+
+
+def _digest_parts(parts: Mapping[str, tuple[float, Tensor, Tensor]]) -> str:
     digest = hashlib.sha256()
-    for path, layer in sorted(layers.items()):
-        digest.update(f"{path} {layer.scale!r}\n".encode())
-        for tensor in (layer.down, layer.up):
+    for path, (scale, down, up) in sorted(parts.items()):
+        digest.update(f"{path} {scale!r}\n".encode())
+        for tensor in (down, up):
             digest.update(f"{tensor.dtype} {list(tensor.shape)}\n".encode())
             digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -126,7 +126,10 @@ def bundle_folder(tmp_path: Path, write_graph: Callable[..., Path]) -> Path:
                 weights={f"{variant.name}/{name}/{weights.name}": digest_file(weights)},
                 bounds=profile.bounds(contract(name, DIMS), DIMS),
                 key="",
-                parity=[Parity(output="x", relative=0.0, max_abs=0.0, tolerance=1e-4, cases=1, worst={"batch": 1})],
+                parity=[
+                    Parity(output=one.name, relative=0.0, max_abs=0.0, tolerance=1e-4, cases=1, worst={"batch": 1})
+                    for one in contract(name, DIMS).outputs
+                ],
             )
         )
     built = VariantRecord(

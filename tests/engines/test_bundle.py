@@ -267,6 +267,82 @@ def test_a_graph_that_cannot_be_opened_is_rebuilt_by_a_command(bundle_folder: Pa
         bundle.engine("unet", "onnxruntime")
 
 
+def test_a_graph_that_is_opened_at_its_first_call_is_rebuilt_by_a_command(
+    bundle_folder: Path, dims: Dims, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = Bundle.open(bundle_folder)
+
+    def broken(*_: Any) -> Any:
+        raise EngineError("model.onnx: cannot be read; rebuild")
+
+    with bundle.engine("vae_encoder", "onnxruntime") as engine:
+        monkeypatch.setattr(engine, "infer_impl", broken)
+        with pytest.raises(EngineError, match=r"; rebuild it with `smooth-rt build-engine .*--output .*`$"):
+            engine.infer(sample=torch.zeros(1, dims.image_channels, 8, 8))
+
+
+def test_places_that_were_changed_are_noticed(bundle_folder: Path, edit_manifest: Edit) -> None:
+    places = {name: {"name": f"constant_{name}", "transposed": False} for name in "ab"}
+    edit_manifest(lambda content: content["variants"][0]["engines"][1].update(places=places))
+    Bundle.open(bundle_folder)
+    path = bundle_folder / "manifest.json"
+    whole = path.read_text()
+    for changed in (
+        {"a": places["b"], "b": places["a"]},
+        {**places, "a": {**places["a"], "transposed": True}},
+        {"a": places["a"]},
+        {**places, "c": places["a"]},
+        {},
+    ):
+        content = json.loads(whole)
+        content["variants"][0]["engines"][1]["places"] = changed
+        path.write_text(json.dumps(content))
+        refusal(bundle_folder, "the key does not follow from the record")
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"relative": 3.5}, "differs from torch's by 3.5, tolerance 0.0001"),
+        ({"relative": 3.5, "tolerance": 4.0}, "differs from torch's by 3.5, tolerance 4"),
+        ({"tolerance": -1.0}, "tolerance -1"),
+        ({"cases": 0}, "in 0 cases"),
+        ({"output": "x"}, "its parity is not of its outputs"),
+    ],
+)
+def test_errors_that_no_build_lets_pass(
+    bundle_folder: Path, edit_manifest: Edit, changed: dict[str, Any], said: str
+) -> None:
+    edit_manifest(lambda content: content["variants"][0]["engines"][0]["parity"][0].update(changed))
+    refusal(bundle_folder, said)
+
+
+def test_configuration_that_the_manifest_does_not_list(bundle_folder: Path, edit_manifest: Edit) -> None:
+    def drop(content: dict[str, Any]) -> None:
+        content["files"] = [file for file in content["files"] if not file["path"].startswith("config/")]
+
+    edit_manifest(drop)
+    refusal(bundle_folder, f"{bundle_folder / 'config' / 'model.json'}: not among the manifest's files", verify=False)
+
+
+@pytest.mark.parametrize("model", ["", "a\0b"])
+def test_a_source_without_a_model_names_the_manifest(bundle_folder: Path, model: str) -> None:
+    path = bundle_folder / "manifest.json"
+    content = json.loads(path.read_text())
+    content["source"]["model"] = model
+    path.write_text(json.dumps(content))
+    refusal(bundle_folder, "names no model")
+
+
+def test_what_is_no_folder_is_not_told_to_be_built(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / ".bundle.partial-1").mkdir()
+    for name, said in (("file", "not a folder"), (".bundle.partial-1", f"open {tmp_path / 'bundle'}")):
+        with pytest.raises(BundleError, match=re.escape(said)) as caught:
+            Bundle.open(tmp_path / name)
+        assert "build-engine" not in str(caught.value)
+
+
 def test_convolutions_that_are_not_in_the_bundle(bundle_folder: Path) -> None:
     bundle = Bundle.open(bundle_folder)
     side = bundle.dims.sample_size * bundle.dims.vae_factor
@@ -362,6 +438,7 @@ BASE: dict[str, Any] = {
         {"bounds": [{"batch": (1, 2, None)}]},
         {"backend_version": "2"},
         {"build_revision": 1},
+        {"places": {"a": {"name": "b", "transposed": False}}},
         {"variant": VARIANT.model_copy(update={"backend": "onnxruntime"})},
         {"variant": VARIANT.model_copy(update={"precision": "int8"})},
         {"variant": VARIANT.model_copy(update={"lora_mode": "runtime"})},
@@ -377,6 +454,7 @@ def test_all_that_can_change_the_numbers_changes_the_key(change: dict[str, Any])
 def test_what_nobody_asked_for_leaves_older_keys_as_they_are() -> None:
     assert set(key_parts(**BASE)["variant"]) == {"backend", "precision", "lora_mode", "architecture"}
     assert "build_revision" not in key_parts(**BASE)
+    assert "places" not in key_parts(**BASE, places={})
     for variant in (VARIANT, VARIANT.model_copy(update={"convolution": "winograd", "kernels": "native"})):
         assert Variant(**variant.model_dump()) == variant
 

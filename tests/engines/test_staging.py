@@ -149,6 +149,20 @@ def test_a_folder_of_models_is_never_replaced(target: Path, mine: str) -> None:
     assert (foreign(target) is None) == mine.startswith("config")
 
 
+@pytest.mark.parametrize("mine", ["config/000.png", "onnxruntime-fp32/unet/000.PNG"])
+def test_pictures_in_a_bundle_are_never_removed(old: Path, mine: str) -> None:
+    (old / mine).parent.mkdir(parents=True)
+    (old / mine).write_text("mine")
+    with pytest.raises(BundleError, match=rf"it holds {mine}.* will not be replaced"):
+        publish(old, "new")
+    assert (old / mine).read_text() == "mine"
+
+
+def test_the_root_is_no_place_to_write_to() -> None:
+    with pytest.raises(BundleError, match="not a place to write to"):
+        publish(Path("/"), "new")
+
+
 def test_a_bundle_of_every_network_is_replaced(target: Path) -> None:
     for name in (*NETWORKS, *DERIVED):
         (target / "onnxruntime-fp32" / name).mkdir(parents=True)
