@@ -66,7 +66,6 @@ def refused(capsys: pytest.CaptureFixture[str], arguments: list[str]) -> str:
         (["invert", ""], "IMAGE"),
         (["engines", "inspect", ""], "BUNDLE"),
         (["engines", "verify", "a", ""], "BUNDLE"),
-        (["engines", "verify", "a", "--parity", "--seed", "-99999999999999999999"], "seed"),
         (["fuse", "--output", ""], "--output"),
         (["build-engine", "--output", ""], "--output"),
         (["demo", "--output", ""], "--output"),

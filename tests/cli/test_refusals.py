@@ -167,6 +167,7 @@ def test_an_input_is_never_replaced(
         (["build-engine", "--model", "TINY", "--backend", "eager"], "nothing to build"),
         (["build-engine", "--model", "TINY", "--backend", ","], "backends: none named"),
         (["engines", "verify", "MISSING"], "no such bundle"),
+        (["engines", "verify", "MISSING", "--parity", "--seed", "-99999999999999999999"], "does not fit into 64 bits"),
         (["engines", "inspect", "MISSING"], "no such bundle"),
         (["train", "smooth-lora", "--model", "TINY", "--data", "MISSING"], "no such folder"),
         (["train", "tiny", "--data", "MISSING", "--stages", "magic"], "'magic'"),
