@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 import re
 import shutil
@@ -173,7 +174,12 @@ def parse_size(text: str, name: str) -> int:
     found = _SIZE.fullmatch(text.strip())
     if not found:
         raise InputError(f"{name}={text}: no size; give for example 20G or 500M (0 is no limit)")
-    return int(float(found[1]) * _UNITS[found[2].upper()])
+    size = float(found[1]) * _UNITS[found[2].upper()]
+    if size == math.inf:
+        raise InputError(f"{name}={text[:40]}...: too large for a size; give for example 20G or 500M (0 is no limit)")
+    if size < 1 and found[1].strip("0."):  # as 0 it would be no limit
+        raise InputError(f"{name}={text}: less than one byte; give for example 20G or 500M (0 is no limit)")
+    return int(size)
 
 
 def limit() -> int | None:

@@ -6,14 +6,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from smooth_rt.errors import BundleError
+from smooth_rt.errors import BundleError, InputError
 from smooth_rt.lora import Lora, fuse, read_lora
 from smooth_rt.model import Model, load_model
 
 if TYPE_CHECKING:
     from engines.bundle import Bundle
 
-__all__ = ["open_model", "reopen_model"]
+__all__ = ["check_strength", "open_model", "reopen_model"]
 
 
 def open_model(
@@ -69,3 +69,17 @@ def _with_lora(model: Model, lora: Lora, strength: float | None) -> Model:
         return replace(model, lora=lora)
     fuse(model.unet, lora, strength)
     return model
+
+
+def check_strength(bundle: Bundle, strength: float, name: str) -> None:
+    """A strength other than 1 can be named for a bundle whose LoRA is set as it runs, and for no other.
+
+    Raises:
+        InputError: the bundle holds its LoRA fused, or none; `name` is what it is said of.
+    """
+    lora = bundle.source.lora
+    if strength != 1.0 and (lora is None or lora.strength is not None):
+        raise InputError(
+            f"{name}: the bundle holds its LoRA fused, or none; leave it out, or build with --lora-mode "
+            "runtime or refit"
+        )

@@ -28,7 +28,7 @@ from smooth_rt.loop import denoise, walk
 from smooth_rt.lora import digest_weights, fused_with
 from smooth_rt.model import Model, PipelineConfig, load_model, read_config
 from smooth_rt.networks import Networks, eager_engines
-from smooth_rt.opening import open_model, reopen_model
+from smooth_rt.opening import check_strength, open_model, reopen_model
 from smooth_rt.ranges import check, shown
 from smooth_rt.schedule import Schedule
 from smooth_rt.tasks import checks
@@ -190,7 +190,7 @@ class SmoothPipeline(Networks):
             kernels: "backend" or "native", of a bundle that has both; None is "backend".
 
         Raises:
-            InputError: an option is out of its range.
+            InputError: an option is out of its range, or a strength is named for a bundle whose LoRA is fused.
             BundleError: the bundle is missing, damaged or stale, or its torch weights are gone or have changed.
             EngineError: the named engine is not in the bundle or cannot run here.
         """
@@ -199,6 +199,7 @@ class SmoothPipeline(Networks):
         precision, lora_mode, convolution = check(precision=precision, lora_mode=lora_mode, convolution=convolution)
         (kernels,) = check(kernels=kernels)
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(*check(bundle=bundle)))
+        check_strength(opened, lora_strength, f"lora_strength={lora_strength}")
         choice = choose(joined(engine, provider), opened.backends, opened.unfit)
         if choice.backend != "eager":
             return cls._open(opened, choice, batch_size, precision, lora_strength, lora_mode, convolution, kernels)

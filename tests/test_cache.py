@@ -115,6 +115,21 @@ def test_sizes_that_are_none(text: str) -> None:
         parse_size(text, "max_size")
 
 
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("9" * 400, r"max_size=9{40}\.\.\.: too large for a size"),
+        ("9" * 308 + "T", r"max_size=9{40}\.\.\.: too large for a size"),
+        ("0.4", r"max_size=0\.4: less than one byte"),
+        ("0." + "0" * 400 + "1", "less than one byte"),
+        ("0.0001K", r"max_size=0\.0001K: less than one byte"),
+    ],
+)
+def test_sizes_that_cannot_be_held_to(text: str, said: str) -> None:
+    with pytest.raises(InputError, match=said):
+        parse_size(text, "max_size")
+
+
 def test_the_limit_is_read_before_anything_is_built(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -13,7 +13,7 @@ from torch import Generator
 
 from smooth_rt.commands.options import RunOptions
 from smooth_rt.commands.running import described, open_pipeline
-from smooth_rt.errors import BundleError, ModelError
+from smooth_rt.errors import BundleError, InputError, ModelError
 from smooth_rt.lora import read_lora
 from smooth_rt.model import load_model
 from smooth_rt.opening import open_model, reopen_model
@@ -80,6 +80,10 @@ def test_every_engine_makes_the_images_of_diffusers(
     expected = peer(**arguments, latents=latents).images
     bundle = build_engines(tiny_model, lora, 0.6, ["onnxruntime", "openvino"], tmp_path / "bundle")
     for engine in ("eager", "onnxruntime", "openvino"):
+        with pytest.raises(
+            InputError, match=r"^lora_strength=0\.5: the bundle holds its LoRA fused, or none; leave it"
+        ):
+            SmoothPipeline.from_engines(bundle, engine, lora_strength=0.5)
         with SmoothPipeline.from_engines(bundle, engine) as pipe:
             made = pipe(**arguments, latents=latents).images
             assert pipe.engine == engine

@@ -190,12 +190,9 @@ def refuse_model(options: ModelOptions) -> None:
 
 def refuse_strength(options: ModelOptions, bundle: Bundle) -> None:
     """A strength can be named for a bundle whose LoRA is set as it runs, and for no other."""
-    lora = bundle.source.lora
-    if options.lora_strength != 1.0 and (lora is None or lora.strength is not None):
-        raise InputError(
-            "--lora-strength: the bundle holds its LoRA fused, or none; leave it out, or build with --lora-mode "
-            "runtime or refit"
-        )
+    from smooth_rt.opening import check_strength
+
+    check_strength(bundle, options.lora_strength, "--lora-strength")
 
 
 def need_attention(options: RunOptions, asked: str) -> None:
