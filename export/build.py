@@ -39,7 +39,7 @@ from export.places import find_places
 from export.reference import Reference
 from export.stages import Graph, Stages, cannot_build
 from export.steps import Progress, Steps
-from export.to_int8 import Calibration
+from export.to_int8 import Calibration, check_installed
 from export.versions import peak_memory, versions
 
 __all__ = ["Configs", "Progress", "build_bundle"]
@@ -174,8 +174,10 @@ def _check(
         check_convolution(order.variant, order.profiles)
         if order.variant.lora_mode != "fused" and lora is None:
             raise InputError(f"lora_mode={order.variant.lora_mode}: needs a LoRA whose strength can be set; name one")
-        if precision == "int8" and calibration is None:
-            raise InputError("precision 'int8': needs real runs of the model to be calibrated on; none were given")
+        if precision == "int8":
+            check_installed()
+            if calibration is None:
+                raise InputError("precision 'int8': needs real runs of the model to be calibrated on; none were given")
         for profile in order.profiles:
             profile.check(dims)
         if not order.profiles:

@@ -9,6 +9,7 @@ until images sampled on the graph are close enough to those of the torch module.
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import re
 import shutil
@@ -23,7 +24,7 @@ from engines.contract import Network, NetworkName
 from engines.errors import EngineError, ParityError, reason
 from export.quiet import quiet
 
-__all__ = ["ENOUGH_DB", "LADDER", "Calibration", "quantise_at", "quantise_onnx", "quantise_openvino"]
+__all__ = ["ENOUGH_DB", "LADDER", "Calibration", "check_installed", "quantise_at", "quantise_onnx", "quantise_openvino"]
 
 LOG = logging.getLogger("smooth_rt")
 
@@ -55,6 +56,12 @@ class Calibration(Protocol):
 
     def psnr(self, network: Network, graph: Path, backend: str) -> float:
         """The median PSNR in dB of images sampled with `graph` in the network's place, to those without it."""
+
+
+def check_installed() -> None:
+    """Raise EngineError unless NNCF is here: a build asks before its first stage, which may be long before the last."""
+    if importlib.util.find_spec("nncf") is None:
+        raise EngineError("precision 'int8': NNCF is not installed; run `pip install 'smooth-rt[int8]'`")
 
 
 def quantise_openvino(
@@ -115,11 +122,10 @@ def quantise_at(
         EngineError: NNCF is not installed, or cannot quantise the graph.
         OSError: the files cannot be written.
     """
-    try:
-        import nncf
-        from nncf.onnx.quantization.backend_parameters import BackendParameters
-    except ImportError as error:
-        raise EngineError("precision 'int8': NNCF is not installed; run `pip install nncf`") from error
+    check_installed()
+    import nncf
+    from nncf.onnx.quantization.backend_parameters import BackendParameters
+
     layers = _layers(onnx)
     out = [node for node, weight in layers.items() if _stays(weight, LADDER[rung][1])]
     # As OpenVINO renames them, and `halved_projection`.

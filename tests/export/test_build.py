@@ -8,6 +8,7 @@ import itertools
 import os
 import re
 import shutil
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -316,6 +317,15 @@ def test_what_cannot_be_asked_for(
         run(**options)
     assert ready_made == []
     assert not target.exists()
+
+
+def test_without_nncf_nothing_is_begun(
+    ready_made: list[str], run: Build, target: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nncf", None)
+    with pytest.raises(EngineError, match="NNCF is not installed"):
+        run(precision="int8")
+    assert ready_made == []
 
 
 def test_weights_in_another_dtype(run: Build, networks: Networks, target: Path) -> None:
