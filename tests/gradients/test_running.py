@@ -14,7 +14,8 @@ from torch import Tensor
 from engines.bundle import Bundle
 from smooth_rt.build import ensure_engines
 from smooth_rt.errors import EngineError, InputError
-from smooth_rt.lora import Lora, LoraLayer
+from smooth_rt.lora import LoraLayer
+from smooth_rt.lora.read import parse
 from smooth_rt.pipeline import SmoothPipeline
 
 TEXT = ["encoder_hidden_states"]
@@ -179,7 +180,8 @@ def test_another_strength_is_that_of_the_gradients(grown: Any, tmp_path: Path, m
     monkeypatch.setattr("export.stages.to_onnx", copy)
     generator = torch.Generator().manual_seed(0)
     layer = LoraLayer(torch.randn(2, 32, generator=generator), torch.randn(32, 2, generator=generator))
-    lora = Lora({"mid_block.attentions.0.transformer_blocks.0.attn1.to_q": layer}, "", "some digest")
+    path = "mid_block.attentions.0.transformer_blocks.0.attn1.to_q"
+    lora = parse({f"{path}.lora_A.weight": layer.down, f"{path}.lora_B.weight": layer.up}, "", "a LoRA")
     bundle = ensure_engines(
         grown.model, lora, backends=["onnxruntime"], output=tmp_path / "bundle", lora_mode="refit", gradients=["text"]
     ).bundle
