@@ -85,6 +85,7 @@ class OvEngine(Engine):
         own = OWN_SIZES if network.name in LOOPED and not self._heavy else 0
         self._requests = Specialised(self.bounds, self._open, own)
         self._halved = Specialised(self.bounds, self._open_halved, own) if network.name == "unet" else None
+        self._used = self._requests
         if own or (self._halved is not None and self.bounds and all(map(one_size, self.bounds))):
             self._read()  # what to compile, the first call says
         else:
@@ -159,14 +160,16 @@ class OvEngine(Engine):
         if self._halved is not None and half is not None:
             request = self._halved.of(profile, sizes)
             if request is not None:
+                self._used = self._halved
                 return request, half
+        self._used = self._requests
         return self._requests.of(profile, sizes), inputs
 
     def refit_impl(self, weights: Mapping[str, Tensor]) -> None:
         # The compiled graph holds its weights packed: it is compiled anew from the same file with these in it.
         self._replaced |= {name: weight.float().numpy() for name, weight in weights.items()}
-        for forms in self._all():
-            forms.renew()
+        for forms in self._all():  # only what the last call took is sure to be needed again
+            forms.renew() if forms is self._used else forms.clear()
 
     def _all(self) -> list[Specialised]:
         return [forms for forms in (self._requests, self._halved) if forms is not None]

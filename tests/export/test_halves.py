@@ -98,6 +98,14 @@ def test_of_a_large_unet_one_form_a_size_is_held(
         assert list(engine._halved._opened.values()) == [None]  # of free sizes nothing is shared
 
 
+def test_other_weights_open_anew_what_was_used_last(path: Path, dims: Dims, generator: torch.Generator) -> None:
+    with OvEngine(contract("unet", dims), path) as engine:
+        for guided, forms in ((True, (0, 1)), (False, (1, 0)), (True, (0, 1))):
+            engine.infer(**given(dims, generator, guided))
+            engine.refit_impl({})
+            assert counted(engine) == forms
+
+
 def test_what_is_no_half_is_refused() -> None:
     def graph(rows: int, cells: int) -> openvino.Model:
         sample, text = ops.parameter([rows, 4], name="sample"), ops.parameter([rows, 4], name=TEXT)
