@@ -119,13 +119,16 @@ def quantise_at(
         the number of layers in int8, the weights of those that were left out, and what `native_kernels` did.
 
     Raises:
-        EngineError: NNCF is not installed, or cannot quantise the graph.
+        EngineError: NNCF is not installed or does not load, or cannot quantise the graph.
         OSError: the files cannot be written.
     """
     check_installed()
-    import nncf
-    from nncf.onnx.quantization.backend_parameters import BackendParameters
-
+    try:
+        import nncf
+        from nncf.onnx.quantization.backend_parameters import BackendParameters
+    except ImportError as error:
+        mend = "run `pip install --force-reinstall nncf`"
+        raise EngineError(f"precision 'int8': NNCF is installed and does not load ({reason(error)}); {mend}") from error
     layers = _layers(onnx)
     out = [node for node, weight in layers.items() if _stays(weight, LADDER[rung][1])]
     # As OpenVINO renames them, and `halved_projection`.

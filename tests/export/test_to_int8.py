@@ -130,6 +130,16 @@ def test_without_nncf(exported: Path, dims: Dims, tmp_path: Path, monkeypatch: p
         quantise_at(0, exported, tmp_path / "x.xml", contract("unet", dims), "openvino", rows(dims))
 
 
+def test_an_nncf_that_does_not_load(
+    exported: Path, dims: Dims, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "nncf.onnx.quantization.backend_parameters", None)
+    with pytest.raises(
+        EngineError, match=r"NNCF is installed and does not load .*; run `pip install --force-reinstall"
+    ):
+        quantise_at(0, exported, tmp_path / "x.xml", contract("unet", dims), "openvino", rows(dims))
+
+
 def test_a_graph_that_is_none(dims: Dims, tmp_path: Path) -> None:
     (tmp_path / "model.onnx").write_bytes(b"garbage")
     with pytest.raises(EngineError, match=r"model\.onnx: not an ONNX graph"):
