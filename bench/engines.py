@@ -50,7 +50,7 @@ class Row:
     fastest: float
     speedup: float
     error: float
-    opened_in: float
+    first_result_in: float
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -123,7 +123,7 @@ def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None])
     peers = [
         Row(n, sorted(t)[len(t) // 2], min(t), middle / sorted(t)[len(t) // 2], 0.0, 0.0) for n, t in seconds.items()
     ]
-    scored = [Row(r.name, r.seconds, r.fastest, middle / r.seconds, r.error, r.opened_in) for r in found]
+    scored = [Row(r.name, r.seconds, r.fastest, middle / r.seconds, r.error, r.first_result_in) for r in found]
     facts = {
         "gflop": flop / 1e9,
         "matrix_rate_gflop_per_s": rate.gflop_per_s,
@@ -222,7 +222,7 @@ def _print(rows: Sequence[Row], facts: dict[str, Any], options: argparse.Namespa
             f"{row.speedup:.2f}",
             f"{row.seconds / facts['floor_s']:.2f}",
             f"{row.error:.1e}",
-            f"{row.opened_in:.1f}",
+            f"{row.first_result_in:.1f}",
         )
     Console(width=120).print(table)
     rate, library = facts["matrix_rate_gflop_per_s"], facts["matrix_rate_library"]

@@ -8,7 +8,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 from engines.contract import BLOCKS, FEATURES, OF, WRT, Network, NetworkName
-from engines.errors import EngineError, InputError, reason
+from engines.errors import EngineError, InputError, reason, with_command
 from engines.variant import Bounds, Place, fitting
 
 if TYPE_CHECKING:
@@ -115,9 +115,10 @@ class Engine(abc.ABC):
         except InputError:
             raise
         except EngineError as error:  # of a graph that is opened at its first call, too
-            if self.rebuild is None or not str(error).endswith("; rebuild"):
+            said = with_command(error, self.rebuild)
+            if said is None:
                 raise
-            raise EngineError(f"{error} it with `{self.rebuild}`") from error
+            raise EngineError(said) from error
         except Exception as error:
             raise EngineError(f"{self.network.name}: {self.backend} failed: {reason(error)}") from error
         for spec in self.network.outputs:

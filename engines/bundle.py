@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 
 from engines.command import build_command, outside
 from engines.contract import DERIVED, Dims, NetworkName, said_gradients
-from engines.errors import BundleError, EngineError, InputError
+from engines.errors import BundleError, EngineError, InputError, with_command
 from engines.manifest import (
     EngineRecord,
     FileRecord,
@@ -271,11 +271,11 @@ class Bundle:
         try:
             engine = open_engine(built.backend, takes, self.path / record.file, record.hint, record.bounds, cache)
         except EngineError as error:
-            said = str(error).removesuffix(" the bundle")
-            if not said.endswith("; rebuild"):
+            said = with_command(error, self.command(built))
+            if said is None:
                 raise
-            where = "" if str(self.path) in said else f"{self.path}: "
-            raise EngineError(f"{where}{said} it with `{self.command(built)}`") from error
+            where = "" if str(self.path) in str(error) else f"{self.path}: "
+            raise EngineError(f"{where}{said}") from error
         if cache is not None:
             with suppress(OSError):  # it is used now; nothing was compiled yet, or it can only be read
                 os.utime(cache)

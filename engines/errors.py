@@ -14,7 +14,16 @@ from __future__ import annotations
 
 import re
 
-__all__ = ["BundleError", "EngineError", "InputError", "ModelError", "ParityError", "SmoothRTError", "reason"]
+__all__ = [
+    "BundleError",
+    "EngineError",
+    "InputError",
+    "ModelError",
+    "ParityError",
+    "SmoothRTError",
+    "reason",
+    "with_command",
+]
 
 LONGEST_SAID = 140  # characters of a library's message inside one of ours
 
@@ -55,3 +64,10 @@ def reason(error: BaseException, line: int = 0) -> str:
     if len(told) > LONGEST_SAID:
         return f"{told[:LONGEST_SAID].rstrip()}..."
     return f"unknown or missing: {told}" if isinstance(error, KeyError) else told.rstrip(".: ")
+
+
+def with_command(error: EngineError, command: str | None) -> str | None:
+    """What an engine says that knows no bundle, ending in "; rebuild" or "; rebuild the bundle", with the command that
+    does it; None of any other error, or without a command."""
+    said = str(error).removesuffix(" the bundle")
+    return None if command is None or not said.endswith("; rebuild") else f"{said} it with `{command}`"
