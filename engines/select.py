@@ -179,6 +179,11 @@ def _installed(name: str) -> dict[str, str]:
     return found
 
 
+def _wanted(name: str) -> str:
+    """What pip is told to install for a backend: TensorRT's need more than their own package to be built."""
+    return f"'smooth-rt[{name}]'" if name in TENSORRT else _DISTRIBUTIONS[name][0]
+
+
 def backend_version(name: str) -> str:
     """The installed version of a backend's library.
 
@@ -188,7 +193,7 @@ def backend_version(name: str) -> str:
     check_backend(name)
     found = _installed(name)
     if not found:
-        raise EngineError(f"engine {name!r}: not installed; run `pip install {_DISTRIBUTIONS[name][0]}`")
+        raise EngineError(f"engine {name!r}: not installed; run `pip install {_wanted(name)}`")
     return next(iter(found.values()))
 
 
@@ -215,7 +220,7 @@ def buildable(name: str) -> str | None:
     check_backend(name)
     found = _installed(name)
     if not found:
-        return f"{name} is not installed; run `pip install {_DISTRIBUTIONS[name][0]}`"
+        return f"{name} is not installed; run `pip install {_wanted(name)}`"
     if len(found) > 1:
         own, other = _DISTRIBUTIONS[name]
         both = sorted(found)

@@ -70,7 +70,7 @@ class TrtEngine(Engine):
             self._trt = importlib.import_module(backend.replace("-", "_"))
         except (ImportError, OSError) as error:
             raise EngineError(
-                f"engine {backend!r}: does not load ({reason(error)}); run `pip install {backend}`"
+                f"engine {backend!r}: does not load ({reason(error)}); run `pip install 'smooth-rt[{backend}]'`"
             ) from error
         self._log = quiet_log(self._trt)
         runtime = self._trt.Runtime(self._log)

@@ -15,6 +15,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -103,6 +104,7 @@ def quantise_at(
     backend: str,
     rows: Sequence[Mapping[str, Tensor]],
     native: str | None = None,
+    hear: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
     """Quantise as one rung of `LADDER` says, whatever becomes of images.
 
@@ -114,6 +116,7 @@ def quantise_at(
         backend: "openvino" or "onnxruntime".
         rows: inputs of real runs, one row each; the first `SUBSET` are looked at.
         native: for OpenVINO, as in `to_openvino.native_kernels`.
+        hear: called at each row that NNCF takes.
 
     Returns:
         the number of layers in int8, the weights of those that were left out, and what `native_kernels` did.
@@ -133,7 +136,12 @@ def quantise_at(
     out = [node for node, weight in layers.items() if _stays(weight, LADDER[rung][1])]
     # As OpenVINO renames them, and `halved_projection`.
     names = [f"{node}{suffix}" for node in out for suffix in ("", "/WithoutBiases", "_0", "_1")]
-    data = nncf.Dataset([{name: tensor.numpy() for name, tensor in row.items()} for row in rows[:SUBSET]])
+
+    def taken(row: Any) -> Any:
+        hear()
+        return row
+
+    data = nncf.Dataset([{name: tensor.numpy() for name, tensor in row.items()} for row in rows[:SUBSET]], taken)
     try:
         with quiet(), _levels_kept(), _opened(onnx, backend, native) as (model, folder, halved):
             nncf.set_log_level(logging.ERROR)
@@ -216,8 +224,10 @@ def _climb(
     rows = calibration.samples(network.name)
     tried: list[str] = []
     for rung, (what, _) in enumerate(LADDER):
-        say(f"{network.name}: quantise for {backend}, {what}")
-        notes = quantise_at(rung, onnx, path, network, backend, rows, native)
+        now = f"{network.name}: quantise for {backend}, {what}"
+        say(now)
+        # Again at each row: it takes minutes, of which a log gets a line now and then.
+        notes = quantise_at(rung, onnx, path, network, backend, rows, native, partial(say, now))
         say(f"{network.name}: sampling images in int8, {what}")
         found = calibration.psnr(network, path, backend)
         tried.append(f"{what}: {found:.1f} dB")

@@ -157,7 +157,7 @@ def _module(backend: str) -> Any:
         return importlib.import_module(MODULES[backend])
     except (ImportError, OSError) as error:
         raise EngineError(
-            f"engine {backend!r}: does not load ({reason(error)}); run `pip install {backend}`"
+            f"engine {backend!r}: does not load ({reason(error)}); run `pip install 'smooth-rt[{backend}]'`"
         ) from error
 
 

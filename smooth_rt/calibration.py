@@ -7,9 +7,10 @@ show it neither the text that steers nor how values shrink and grow from timeste
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -36,6 +37,7 @@ LARGE = 200_000_000  # parameters of the UNet
 STEPS = 16
 GUIDANCE = 7.5
 SEED = 20240617
+SAY_EVERY = 30.0  # seconds between lines about the sampling
 
 
 class Trajectories:
@@ -102,8 +104,22 @@ class Trajectories:
         # Spread over the list, of which neighbours may be alike.
         chosen = [prompts[index * len(prompts) // self._count % len(prompts)] for index in range(self._count)]
         seeds = [torch.Generator().manual_seed(SEED + index) for index in range(self._count)]
+        told, done = time.monotonic(), 0
+
+        def tell(*_: Any) -> None:
+            nonlocal told, done
+            done += 1
+            if time.monotonic() - told >= SAY_EVERY:
+                told = time.monotonic()
+                LOG.info("calibration: %d steps of sampling are done", done)
+
         made = pipe(
-            chosen, num_inference_steps=self._steps, guidance_scale=GUIDANCE, generator=seeds, output_type="pt"
+            chosen,
+            num_inference_steps=self._steps,
+            guidance_scale=GUIDANCE,
+            generator=seeds,
+            output_type="pt",
+            callback_on_step_end=tell,
         ).images
         return torch.as_tensor(made)
 

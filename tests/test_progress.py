@@ -8,7 +8,7 @@ import time
 import pytest
 
 from smooth_rt.commands import progress
-from smooth_rt.commands.progress import TimeLeft, build_progress
+from smooth_rt.commands.progress import TimeLeft, build_progress, step_progress
 
 
 class Clock:
@@ -71,3 +71,14 @@ def test_a_log_gets_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch, capsys:
     line = r"building: unet: verify openvino-fp32; {} % done, \d+:\d\d left\n"
     assert re.fullmatch(line.format(25) + line.format(50), said.err)
     assert said.out == ""
+
+
+def test_a_log_is_told_of_steps_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    with step_progress("generate", 3) as on_step:
+        on_step()  # too soon for a line
+        monkeypatch.setattr(progress, "SAY_EVERY", 0.0)
+        on_step()
+    assert capsys.readouterr().err == "generate, steps: 2 of 3\n"

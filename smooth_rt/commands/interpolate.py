@@ -57,7 +57,7 @@ def interpolate(
         need_attention(options, "--attention-blend")
     if images:
         if len(images) != 2:
-            raise InputError(f"images: {len(images)}; give the two ends")
+            raise InputError(f"images: {len(images)} ({', '.join(map(str, images))}); give the two ends")
         check_inverted(images, method, prompt)
     else:
         _check_ends(prompt)

@@ -86,21 +86,26 @@ def _bar(after: str | None = None) -> Progress:
 
 @contextmanager
 def step_progress(description: str, steps: int) -> Iterator[StepCallback]:
-    """A progress bar on stderr for `steps` denoising steps in all, as a `callback_on_step_end`."""
-    with _bar() as progress:
-        task = progress.add_task(description, total=steps)
+    """A progress bar on stderr for `steps` denoising steps in all, as a `callback_on_step_end`.
+
+    There is a line now and then where stderr is no terminal.
+    """
+    done = 0
+    with item_progress(f"{description}, steps", steps) as show:
 
         def advance(*_: Any) -> None:
-            progress.advance(task)
+            nonlocal done
+            done += 1
+            show(done, max(done, steps))
 
         yield advance
 
 
 @contextmanager
-def item_progress(description: str) -> Iterator[Callable[[int, int], None]]:
+def item_progress(description: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr for items done and in all; a line now and then where stderr is no terminal."""
     with _bar() as progress:
-        task = progress.add_task(description, total=None)
+        task = progress.add_task(description, total=total)
         said = time.monotonic()
 
         def show(done: int, total: int) -> None:

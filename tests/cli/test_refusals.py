@@ -44,7 +44,7 @@ def png_header(width: int, height: int) -> bytes:
         ([*BETWEEN, "--frames", 1], "frames=1"),
         (["interpolate", "--prompt", "dog"], "give two images, --seeds A B, or --prompt twice"),
         ([*BETWEEN, "--prompt", "b", "--prompt", "c"], "prompts: 3 for 2 ends"),
-        (["interpolate", "PICTURE", "--prompt", "dog"], "give the two ends"),
+        (["interpolate", "PICTURE", "--prompt", "dog"], ".png); give the two ends"),
         (["interpolate", "PICTURE", "PICTURE", "--seeds", 1, 2], "the images or the seeds"),
         (["interpolate", "PICTURE", "MISSING", "--prompt", "dog"], "no such file"),
         (["invert", "PICTURE"], "error: --prompt: method 'ddim' needs one for each image; give it"),

@@ -53,7 +53,7 @@ def test_tensorrt_without_a_gpu(installed: dict[str, str], monkeypatch: pytest.M
     with pytest.raises(EngineError, match="torch finds none here"):
         choose(name, [name])
     del installed[name]
-    assert availability(name) == f"{name} is not installed; run `pip install {name}`"
+    assert availability(name) == f"{name} is not installed; run `pip install 'smooth-rt[{name}]'`"
 
 
 @pytest.fixture

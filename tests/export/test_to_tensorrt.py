@@ -199,7 +199,7 @@ def test_what_is_refused_before_anything_is_built(built: Any, dims: Dims, tmp_pa
     for name in ("sm90", "hopper", ""):
         with pytest.raises(InputError, match=rf"gpu_arch={name}: tensorrt-rtx .* builds ahead of time for sm75"):
             capabilities("tensorrt-rtx", name)
-    with pytest.raises(EngineError, match=r"engine 'tensorrt': does not load .*pip install tensorrt"):
+    with pytest.raises(EngineError, match=r"engine 'tensorrt': does not load .*pip install 'smooth-rt\[tensorrt\]'"):
         to_tensorrt(
             graph(built, "unet"), tmp_path / "m", network, [bounded(network)], backend="tensorrt", architecture="sm89"
         )
