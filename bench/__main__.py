@@ -49,9 +49,7 @@ def _run(options: Options) -> None:
     from bench.measure import measure
     from bench.report import print_report, write_report
     from smooth_rt.commands.show import json_text
-    from smooth_rt.writers import check_output
 
-    check_output(options.output)
     here = environment()
     console = Console(stderr=True)
     warn(console, busy(here), uneven(here))

@@ -12,6 +12,7 @@ import torch
 from torch import nn
 
 from engines.contract import Dims, Network
+from engines.kernels import REVISION
 from engines.ort import RUN_GRAPH
 from engines.variant import Bounds, Convolution, Kernels, Precision
 from export.graphs import Case, random_inputs
@@ -70,6 +71,8 @@ def asked(only: str) -> dict[str, Candidate]:
         InputError: a part is in no name.
     """
     parts = [part.strip() for part in only.split(",") if part.strip()]
+    if only and not parts:
+        raise InputError(f"--only={only}: names nothing; give parts of {'; '.join(CANDIDATES)}")
     for part in parts:
         if not any(part in name for name in CANDIDATES):
             raise InputError(f"--only={only}: {part!r} is in none of {'; '.join(CANDIDATES)}")
@@ -91,6 +94,7 @@ def graphs(
     onnx = work / "onnx" / "model.onnx"
     fixed = {symbol: (size, size) for symbol, (size, *_) in one_size[0].items()}
     int8, side, images = f"int8-{options.rung}", options.side, options.batch_size
+    native = f"native-{REVISION}"  # graphs for the kernels of another revision are not taken for these
 
     def quantise(path: Path, backend: str, native: str | None = None) -> None:
         # Of random weights nothing can be learnt; a few rows set the scales.
@@ -114,19 +118,19 @@ def graphs(
             work / int8 / "openvino_model.xml", "quantise for openvino", lambda path: quantise(path, "openvino"),
         ),
         ("openvino", "fp32", "direct", "native"): (
-            work / "native-fp32" / "openvino_model.xml", "rewrite for native kernels",
+            work / f"{native}-fp32" / "openvino_model.xml", "rewrite for native kernels",
             lambda path: to_openvino(onnx, path, native="f32"),
         ),
         ("openvino", "fp32", "winograd", "native"): (
-            work / f"native-winograd-{side}-{images}" / "openvino_model.xml", "rewrite for winograd's native kernels",
+            work / f"{native}-winograd-{side}-{images}" / "openvino_model.xml", "rewrite for winograd's native kernels",
             lambda path: to_winograd(onnx, path, network, one_size, native="f32"),
         ),
         ("openvino", "bf16", "direct", "native"): (
-            work / "native-bf16" / "openvino_model.xml", "rewrite for native kernels in bf16",
+            work / f"{native}-bf16" / "openvino_model.xml", "rewrite for native kernels in bf16",
             lambda path: to_openvino(onnx, path, native="bf16"),
         ),
         ("openvino", "int8", "direct", "native"): (
-            work / f"native-{int8}" / "openvino_model.xml", "quantise for openvino's native kernels",
+            work / f"{native}-{int8}" / "openvino_model.xml", "quantise for openvino's native kernels",
             lambda path: quantise(path, "openvino", "bf16"),
         ),
         ("onnxruntime", "int8", "direct", "backend"): (

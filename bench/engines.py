@@ -34,7 +34,9 @@ from engines.recipes import RECIPES
 from engines.select import gpu, open_engine
 from engines.variant import Bounds
 from export.graphs import Case, random_inputs
-from smooth_rt.errors import SmoothRTError
+from export.to_int8 import LADDER
+from smooth_rt.errors import InputError, SmoothRTError
+from smooth_rt.tasks.checks import image_size
 
 __all__ = ["CANDIDATES", "Row", "main", "measure", "unet", "work_folder"]
 
@@ -73,11 +75,17 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None]) -> tuple[list[Row], dict[str, Any]]:
-    """Each candidate opened, warmed up, timed and closed in turn; the peer first and last, so that drift shows."""
+    """Each candidate opened, warmed up, timed and closed in turn; the peer first and last, so that drift shows.
+
+    Raises:
+        SmoothRTError: an option is wrong or an engine does not work.
+    """
     asked(options.only)
+    if not 0 <= options.rung < len(LADDER):
+        raise InputError(f"--rung={options.rung}: give a whole number from 0 to {len(LADDER) - 1}")
     module, dims = unet(options.model)
     network = contract("unet", dims)
-    options.side = options.side or dims.sample_size * dims.vae_factor
+    options.side, _ = image_size(options.side, options.side, dims)
     side = options.side // dims.vae_factor
     rows = 2 * options.batch_size
     sizes = {"batch": rows, "height": side, "width": side}
@@ -191,19 +199,19 @@ def work_folder(work: Path | None) -> Iterator[Path]:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace | None:
-    from bench.options import Parser
+    from bench.options import Parser, folder, json_file
 
     parser = Parser(prog="smooth-rt bench engines", description=__doc__, allow_abbrev=False)
     parser.add_argument("--model", default="default", help="as everywhere, or sd15: full size, random weights")
-    parser.add_argument("--side", type=int, default=0, help="pixels; default: the model's own")
+    parser.add_argument("--side", type=int, help="pixels; default: the model's own")
     parser.add_argument("--batch-size", type=int, default=1, help="images; two rows each")
     parser.add_argument("--apart", action="store_true", help="rows of unlike latents, not guidance's two halves")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--rung", type=int, default=2, help="of export.to_int8.LADDER")
     parser.add_argument("--samples", type=int, default=4, help="rows that int8 takes its scales from")
     parser.add_argument("--only", default="", help="comma-separated parts of the names of what is timed; default: all")
-    parser.add_argument("--work", type=Path, help="a folder that keeps the graphs for another run")
-    parser.add_argument("--output", type=Path, help="a JSON file of the figures")
+    parser.add_argument("--work", type=folder, help="a folder that keeps the graphs for another run")
+    parser.add_argument("--output", type=json_file, help="a JSON file of the figures")
     return parser.asked(arguments, ("batch_size", "repeats", "samples"))
 
 

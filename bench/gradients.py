@@ -31,7 +31,7 @@ from bench.apart import apart
 from bench.engines import unet, work_folder
 from bench.environment import busy, environment, warn
 from bench.null_text import EAGER, IMAGE, PROMPT, Inverted, null_text, table_of
-from bench.options import Parser, batch_sizes
+from bench.options import Parser, batch_sizes, folder, json_file
 from bench.results import write
 from bench.timing import interleave, summarise
 from engines.base import Engine
@@ -45,6 +45,7 @@ from export.stages import Stages
 from export.verify import TOLERANCES
 from export.versions import peak_memory
 from smooth_rt.errors import InputError
+from smooth_rt.tasks.checks import image_size
 
 __all__ = ["Row", "main", "measure"]
 
@@ -99,8 +100,13 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None]) -> list[Row]:
-    """Errors, times and memory of every network that is asked for, on every engine."""
+    """Errors, times and memory of every network that is asked for, on every engine.
+
+    Raises:
+        SmoothRTError: an option is wrong or an engine does not work.
+    """
     module, dims = unet(options.model)
+    options.side, _ = image_size(options.side, options.side, dims)
     rows = []
     for name in gradients_named(options.gradients, dims.up_blocks):
         if name not in WRT:
@@ -183,7 +189,7 @@ def _errors(
 
 def _sides(dims: Dims, options: argparse.Namespace) -> list[tuple[int, int]]:
     """The side that is asked for, in latent cells, and half of it by as much."""
-    side = options.side // dims.vae_factor or dims.sample_size
+    side = options.side // dims.vae_factor
     half = max(dims.latent_multiple, side // 2 // dims.latent_multiple * dims.latent_multiple)
     return [(side, side), (half, side)]
 
@@ -231,14 +237,14 @@ def _parse(arguments: list[str]) -> argparse.Namespace | None:
     parser.add_argument("--engine", type=_listed, default=["onnxruntime"], help="default: onnxruntime")
     parser.add_argument("--gradients", type=_listed, default=["text", "sample", "both"], help="default: all of them")
     parser.add_argument("--task", type=_listed, default=["vjp"], help="vjp, null-text or both; default: vjp")
-    parser.add_argument("--side", type=int, default=0, help="pixels; default: the model's own")
+    parser.add_argument("--side", type=int, help="pixels; default: the model's own")
     parser.add_argument("--batch-sizes", type=batch_sizes, default=(1, 4), metavar="N[,N…]", help="default: 1,4")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--num-inference-steps", dest="steps", type=int, default=50, help="of null-text; default: 50")
     parser.add_argument("--image", default=str(IMAGE), help="of null-text; default: one that ships")
     parser.add_argument("--prompt", default=PROMPT, help="of null-text")
-    parser.add_argument("--work", type=Path, help="a folder that keeps the graphs for another run")
-    parser.add_argument("--output", type=Path, help="a JSON file of the figures")
+    parser.add_argument("--work", type=folder, help="a folder that keeps the graphs for another run")
+    parser.add_argument("--output", type=json_file, help="a JSON file of the figures")
     parser.add_argument("--job", help=argparse.SUPPRESS)  # the peak of memory of one engine, in this process
     parser.add_argument("--network", help=argparse.SUPPRESS)
     parser.add_argument("--dims", help=argparse.SUPPRESS)

@@ -11,7 +11,7 @@ from typing import NoReturn
 from smooth_rt.errors import InputError
 from smooth_rt.ranges import MOST_IMAGES, check, check_text, seeds_from
 
-__all__ = ["Options", "Parser", "batch_sizes", "parse"]
+__all__ = ["Options", "Parser", "batch_sizes", "folder", "json_file", "parse"]
 
 PROMPT = "red apple on blue background"
 
@@ -119,7 +119,7 @@ def _parser() -> Parser:
     parser.add_argument("--prompt", default=PROMPT, help=f"default: {PROMPT!r}")
     parser.add_argument("--seed", type=int, default=0, help="default: 0")
     parser.add_argument(
-        "--output", type=Path, default=Path("bench-results"),
+        "--output", type=folder, default=Path("bench-results"),
         help="files of the same names are replaced; default: ./bench-results",
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few steps and repeats: does it run, not how fast")
@@ -146,6 +146,29 @@ def batch_sizes(text: str) -> tuple[int, ...]:
             f"{text[:60]!r} is not a list of whole numbers from 1 to {MOST_IMAGES}, such as 1,4,16"
         )
     return tuple(sizes)
+
+
+def folder(text: str) -> Path:
+    """A folder that can be written into; argparse says what is wrong with one."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("empty; name a folder")
+    from smooth_rt.writers import check_output
+
+    try:
+        return check_output(text)
+    except InputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def json_file(text: str) -> Path:
+    """A file that can be written, or replaced; argparse says what is wrong with it."""
+    if not text.strip():
+        raise argparse.ArgumentTypeError("empty; name a file, such as figures.json")
+    path = Path(text)
+    if path.is_dir():
+        raise argparse.ArgumentTypeError(f"{path}: is a folder; name a file, such as {path / 'figures.json'}")
+    folder(str(path.parent))
+    return path
 
 
 def _lora(model: str, lora: str | None) -> str | None:

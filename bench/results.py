@@ -9,6 +9,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from engines.manifest import Parity
+from smooth_rt.writers import write_files
 
 __all__ = [
     "Environment",
@@ -24,9 +25,13 @@ __all__ = [
 
 
 def write(content: Any, path: Path | None) -> None:
-    """As JSON, where a file is asked for."""
+    """As JSON, where a file is asked for.
+
+    Raises:
+        SmoothRTError: the disk refuses.
+    """
     if path is not None:
-        path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+        write_files(path.parent, {path.name: f"{json.dumps(content, indent=2)}\n".encode()})
 
 
 class _Record(BaseModel):

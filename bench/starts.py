@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.apart import apart
-from bench.options import Parser
+from bench.options import Parser, json_file
 from bench.results import write
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--lora", default="default", help="as everywhere")
     parser.add_argument("--engine", default="onnxruntime,openvino", help="backends that can replace weights")
     parser.add_argument("--num-inference-steps", dest="steps", type=int, default=10)
-    parser.add_argument("--output", type=Path, help="a JSON file of the figures")
+    parser.add_argument("--output", type=json_file, help="a JSON file of the figures")
     parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)  # one of them, in this process
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
     options = parser.asked(arguments, ("num_inference_steps",))

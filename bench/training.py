@@ -13,13 +13,13 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from bench.apart import apart
+from bench.options import json_file
 from bench.results import write
 from smooth_rt.errors import InputError, SmoothRTError
 from smooth_rt.training.smooth_lora_config import SmoothLoraConfig
@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=0, help="timed steps of a variant; default: 20, of sd15 4")
     parser.add_argument("--mixed-precision", choices=("no", "bf16", "fp16"), default="no")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--output", type=Path, help="a JSON file of the figures")
+    parser.add_argument("--output", type=json_file, help="a JSON file of the figures")
     parser.add_argument("--variant", choices=VARIANTS, help=argparse.SUPPRESS)  # one of them, in this process
     options = parser.parse_args(argv)
     small = options.model == "default"

@@ -71,7 +71,7 @@ def joined(backend: str, provider: str | None) -> str:
     """
     if provider is None:
         return backend
-    if provider not in PROVIDERS:
+    if not isinstance(provider, str) or provider not in PROVIDERS:
         raise InputError(f"provider={provider}: unknown; choose from {', '.join(PROVIDERS)}")
     found = next(name for name, own in BY_BACKEND.items() if own == provider)
     if backend not in ("auto", "onnxruntime", found):

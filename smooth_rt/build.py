@@ -221,8 +221,8 @@ def _build(
     memory: int | None,
 ) -> Bundle:
     from engines.eager import torch_networks
+    from engines.machine import available_memory
     from export.build import Configs, build_bundle
-    from export.machine import available_memory
     from smooth_rt.lora import fuse, lora_weights
 
     weights = None

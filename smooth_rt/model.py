@@ -6,13 +6,11 @@ UNet2DConditionModel that is conditioned on text alone, AutoencoderKL. Weights a
 
 from __future__ import annotations
 
-import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError
 from torch import nn
 
@@ -27,6 +25,7 @@ from smooth_rt.checkpoint import (
     read_folder,
     read_hub,
 )
+from smooth_rt.digests import digest_tensors
 from smooth_rt.errors import BundleError, InputError, ModelError, reason
 from smooth_rt.single_file import read_file
 
@@ -44,11 +43,16 @@ NEUTRAL_KEYS = ("architectures", "dtype", "torch_dtype", "transformers_version")
 
 @dataclass(frozen=True)
 class PipelineConfig:
-    """What a pipeline needs beside its networks: prompts to ids, the noise schedule, the latent's scale."""
+    """What a pipeline needs beside its networks: prompts to ids, the noise schedule, the latent's scale.
+
+    `decoder_channels` is how many numbers the VAE's decoder holds at once, at the least, for each pixel: what its last
+    block takes in and leaves. 0 where a bundle was built before that was written down.
+    """
 
     tokenizer: CLIPTokenizer
     scheduler_config: dict[str, Any]
     scaling_factor: float
+    decoder_channels: int = 0
 
     @property
     def sampling_config(self) -> dict[str, Any]:
@@ -83,14 +87,21 @@ class Model:
 
     def config(self) -> PipelineConfig:
         """What `write_config` writes, without the detour through files."""
-        return PipelineConfig(self.tokenizer, self.scheduler_config, float(self.vae.config.scaling_factor))
+        return PipelineConfig(self.tokenizer, self.scheduler_config, **self._vae_facts())
+
+    def _vae_facts(self) -> dict[str, Any]:
+        channels = self.vae.config.block_out_channels
+        return {
+            "scaling_factor": float(self.vae.config.scaling_factor),
+            "decoder_channels": channels[min(1, len(channels) - 1)] + channels[0],
+        }
 
     def write_config(self, folder: Path) -> None:
         """Write what a bundle needs to run without the model; `read_config` reads it back."""
         folder.mkdir(parents=True, exist_ok=True)
         _save_tokenizer(self.tokenizer, folder / "tokenizer")
         _write_json(folder / "scheduler_config.json", self.scheduler_config)
-        _write_json(folder / "model.json", {"scaling_factor": float(self.vae.config.scaling_factor)})
+        _write_json(folder / "model.json", self._vae_facts())
 
     def network_configs(self) -> dict[NetworkName, dict[str, Any]]:
         """Each network's config as `save` writes it, for `export.layout`; the VAE's stands for both its networks.
@@ -201,13 +212,14 @@ def read_config(folder: Path) -> PipelineConfig:
         scheduler_config = json.loads((folder / "scheduler_config.json").read_text(encoding="utf-8"))
         if not isinstance(scheduler_config, dict):
             raise TypeError("scheduler_config.json holds no object")
-        scaling_factor = float(json.loads((folder / "model.json").read_text(encoding="utf-8"))["scaling_factor"])
+        facts = json.loads((folder / "model.json").read_text(encoding="utf-8"))
+        scaling_factor, decoder_channels = float(facts["scaling_factor"]), int(facts.get("decoder_channels", 0))
         if not (folder / "tokenizer" / "tokenizer.json").is_file():
             raise FileNotFoundError("tokenizer/tokenizer.json is missing")
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     except Exception as error:  # the tokenizer's library raises bare Exception
         raise BundleError(f"{folder}: unreadable ({reason(error)}); run smooth-rt build-engine again") from error
-    return PipelineConfig(tokenizer, scheduler_config, scaling_factor)
+    return PipelineConfig(tokenizer, scheduler_config, scaling_factor, decoder_channels)
 
 
 def _assemble(source: str, parts: Parts) -> Model:
@@ -283,8 +295,4 @@ def _plain_config(module: Any) -> dict[str, Any]:
 def _digest_module(module: nn.Module) -> str:
     """sha256 over the config and the weights in the order of their names; class and file layout do not matter."""
     config = {k: v for k, v in _plain_config(module).items() if not k.startswith("_") and k not in NEUTRAL_KEYS}
-    digest = hashlib.sha256(digest_json(config).encode())
-    for name, tensor in sorted(module.state_dict().items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
+    return digest_tensors(module.state_dict(), digest_json(config))

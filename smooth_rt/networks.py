@@ -87,7 +87,7 @@ class Networks:
                 "runtime or refit to set it at run time"
             )
         self._lora_strength = strength
-        self.digests = {**self.digests, "lora_strength": f"{strength:g}"}
+        self.digests = {**self.digests, "lora_strength": repr(strength)}
 
     @property
     def batch_size(self) -> int | str:

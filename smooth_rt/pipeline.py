@@ -76,6 +76,7 @@ class SmoothPipeline(Networks):
         self.tokenizer: Any = config.tokenizer
         self.scheduler_config = config.sampling_config
         self.scaling_factor = config.scaling_factor
+        self._decoder_channels = config.decoder_channels
         self.source = source
         self.engine, self.reason = (choice.backend, choice.reason) if choice else (engines["unet"].backend, "given")
         self.size = size or (dims.sample_size * dims.vae_factor,) * 2
@@ -310,13 +311,15 @@ class SmoothPipeline(Networks):
         """Height and width in pixels; None is the pipeline's own `size`.
 
         Raises:
-            InputError: a side is out of range, or no engine was built for images of this size.
+            InputError: a side is out of range, no engine was built for images of this size, or memory lacks for one.
         """
         height, width = checks.image_size(height, width, self.dims, self.size)
         factor = self.dims.vae_factor
         self._engines["unet"].most_rows(height=height // factor, width=width // factor)
+        if self._engines["vae_decoder"].backend in ("eager", "onnxruntime", "openvino"):  # in the machine's own memory
+            checks.memory(height, width, self._decoder_channels)
         return height, width
 
 
 def _digests(model: Mapping[str, str], lora: tuple[str, float] | None) -> dict[str, str]:
-    return {**model, **({"lora": lora[0], "lora_strength": f"{lora[1]:g}"} if lora is not None else {})}
+    return {**model, **({"lora": lora[0], "lora_strength": repr(lora[1])} if lora is not None else {})}

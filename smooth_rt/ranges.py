@@ -39,6 +39,7 @@ __all__ = [
 
 MAX_SIDE = LARGEST  # pixels
 MOST_IMAGES = LARGEST  # more in one call is a slip of the keyboard: the noise alone would fill the memory
+LARGEST_GUIDANCE = 1000  # far over any that leaves a picture; its square goes into gradients
 SHOWN = 60  # characters of a value, in a message
 INVERSION_METHODS = (
     "ddim", "ddim-without-text", "negative-prompt", "null-text", "direct", "fixed-point", "spdinv", "easyinv", "edict",
@@ -164,8 +165,11 @@ def _side(name: str, value: Any) -> int | None:
 
 def _guidance(name: str, value: Any) -> float:
     found = _number(value)
-    if not abs(found) <= 1e300:  # so written that NaN is refused too
-        raise InputError(f"{name}={shown(value)}: give a finite number, such as 7.5 (1 is no guidance)")
+    if not abs(found) <= LARGEST_GUIDANCE:  # so written that NaN is refused too
+        bound = LARGEST_GUIDANCE
+        raise InputError(
+            f"{name}={shown(value)}: give a number from -{bound} to {bound}, such as 7.5 (1 is no guidance)"
+        )
     return found
 
 

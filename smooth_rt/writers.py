@@ -20,6 +20,7 @@ import imageio.v3 as iio
 import numpy as np
 from PIL import Image
 
+from engines.staging import foreign
 from smooth_rt.errors import InputError, SmoothRTError, reason
 
 __all__ = [
@@ -47,12 +48,13 @@ def check_output(folder: str | Path, names: Iterable[str] = (), inputs: Iterable
 
     Raises:
         InputError: a part of the path is a file, the nearest folder that exists takes no file, the system refuses
-            the path (a name in it is too long, say), or a file that would be written is one of the inputs, by
-            whatever path it was named.
+            the path (a name in it is too long, say), it lies in a bundle, or a file that would be written is one of
+            the inputs, by whatever path it was named.
     """
     folder = Path(folder)
     try:
         _check_parts(folder)
+        _check_bundles(folder)
         _check_inputs(folder, names, inputs)
     except OSError as error:
         named = str(folder)
@@ -74,6 +76,13 @@ def _check_parts(folder: Path) -> None:
                 ) from error
         if part.exists() or part.is_symlink():
             raise InputError(f"{folder}: {part} is a file, not a folder; name another folder with --output")
+
+
+def _check_bundles(folder: Path) -> None:
+    """A bundle holds what a build writes and nothing else: one with pictures in it is no bundle any more."""
+    for part in (folder, *folder.absolute().parents):
+        if (part / "manifest.json").is_file() and (part / "config").is_dir() and foreign(part) is None:
+            raise InputError(f"{folder}: lies in the bundle {part}; name another folder with --output")
 
 
 def _check_inputs(folder: Path, names: Iterable[str], inputs: Iterable[str | os.PathLike[str]]) -> None:

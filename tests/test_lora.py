@@ -206,6 +206,14 @@ def test_alphas_come_from_the_file_and_from_beside_it(tiny_model: Path, tmp_path
     refusal(lambda: read_lora(tmp_path), "DoRA")
     (tmp_path / "adapter_config.json").write_text("{,")
     refusal(lambda: read_lora(tmp_path), "configuration is unreadable")
+    for odd in (True, 10**400, 1e308, "8", [8]):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "lora_alpha": odd}))
+        refusal(lambda: read_lora(tmp_path), "lora_alpha: no number from -1e+06 to 1e+06")
+    for odd in ({"(": 2}, {first: None}, [2]):
+        (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "alpha_pattern": odd}))
+        refusal(lambda: read_lora(tmp_path), "configuration is unreadable")
+    (tmp_path / "adapter_config.json").write_text("[" * 100_000)
+    refusal(lambda: read_lora(tmp_path), "configuration is unreadable")
     own = saved({**authors(layers), **{f"{first}.alpha": torch.tensor(1.0)}}, tmp_path)
     assert read_lora(own).layers[first].scale == 0.25
 
@@ -235,6 +243,8 @@ def test_unusual_files_are_refused_by_key(tiny_model: Path, tmp_path: Path) -> N
     refusal(reading({k: v for k, v in tensors.items() if k != down}), up, "no down")
     refusal(reading({**rest, up: tensors[up][:, :2].contiguous()}), down, up, "rank 3")
     refusal(reading({**rest, up: tensors[up] / 0}), up, "not finite")
+    refusal(reading({**rest, up: tensors[up].to(torch.float8_e4m3fn)}), up, "float8_e4m3fn; convert it to")
+    refusal(reading({**tensors, f"{down.split('.processor')[0]}.to_q.alpha": torch.tensor(1e30)}), "1e+06 is the most")
     refusal(
         reading({**tensors, "lora_unet_mid_block.lora_down.weight": torch.ones(1)}), "lora_unet_mid_block.lora_down"
     )

@@ -39,6 +39,16 @@ def test_files_are_written_in_order(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "new" / "folder").iterdir()) == ["a.txt", "b.txt"]
 
 
+@pytest.mark.parametrize("below", ["", "config", "config/new"])
+def test_nothing_goes_into_a_bundle(tmp_path: Path, below: str) -> None:
+    (tmp_path / "config").mkdir()
+    (tmp_path / "manifest.json").write_text("{}")
+    with pytest.raises(InputError, match="lies in the bundle .*; name another folder with --output"):
+        writers.check_output(tmp_path / below)
+    (tmp_path / "mine.txt").write_text("")  # so it is none
+    writers.check_output(tmp_path / below)
+
+
 @pytest.mark.parametrize("after", [0, 1])
 def test_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, after: int) -> None:
     full_disk(monkeypatch, after=after)

@@ -107,6 +107,8 @@ def open_pipeline(options: RunOptions, gradients: Sequence[str] = ()) -> SmoothP
 
     if options.engines is not None:
         refuse_model(options)
+        if options.model_config is not None and options.engine != "eager":
+            raise InputError("--model-config: with --engines it is read for --engine eager alone; leave it out")
         from engines.bundle import Bundle
         from smooth_rt.cache import find
         from smooth_rt.model import read_config

@@ -34,6 +34,8 @@ __all__ = ["METADATA_KEY", "Lora", "LoraLayer", "digest_weights", "read_lora"]
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers' save_lora_weights puts PEFT's configuration
 WEIGHT_FILES = ("smooth_lora.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+LARGEST_ALPHA = 1e6  # far over any rank: more overflows in half precision, if not before
 PREFIX = re.compile(r"(?:(?:base_model\.model|unet)\.)*")
 AUTHORS = re.compile(r"(?P<path>.+?)(?:\.processor)?\.(?P<projection>to_(?:q|k|v|out))_lora\.(?P<part>.+)")
 PAIR = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
@@ -102,6 +104,8 @@ def parse(tensors: dict[str, Tensor], source: str, shown: str, config: dict[str,
         parts = found.setdefault(path, {})
         if part in parts:
             raise ModelError(f"{shown}: {parts[part][0]} and {key} are the same part; keep one adapter in the file")
+        if tensor.dtype not in DTYPES:
+            raise ModelError(f"{shown}: {key} is {tensor.dtype}; convert it to one of {', '.join(map(str, DTYPES))}")
         if not torch.isfinite(tensor).all():
             raise ModelError(f"{shown}: {key} holds values that are not finite; the training went wrong")
         parts[part] = (key, tensor)
@@ -159,8 +163,8 @@ def _layer(path: str, parts: dict[str, tuple[str, Tensor]], shown: str, config: 
             raise ModelError(f"{shown}: {key} has no {part} beside it; the pair is not whole")
     (key, down), (up_key, up) = parts["down"], parts["up"]
     for name, tensor in (parts["down"], parts["up"]):
-        if not tensor.is_floating_point() or tensor.ndim not in (2, 4) or 0 in tensor.shape:
-            raise ModelError(f"{shown}: {name} is {tensor.dtype} {list(tensor.shape)}, not a matrix or a convolution")
+        if tensor.ndim not in (2, 4) or 0 in tensor.shape:
+            raise ModelError(f"{shown}: {name} has shape {list(tensor.shape)}, not a matrix or a convolution")
     if down.shape[0] != up.shape[1]:
         raise ModelError(f"{shown}: {key} has rank {down.shape[0]} and {up_key} {up.shape[1]}; the pair does not match")
     alpha: float | None
@@ -169,6 +173,8 @@ def _layer(path: str, parts: dict[str, tuple[str, Tensor]], shown: str, config: 
         if value.numel() != 1:
             raise ModelError(f"{shown}: {alpha_key} has shape {list(value.shape)}; alpha is one number")
         alpha = float(value)
+        if abs(alpha) > LARGEST_ALPHA:
+            raise ModelError(f"{shown}: {alpha_key} is {alpha:g}, and {LARGEST_ALPHA:g} is the most; repair it")
     else:
         alpha = _configured_alpha(path, int(down.shape[0]), config)
     return LoraLayer(down, up, alpha, key)
@@ -185,10 +191,15 @@ def _adapter_config(path: Path, metadata: dict[str, str]) -> dict[str, Any] | No
             config = json.loads(beside.read_text(encoding="utf-8"))
         else:
             return None
-        alphas = [config.get("lora_alpha"), *(config.get("alpha_pattern") or {}).values()]
-        if not all(alpha is None or math.isfinite(alpha) for alpha in alphas):
-            raise ValueError("an alpha is not finite")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+        patterns = config.get("alpha_pattern") or {}
+        for name, alpha in (("lora_alpha", config.get("lora_alpha")), *patterns.items()):
+            # A bool is an int to Python; by the comparison NaN is refused too.
+            number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
+            if not (number and abs(alpha) <= LARGEST_ALPHA) and (name, alpha) != ("lora_alpha", None):
+                raise ValueError(f"{name}: no number from -{LARGEST_ALPHA:g} to {LARGEST_ALPHA:g}")
+        for name in patterns:
+            re.compile(name)  # as PEFT reads them
+    except (OSError, ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
         raise ModelError(f"{path}: its PEFT configuration is unreadable ({reason(error)}); repair it") from error
     if config.get("use_dora"):
         raise ModelError(f"{path}: is a DoRA; only plain LoRAs are supported")

@@ -12,10 +12,12 @@ import torch
 from torch import Generator, Tensor
 
 from engines.contract import Dims
+from engines.machine import available_memory
+from engines.staging import said_size
 from smooth_rt.errors import InputError
 from smooth_rt.ranges import check, check_dense, check_text, shown
 
-__all__ = ["answer", "as_prompts", "embeds", "image_size", "latents", "one_each", "per_image"]
+__all__ = ["answer", "as_prompts", "embeds", "image_size", "latents", "memory", "one_each", "per_image"]
 
 
 def as_prompts(prompts: str | Sequence[str], name: str = "prompt") -> list[str]:
@@ -56,6 +58,20 @@ def image_size(
             raise InputError(f"{name}={side}: give a multiple of {multiple}; the nearest is {nearest}")
         sizes.append(side)
     return sizes[0], sizes[1]
+
+
+def memory(height: int, width: int, channels: int) -> None:
+    """Refuse an image of so many pixels that what its decoder holds at once, at the least, is not there.
+
+    Args:
+        channels: see `PipelineConfig.decoder_channels`.
+    """
+    needed, there = 4 * height * width * channels, available_memory()
+    if there is not None and needed > there:
+        raise InputError(
+            f"height={height}, width={width}: an image takes more than {said_size(needed)} of memory and "
+            f"{said_size(there)} are there; give fewer pixels"
+        )
 
 
 def latents(value: Tensor, count: int, dims: Dims, height: int | None, width: int | None) -> Tensor:

@@ -5,7 +5,6 @@ A checkpoint's metadata hold its `step`, the run's `settings` as JSON and a `dig
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
@@ -18,10 +17,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from smooth_rt.digests import digest_tensors
 from smooth_rt.errors import InputError, ModelError, SmoothRTError, reason
 from smooth_rt.training.settings import differences
 
-__all__ = ["Checkpoints", "NotFiniteError", "StateError", "digest_of"]
+__all__ = ["Checkpoints", "NotFiniteError", "StateError"]
 
 PREFIX = "checkpoint-"
 
@@ -90,7 +90,7 @@ class Checkpoints:
         try:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
-                metadata = {"step": str(step), "settings": json.dumps(settings), "digest": digest_of(contiguous)}
+                metadata = {"step": str(step), "settings": json.dumps(settings), "digest": digest_tensors(contiguous)}
                 save_file(contiguous, partial, metadata)
                 _sync(partial)
                 partial.replace(target)
@@ -141,7 +141,7 @@ class Checkpoints:
                 raise self._damaged(path, f"{key} is {list(tensors[key].shape)} and should be {list(shape)}")
         if bad := _not_finite(tensors):
             raise self._damaged(path, f"{bad} is not finite")
-        if metadata.get("digest", "") not in ("", digest_of(tensors)):
+        if metadata.get("digest", "") not in ("", digest_tensors(tensors)):
             raise self._damaged(path, "its tensors are not those that were written")
         return tensors
 
@@ -161,15 +161,6 @@ def _sync(path: Path) -> None:
     """On the disk before it takes its name: else a power cut may leave the name with nothing behind it."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-
-
-def digest_of(tensors: Mapping[str, Tensor]) -> str:
-    """A sha256 of names and bytes: safetensors itself does not see a flipped bit."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def _not_finite(tensors: Mapping[str, Tensor]) -> str | None:

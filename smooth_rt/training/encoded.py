@@ -22,9 +22,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engines.bundle import digest_json
+from smooth_rt.digests import digest_tensors
 from smooth_rt.errors import InputError, SmoothRTError, reason
 from smooth_rt.model import Model
-from smooth_rt.training.checkpoints import digest_of
 from smooth_rt.training.pictures import Captioned, Listed, Pictures
 from smooth_rt.training.pictures.draws import FirstDraws
 from smooth_rt.training.world import World
@@ -162,7 +162,7 @@ class _Shards:
         except (OSError, SafetensorError) as error:
             log.warning("%s: damaged (%s); made anew", path, reason(error))
             return False
-        if metadata.get("key") != self.key or metadata.get("digest") != digest_of(tensors):
+        if metadata.get("key") != self.key or metadata.get("digest") != digest_tensors(tensors):
             log.warning("%s: damaged (not what was written); made anew", path)
             return False
         return True
@@ -178,7 +178,7 @@ class _Shards:
             tensors |= {f"mean/{item}": found.mean, f"std/{item}": found.std, f"text/{text}": found.context}
             rows[item] = (text, found.name)
         kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        metadata = {"key": self.key, "rows": json.dumps(rows), "digest": digest_of(kept)}
+        metadata = {"key": self.key, "rows": json.dumps(rows), "digest": digest_tensors(kept)}
         partial = path.with_suffix(".partial")
         try:
             save_file(kept, partial, metadata)

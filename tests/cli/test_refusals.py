@@ -35,6 +35,8 @@ def png_header(width: int, height: int) -> bytes:
         ([*GENERATE, "--height", 15], "height=15: give a multiple of"),
         ([*GENERATE, "--num-inference-steps", 0], "error: --num-inference-steps=0: "),
         ([*GENERATE, "--guidance-scale", "nan"], "error: --guidance-scale=nan: "),
+        ([*GENERATE, "--guidance-scale", "1e30"], "error: --guidance-scale=1e+30: give a number from -1000 to 1000"),
+        ([*GENERATE, "--engines", "x", "--model-config", "y"], "error: --model-config: with --engines it is read for"),
         ([*GENERATE, "--seed", 2**65], "does not fit into 64 bits"),
         ([*GENERATE, "--convolution", "winograd"], "error: --convolution=winograd: chooses within a bundle"),
         ([*GENERATE, "--convolution", "fft"], "error: --convolution='fft' is unknown; it is one of direct, winograd"),

@@ -15,13 +15,13 @@ from engines.bundle import Bundle
 from engines.contract import DERIVED, Dims, Network, NetworkName, contract
 from engines.eager import gradient_networks, torch_networks
 from engines.errors import EngineError
+from engines.machine import available_memory
 from engines.manifest import Source
 from engines.select import architecture
 from engines.variant import Order, Profile, Span, Variant, every_size
 from export import needs
 from export.activations import held_at_most
 from export.graphs import cases
-from export.machine import available_memory
 from export.needs import check_memory, disk_needed, memory_needed
 from export.transformed import added_by_transforms
 

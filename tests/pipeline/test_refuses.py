@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
@@ -11,6 +12,7 @@ from torch import Generator
 
 from smooth_rt.errors import InputError
 from smooth_rt.pipeline import SmoothPipeline
+from smooth_rt.tasks import checks
 
 
 @pytest.mark.parametrize(
@@ -44,6 +46,41 @@ def test_a_callback_that_is_none_is_refused_before_any_work(pipe: SmoothPipeline
     with pytest.raises(InputError, match=r"^callback_on_step_end=5"):
         pipe.denoise(torch.zeros(1, 4, 8, 8), [], lambda x, *_: x, 5)  # type: ignore[arg-type]
     assert calls == {}
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"timestep": "a"}, "timestep='a': give a whole number from 0 on"),
+        ({"timestep": 1.5}, "timestep=1.5: give a whole number"),
+        ({"timestep": -1}, "timestep=-1: give a whole number"),
+        ({"timestep": 10**30}, "timestep=1000000000000000000000000000000: give a whole number"),
+        ({"guidance_scale": "x"}, "guidance_scale='x': give a number from -1000 to 1000"),
+        ({"prompt_embeds": torch.zeros(1, 77, 32)}, "prompt_embeds: 1 rows for latents of 2"),
+        ({"negative_prompt_embeds": torch.zeros(1, 77, 32)}, "negative_prompt_embeds: 1 rows for latents of 2"),
+        ({"latents": None}, "latents: None is no torch tensor"),
+    ],
+)
+def test_predict_says_what_is_wrong(
+    pipe: SmoothPipeline, calls: dict[str, list[int]], given: dict[str, Any], said: str
+) -> None:
+    texts = pipe.encode_prompt(["dog", ""])
+    calls.clear()
+    good = {"latents": torch.zeros(2, 4, 8, 8), "timestep": 5, "prompt_embeds": texts, "guidance_scale": 3.0}
+    with pytest.raises(InputError, match=f"^{re.escape(said)}"):
+        pipe.predict(**{**good, "negative_prompt_embeds": texts.flip(0), **given})
+    assert calls == {}
+
+
+def test_an_image_that_memory_cannot_hold_is_refused(pipe: SmoothPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(checks, "available_memory", lambda: 3 * 2**30)
+    assert pipe.image_size(2048, 2048) == (2048, 2048)  # of a model that does not say what its decoder takes
+    monkeypatch.setattr(pipe, "_decoder_channels", 384)
+    assert pipe.image_size(1024, 1024) == (1024, 1024)
+    with pytest.raises(InputError, match=r"height=2048, width=2048: an image takes more than 6\.0 GiB of memory and 3"):
+        pipe("dog", height=2048, width=2048)
+    monkeypatch.setattr(checks, "available_memory", lambda: None)
+    assert pipe.image_size(2048, 2048) == (2048, 2048)
 
 
 def test_too_many_images_are_refused_before_their_noise_is_drawn(

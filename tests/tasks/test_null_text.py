@@ -153,10 +153,16 @@ def test_a_damaged_file_is_passed_over(
     arguments: dict[str, Any] = {"num_inference_steps": 2, **METHOD}
     first = pipe.invert(images[0], "dog", **arguments)
     (file,) = cache.iterdir()
-    file.write_bytes(file.read_bytes()[:100])
-    again = pipe.invert(images[0], "dog", **arguments)
-    assert "cannot be read" in caplog.text
-    assert torch.equal(again.images, first.images)
+    whole = file.read_bytes()
+    flipped = whole[:-1] + bytes([whole[-1] ^ 1])  # safetensors itself does not see it
+    renamed = pipe.invert(images[1], "dog", **arguments) and next(one for one in cache.iterdir() if one != file)
+    for content in (whole[:100], flipped, renamed.read_bytes()):
+        caplog.clear()
+        file.write_bytes(content)
+        again = pipe.invert(images[0], "dog", **arguments)
+        assert "cannot be read" in caplog.text
+        assert torch.equal(again.images, first.images)
+        assert file.read_bytes() == whole
 
 
 def test_a_loss_that_is_not_finite_stops_with_its_step(

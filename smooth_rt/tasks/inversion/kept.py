@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from smooth_rt.digests import digest_tensors
 from smooth_rt.errors import EngineError, InputError, SmoothRTError, reason
 from smooth_rt.tasks import checks
 
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = ["Fit", "Kept", "Watched", "cohorts", "image_names", "not_finite", "opened", "walk_on"]
 
 LOG = logging.getLogger("smooth_rt")
-FORMAT = 2
+FORMAT = 3
 EVERY = 5.0  # seconds between two writes of a run
 MOST_BYTES = 2 * 2**30  # of all files; those not used for longest go first
 
@@ -99,17 +100,20 @@ class _Store:
         """What is kept, or None. A file that cannot be read is passed over with a warning."""
         if self.path is None or not self.path.is_file():
             return None
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors import SafetensorError, safe_open
 
         try:
-            held = load_file(self.path)
+            with safe_open(self.path, "pt") as file:
+                metadata = file.metadata() or {}
+                held = {name: file.get_tensor(name) for name in ("levels", "latents", "embeds")}
+            if metadata.get("digest") != digest_tensors(held, self.path.stem):
+                raise ValueError("its tensors are not those that were written")
             found = Kept(list(held["levels"]), held["latents"], list(held["embeds"]))
             shapes = {one.shape for one in (*found.levels, found.latents)}, {one.shape for one in found.embeds}
             fits = shapes[0] == {self._latents} and shapes[1] <= {self._embed}
             if not fits or len(found.levels) > self._steps + 1 or len(found.embeds) > self._steps:
                 raise ValueError("of other sizes")
-        except (OSError, SafetensorError, KeyError, RuntimeError, TypeError, ValueError) as error:
+        except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
             LOG.warning("%s: cannot be read (%s); inverted anew", self.path, reason(error))
             return None
         os.utime(self.path)
@@ -127,8 +131,8 @@ class _Store:
 
         self._said = time.monotonic()
         embeds = torch.stack(kept.embeds) if kept.embeds else kept.latents.new_zeros((0, *self._embed))
-        held = {"levels": torch.stack(kept.levels), "latents": kept.latents, "embeds": embeds}
-        content = save({name: tensor.contiguous() for name, tensor in held.items()})
+        held = {"levels": torch.stack(kept.levels), "latents": kept.latents.contiguous(), "embeds": embeds}
+        content = save(held, {"digest": digest_tensors(held, self.path.stem)})
         try:
             write_files(self.path.parent, {self.path.name: content})
             _make_room(self.path.parent, self.path)
