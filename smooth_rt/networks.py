@@ -110,8 +110,15 @@ class Networks:
 
         Both halves go into one call. The unconditional one is left out where it cannot matter: at a scale of 1, or
         where its embeddings are those of the prompt. Embeddings are [N, L, D].
+
+        Raises:
+            InputError: a tensor is of another shape, or a number is out of its range.
+            EngineError: the engine failed.
         """
         negative = negative_prompt_embeds
+        given = {"latents": latents, "prompt_embeds": prompt_embeds}
+        _rows(**given, **({} if negative is None else {"negative_prompt_embeds": negative}))
+        timestep, (guidance_scale,) = _whole(timestep), check(guidance_scale=guidance_scale)
         if guidance_scale == 1 or (negative is not None and torch.equal(negative, prompt_embeds)):
             negative = None
         outputs, rows = [], 1 if negative is None else 2

@@ -43,7 +43,7 @@ def test_files_are_written_in_order(tmp_path: Path) -> None:
 def test_nothing_goes_into_a_bundle(tmp_path: Path, below: str) -> None:
     (tmp_path / "config").mkdir()
     (tmp_path / "manifest.json").write_text("{}")
-    with pytest.raises(InputError, match="lies in the bundle .*; name another folder with --output"):
+    with pytest.raises(InputError, match=r"lies in the bundle .*; name another folder with --output"):
         writers.check_output(tmp_path / below)
     (tmp_path / "mine.txt").write_text("")  # so it is none
     writers.check_output(tmp_path / below)

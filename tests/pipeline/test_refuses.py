@@ -137,7 +137,7 @@ def test_too_many_images_are_refused_before_their_noise_is_drawn(
         ({"prompt": "a\udcff"}, "prompt: character 2 is not valid UTF-8"),
         ({"prompt": ["a", "\udcff"]}, "prompt: character 1 is not valid UTF-8"),
         ({"negative_prompt": "\udcff"}, "negative_prompt: character 1 is not valid UTF-8"),
-        ({"guidance_scale": 10**400}, "guidance_scale=a number of 1329 bits: give a finite number"),
+        ({"guidance_scale": 10**400}, "guidance_scale=a number of 1329 bits: give a number from -1000 to 1000"),
         ({"latents": torch.zeros(1, 4, 8, 8).to_sparse()}, "latents: a nested or sparse tensor; give a dense one"),
         ({"latents": torch.zeros(1, 4, 8, 8, device="meta")}, "latents: a tensor on 'meta' has no values"),
         ({"latents": torch.tensor(1.0)}, r"latents: shape \[\]; give \[1, 4, h, w\]"),

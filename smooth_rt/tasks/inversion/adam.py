@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -28,16 +29,22 @@ class Adam:
         self._steps = torch.zeros(len(values), dtype=torch.float64)
 
     def step(self, grad: Tensor, rows: Tensor) -> None:
-        """One step of the rows named by a mask [N], along `grad` [N, ...]."""
-        on = rows.nonzero()[:, 0]
-        grad = grad[on]
-        self._steps[on] += 1
-        self._mean[on] = self._mean[on].lerp(grad, 1 - BETA)
-        self._square[on] = self._square[on] * BETA_SQUARE + (1 - BETA_SQUARE) * grad * grad
+        """One step of the rows named by a mask [N], along `grad` [N, ...].
+
+        All rows are computed and those that rest put back, with numpy's root: indexing by a tensor and torch's own root
+        wake torch's threads for values this few, which then keep an engine's waiting.
+        """
 
         def a_row(factors: Tensor) -> Tensor:
             return factors.to(grad.dtype).reshape(-1, *[1] * (grad.ndim - 1))
 
-        steps = self._steps[on]
-        spread = self._square[on].sqrt() / a_row((1 - BETA_SQUARE**steps).sqrt()) + EPSILON
-        self.values[on] = self.values[on] - a_row(self.rate / (1 - BETA**steps)) * (self._mean[on] / spread)
+        on = rows.reshape(-1, *[1] * (grad.ndim - 1))
+        self._steps = self._steps + rows
+        mean = self._mean.lerp(grad, 1 - BETA)
+        square = self._square * BETA_SQUARE + (1 - BETA_SQUARE) * grad * grad
+        root = torch.from_numpy(np.sqrt(square.numpy()))
+        spread = root / a_row((1 - BETA_SQUARE**self._steps).sqrt()) + EPSILON
+        values = self.values - a_row(self.rate / (1 - BETA**self._steps)) * (mean / spread)
+        self._mean = torch.where(on, mean, self._mean)
+        self._square = torch.where(on, square, self._square)
+        self.values = torch.where(on, values, self.values)

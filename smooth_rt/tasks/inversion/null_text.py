@@ -81,7 +81,7 @@ def _fit(job: Job, fits: list[Fit]) -> None:
         slope = of_output * (1 - scale)
         rest = of_sample * latents + of_output * scale * cond - path[len(schedule.steps) - index - 1]
         embeds = _rounds(job, latents, index, step.timestep, embeds, owner, slope, rest, images)
-        uncond = pipe.predict(latents, step.timestep, embeds[owner])
+        uncond = pipe.predict(latents, step.timestep, embeds.index_select(0, owner))
         output = uncond + scale * (cond - uncond)
         return ddim_step(latents, output, step.alpha_from, step.alpha_to, schedule.prediction_type)
 
@@ -110,29 +110,38 @@ def _rounds(
     size = latents[0].numel()
     active = torch.ones(len(embeds), dtype=torch.bool)
     for _ in range(ROUNDS):
-        rows = active[owner].nonzero()[:, 0]
+        # By index_select: indexing by a tensor wakes torch's threads for rows this few, which keep an engine's waiting.
+        rows = active.index_select(0, owner).nonzero()[:, 0]
+        owners = owner.index_select(0, rows)
+        rests = rest.index_select(0, rows)
         uncond, grads = job.pipe.vjp(
-            latents[rows],
+            latents.index_select(0, rows),
             timestep,
-            adam.values[owner[rows]],
+            adam.values.index_select(0, owners),
             TEXT,
-            2 * slope / size * rest[rows],
+            2 * slope / size * rests,
             torch.full((len(rows),), 2 * slope**2 / size),
         )
-        each = (slope * uncond + rest[rows]).square().flatten(1).mean(1)
+        each = (slope * uncond + rests).square().flatten(1).mean(1)
         grad = grads["encoder_hidden_states"]
         if not bool(torch.isfinite(each).all() and torch.isfinite(grad).all()):
             wrong = next(k for k in range(len(rows)) if not (each[k].isfinite() and grad[k].isfinite().all()))
             mend = "lower guidance_scale, or check the model's weights"
             raise not_finite(job, "null-text", index, timestep, images[int(rows[wrong])], mend)
-        owners = (owner[rows],)
-        # By index_put: index_add wakes torch's threads for rows this small, which an engine's own keep waiting.
-        loss = torch.zeros(len(embeds)).index_put(owners, each, accumulate=True)
-        adam.step(torch.zeros_like(embeds).index_put(owners, grad, accumulate=True), active)
+        loss = _summed(each, owners, len(embeds))
+        adam.step(_summed(grad, owners, len(embeds)), active)
         active = active & (loss >= threshold)
         if not active.any():
             break
     return adam.values
+
+
+def _summed(rows: Tensor, owners: Tensor, count: int) -> Tensor:
+    """The sum of each owner's rows [R, ...], [count, ...]; by hand for the reason that `_rounds` gives."""
+    sums = list(torch.zeros(count, *rows.shape[1:]))
+    for row, owner in zip(rows, owners.tolist(), strict=True):
+        sums[owner] = sums[owner] + row
+    return torch.stack(sums)
 
 
 def _evaluations(steps: int, guided: bool) -> Evaluations:

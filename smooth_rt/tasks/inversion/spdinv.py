@@ -85,12 +85,14 @@ def _rounds(
     adam = Adam(begins, RATE)
     active = torch.ones(len(begins), dtype=torch.bool)
     for _ in range(ROUNDS):
+        # By index_select, as in `null_text`.
         rows = active.nonzero()[:, 0]
-        rest = kept[rows] - adam.values[rows]
+        values = adam.values.index_select(0, rows)
+        rest = kept.index_select(0, rows) - values
         output, grads = job.pipe.vjp(
-            adam.values[rows],
+            values,
             timestep,
-            text[rows],
+            text.index_select(0, rows),
             ("sample",),
             2 * slope / size * rest,
             torch.full((len(rows),), 2 * slope**2 / size),
