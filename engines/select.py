@@ -251,6 +251,7 @@ def choose(engine: str, built: Collection[str], unfit: Mapping[str, str] | None 
     """
     if engine == "auto":
         choice = _first_that_runs(built, unfit or {})
+        LOG.info("engine: %s (%s)", choice.backend, choice.reason)
     else:
         fault = availability(engine)
         if fault is not None:
@@ -261,7 +262,7 @@ def choose(engine: str, built: Collection[str], unfit: Mapping[str, str] | None 
                 f"run `smooth-rt build-engine --backend {engine}`"
             )
         choice = Choice(engine, "asked for")
-    LOG.info("engine: %s (%s)", choice.backend, choice.reason)
+        LOG.info("engine: %s", choice.backend)  # by the user, or by a command that compares several
     return choice
 
 

@@ -195,6 +195,13 @@ def test_auto_takes_the_fastest_that_is_built_and_says_why_once(
         assert f"{name} (not built)" in choice.reason or taken == "openvino"
 
 
+def test_of_a_named_engine_no_reason_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """`demo` and `bench` name them of their own accord."""
+    with caplog.at_level(logging.INFO, "smooth_rt"):
+        choose("onnxruntime", ["onnxruntime", "openvino"])
+    assert [record.getMessage() for record in caplog.records] == ["engine: onnxruntime"]
+
+
 def test_a_named_engine_is_never_replaced() -> None:
     with pytest.raises(EngineError, match=r"'openvino': not in the bundle, which holds onnxruntime; run `smooth-rt"):
         choose("openvino", ["onnxruntime"])
