@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engines.contract import TEXT
 
-__all__ = ["first_half", "shared"]
+__all__ = ["first_half", "number_sizes", "reached", "shared"]
 
 
 def first_half(inputs: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -40,9 +40,9 @@ def shared(half: Model, whole: Model) -> Model:
         ValueError: something that is shared is neither as large as in `half` nor twice as many rows of it.
     """
     for graph in (half, whole):
-        _number_sizes(graph)
-    apart = _from([_input(whole, TEXT)])
-    varying = _from(whole.get_parameters())
+        number_sizes(graph)
+    apart = reached([_input(whole, TEXT)])
+    varying = reached(whole.get_parameters())
     once = {node.get_friendly_name(): node for node in half.get_ordered_ops()}
     for node in whole.get_ordered_ops():
         if node.get_friendly_name() in apart or node.get_friendly_name() not in varying:
@@ -61,8 +61,8 @@ def _input(graph: Model, name: str) -> Any:
     return graph.input(name).get_node()
 
 
-def _number_sizes(graph: Model) -> None:
-    """Sizes that are read off a tensor become numbers: such a tensor may be of the other half."""
+def number_sizes(graph: Model) -> None:
+    """Sizes that are read off a tensor become numbers: such a tensor may be of the other part of a graph."""
     for node in graph.get_ordered_ops():
         if node.get_type_name() == "ShapeOf":
             size = np.array(node.input_value(0).get_shape(), node.get_output_element_type(0).to_dtype())
@@ -71,7 +71,7 @@ def _number_sizes(graph: Model) -> None:
                 target.replace_source_output(number)
 
 
-def _from(parameters: list[Any]) -> Set[str]:
+def reached(parameters: list[Any]) -> Set[str]:
     """The names of all nodes that depend on one of `parameters`."""
     found = set()
     left = list(parameters)

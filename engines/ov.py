@@ -18,6 +18,7 @@ from engines.base import Engine
 from engines.contract import DERIVED, Network
 from engines.errors import EngineError, reason
 from engines.halves import first_half, shared
+from engines.rounds import Rounds
 from engines.specialised import Specialised, one_size
 from engines.variant import Bounds
 
@@ -32,6 +33,7 @@ LOG = logging.getLogger("smooth_rt")
 # with torch (`export.graphs.cases`) the third runs in the free form.
 OWN_SIZES = 2
 OWN_BELOW = 2**30  # bytes of weights
+BY_TEXT = "unet_vjp_text"  # the gradients that come in rounds
 LOOPED = ("unet", *DERIVED)  # the networks that tasks call again and again
 
 
@@ -58,8 +60,8 @@ class OvEngine(Engine):
     Bounds of one size get a compilation of their own in which that size is fixed, made at the first call of that size.
     So do, of a UNet of less than `OWN_BELOW`, the first `OWN_SIZES` sizes that calls come with. Every other call runs
     in one of free sizes. Of a UNet each fixed size has one more, for calls whose halves differ in their text alone, as
-    guidance makes them (`engines.halves`); a large UNet has only that of the two which it used last. Results of the one
-    and the other differ by rounding.
+    guidance makes them (`engines.halves`); a large UNet has only that of the two which it used last. Gradients by the
+    text are in two parts where a size is fixed (`engines.rounds`). Results of one form and another differ by rounding.
 
     Args:
         network: the contract; the graph's inputs and outputs must bear its names.
@@ -107,7 +109,11 @@ class OvEngine(Engine):
         return model
 
     def _open(self, sizes: Mapping[str, int] | None) -> Any:
-        return self._compiled(self._fixed(sizes))
+        model = self._fixed(sizes)
+        if sizes is None or self.network.name != BY_TEXT:
+            return self._compiled(model)
+        with self._reading():
+            return Rounds(model, self._compiled)
 
     def _open_halved(self, sizes: Mapping[str, int] | None) -> Any:
         """None for free sizes, which say nothing of what a half is."""
