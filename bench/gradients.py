@@ -241,6 +241,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace | None:
     parser.add_argument("--batch-sizes", type=batch_sizes, default=(1, 4), metavar="N[,N…]", help="default: 1,4")
     parser.add_argument("--repeats", type=int, default=10)
     parser.add_argument("--num-inference-steps", dest="steps", type=int, default=50, help="of null-text; default: 50")
+    parser.add_argument("--inversions", type=int, default=3, help="of null-text on each engine; default: 3")
     parser.add_argument("--image", default=str(IMAGE), help="of null-text; default: one that ships")
     parser.add_argument("--prompt", default=PROMPT, help="of null-text")
     parser.add_argument("--work", type=folder, help="a folder that keeps the graphs for another run")
@@ -249,7 +250,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace | None:
     parser.add_argument("--network", help=argparse.SUPPRESS)
     parser.add_argument("--dims", help=argparse.SUPPRESS)
     parser.add_argument("--graph", type=Path, help=argparse.SUPPRESS)
-    options = parser.asked(arguments, at_least_one=("repeats", "num_inference_steps"))
+    options = parser.asked(arguments, at_least_one=("repeats", "num_inference_steps", "inversions"))
     if options is None:
         return None
     for task in options.task:

@@ -6,13 +6,16 @@ from __future__ import annotations
 import time
 from argparse import Namespace
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from importlib import resources
 from typing import Any
 
 from rich.table import Table
 from torch import Tensor
 
+from bench.timing import interleave, summarise
 from smooth_rt.build import build_engines
 from smooth_rt.errors import InputError
 from smooth_rt.images import read
@@ -28,8 +31,8 @@ PROMPT = "red heart"
 
 @dataclass(frozen=True)
 class Inverted:
-    """A null-text inversion on one engine: seconds, those within the UNet's gradients, rows of them, and what comes
-    back."""
+    """Null-text inversions on one engine: the median of their seconds, the mean of those within the UNet's gradients,
+    rows of gradients in one of them, and what comes back."""
 
     engine: str
     seconds: float
@@ -51,7 +54,7 @@ class _Timed(SmoothPipeline):
 
 
 def null_text(options: Namespace, say: Callable[[str], None]) -> list[Inverted]:
-    """One image inverted on eager and on every engine, all rounds of every step.
+    """One image inverted on eager and on every engine, all rounds of every step; the engines take turns.
 
     Raises:
         InputError: the model is sd15, whose random weights invert nothing.
@@ -60,30 +63,34 @@ def null_text(options: Namespace, say: Callable[[str], None]) -> list[Inverted]:
         raise InputError("--task=null-text: sd15 has random weights, which invert nothing; name a model")
     lora = "default" if options.model == "default" else None
     bundle = build_engines(options.model, lora, 1.0, options.engine, gradients=["text"])
-    found = []
-    for of in (EAGER, *options.engine):
-        say(f"null-text inversion on {of}")
-        with _Timed.from_engines(bundle, engine=of) as pipe:
-            found.append(_inverted(pipe, of, options))
-    return found
+    with ExitStack() as stack:
+        names = (EAGER, *options.engine)
+        pipes = {of: stack.enter_context(_Timed.from_engines(bundle, engine=of)) for of in names}
+        pixels = read([options.image], *pipes[EAGER].image_size(None, None))
+        back: dict[str, Tensor] = {}
 
+        def invert(of: str, steps: int) -> None:
+            say(f"null-text inversion on {of}")
+            asked: dict[str, Any] = {"method": "null-text", "num_inference_steps": steps, "keep": False}
+            images = pipes[of].invert(pixels, options.prompt, early_stop=False, output_type="pt", **asked).images
+            assert isinstance(images, Tensor)
+            back[of] = images[0]
 
-def _inverted(pipe: _Timed, of: str, options: Namespace) -> Inverted:
-    pixels = read([options.image], *pipe.image_size(None, None))
-
-    def invert(steps: int) -> Tensor:
-        asked: dict[str, Any] = {"method": "null-text", "num_inference_steps": steps, "keep": False}
-        back = pipe.invert(pixels, options.prompt, early_stop=False, output_type="pt", **asked).images
-        assert isinstance(back, Tensor)
-        return back
-
-    invert(1)  # opens the engine of the gradients
-    pipe.within, before = 0.0, pipe.evaluations["gradient"]
-    begun = time.perf_counter()
-    back = invert(options.steps)
-    seconds = time.perf_counter() - begun
-    gradients = pipe.evaluations["gradient"] - before
-    return Inverted(of, seconds, pipe.within, gradients, psnr(pixels[0], back[0]))
+        for of, pipe in pipes.items():
+            invert(of, 1)  # opens the engine of the gradients
+            pipe.within, pipe.evaluations["gradient"] = 0.0, 0
+        runs = {of: partial(invert, of, options.steps) for of in pipes}
+        seconds = interleave(runs, options.inversions, 0)
+        return [
+            Inverted(
+                of,
+                summarise(seconds[of]).median_s,
+                pipe.within / options.inversions,
+                pipe.evaluations["gradient"] // options.inversions,
+                psnr(pixels[0], back[of]),
+            )
+            for of, pipe in pipes.items()
+        ]
 
 
 def table_of(inverted: Sequence[Inverted]) -> Table:
