@@ -24,6 +24,7 @@ from smooth_rt.lora import lora_weights
 from smooth_rt.model import Model
 from smooth_rt.opening import reopen_model
 from smooth_rt.ranges import as_whole, check, shown
+from smooth_rt.tasks import checks
 
 __all__ = ["CELLS_PER_CALL", "Networks", "eager_engines"]
 
@@ -117,7 +118,7 @@ class Networks:
         """
         negative = negative_prompt_embeds
         given = {"latents": latents, "prompt_embeds": prompt_embeds}
-        _rows(**given, **({} if negative is None else {"negative_prompt_embeds": negative}))
+        checks.rows(self.dims, **given, **({} if negative is None else {"negative_prompt_embeds": negative}))
         timestep, (guidance_scale,) = _whole(timestep), check(guidance_scale=guidance_scale)
         if guidance_scale == 1 or (negative is not None and torch.equal(negative, prompt_embeds)):
             negative = None
@@ -165,10 +166,10 @@ class Networks:
             InputError: a tensor is of another shape, or `wrt` or `of` names no such thing.
             EngineError: the engine has no gradients, and its torch weights are out of reach.
         """
-        count = _rows(latents=latents, prompt_embeds=prompt_embeds, cotangent=cotangent)
+        count = checks.rows(self.dims, latents=latents, prompt_embeds=prompt_embeds, cotangent=cotangent)
         timestep, wrt = _whole(timestep), _names(wrt)
         scale = torch.zeros(1) if cotangent_scale is None else cotangent_scale
-        _rows(cotangent_scale=scale)
+        checks.rows(self.dims, cotangent_scale=scale)
         if scale.shape not in ((1,), (count,)):
             raise InputError(
                 f"cotangent_scale: shape {list(scale.shape)}, not [{count}] or [1]; give one for each image"
@@ -206,7 +207,7 @@ class Networks:
             InputError: a tensor is of another shape, or there is no such block.
             EngineError: the engine has no features, and its torch weights are out of reach.
         """
-        count, timestep = _rows(latents=latents, prompt_embeds=prompt_embeds), _whole(timestep)
+        count, timestep = checks.rows(self.dims, latents=latents, prompt_embeds=prompt_embeds), _whole(timestep)
         engine = self._differentiable(self._engines["unet"].lacks_features(block))
         found = []
         for part in self.calls("unet", count, latents.shape[2:], runs=engine.up_to_features(block)):
@@ -293,24 +294,6 @@ def eager_engines(model: Model) -> dict[NetworkName, EagerEngine]:
 
 def _takes_strength(engine: Engine) -> bool:
     return any(spec.name == LORA_STRENGTH for spec in engine.network.inputs)
-
-
-def _rows(**tensors: Tensor) -> int:
-    """How many rows all of these have.
-
-    Raises:
-        InputError: one is no tensor, has no rows, or not as many as the first.
-    """
-    count = 0
-    first = next(iter(tensors))
-    for name, tensor in tensors.items():
-        if not isinstance(tensor, Tensor) or not tensor.ndim or not len(tensor):
-            said = f"shape {list(tensor.shape)}" if isinstance(tensor, Tensor) else shown(tensor)
-            raise InputError(f"{name}: {said} is no torch tensor with a row for each image; give one")
-        count = count or len(tensor)
-        if len(tensor) != count:
-            raise InputError(f"{name}: {len(tensor)} rows for {first} of {count}; give one for each image")
-    return count
 
 
 def _whole(timestep: int) -> int:

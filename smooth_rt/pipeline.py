@@ -289,7 +289,14 @@ class SmoothPipeline(Networks):
         return torch.cat([self._run("vae_encoder", sample=pixels[part]) for part in parts]) * self.scaling_factor
 
     def decode(self, latents: Tensor, output_type: OutputType = "pil") -> Images:
-        """Images of latents [N, C, h, w]; "latent" hands these back."""
+        """Images of latents [N, C, h, w]; "latent" hands these back.
+
+        Raises:
+            InputError: there is no such `output_type`, or the latents are of another shape.
+            EngineError: the engine failed, or the images are not finite.
+        """
+        (output_type,) = check(output_type=output_type)
+        checks.rows(self.dims, latents=latents)
         if output_type == "latent":
             return latents
         scaled = latents / self.scaling_factor

@@ -74,7 +74,7 @@ def shown(value: Any) -> str:
     """`value` as a message shows it: a long one is cut."""
     if isinstance(value, int) and value.bit_length() > 4 * SHOWN:  # Python refuses to spell some of them out
         return f"a number of {value.bit_length()} bits"
-    said = repr(value)
+    said = " ".join(repr(value).split())  # an array's has several lines
     return said if len(said) <= SHOWN else f"{said[:SHOWN]}..."
 
 

@@ -17,7 +17,7 @@ from engines.staging import said_size
 from smooth_rt.errors import InputError
 from smooth_rt.ranges import check, check_dense, check_text, shown
 
-__all__ = ["answer", "as_prompts", "embeds", "image_size", "latents", "memory", "one_each", "per_image"]
+__all__ = ["answer", "as_prompts", "embeds", "image_size", "latents", "memory", "one_each", "per_image", "rows"]
 
 
 def as_prompts(prompts: str | Sequence[str], name: str = "prompt") -> list[str]:
@@ -84,6 +84,34 @@ def latents(value: Tensor, count: int, dims: Dims, height: int | None, width: in
         sides = f", h and w multiples of {dims.latent_multiple}"
         raise InputError(f"latents: shape {list(value.shape)}; give [{', '.join(map(str, wanted))}]{sides}")
     return value
+
+
+def rows(dims: Dims, **tensors: Tensor) -> int:
+    """How many images all of these are of: `latents` [N, C, h, w], `prompt_embeds` and `negative_prompt_embeds`
+    [N, L, D], and whatever else has a row for each. That of calls in a loop, so it looks at no values.
+
+    Raises:
+        InputError: one is no dense tensor, of another type or shape, or of other rows than the first.
+    """
+    count = 0
+    first = next(iter(tensors))
+    for name, value in tensors.items():
+        if not isinstance(value, Tensor) or not value.ndim or not len(value):
+            said = f"shape {list(value.shape)}" if isinstance(value, Tensor) else shown(value)
+            raise InputError(f"{name}: {said} is no torch tensor with a row for each image; give one")
+        check_dense(name, value)
+        wanted: tuple[Any, ...] | None = None  # of the rest the engine says what it takes
+        if name == "latents":
+            wanted = (dims.latent_channels, *(value.shape[2:] if value.ndim == 4 else ("h", "w")))
+        elif name.endswith("embeds"):
+            wanted = (dims.tokens, dims.text_width)
+        if wanted is not None and (value.dtype != torch.float32 or tuple(value.shape[1:]) != wanted):
+            shape = ", ".join(map(str, ("N", *wanted)))
+            raise InputError(f"{name}: {value.dtype} of shape {list(value.shape)}; give a float32 tensor [{shape}]")
+        count = count or len(value)
+        if len(value) != count:
+            raise InputError(f"{name}: {len(value)} rows for {first} of {count}; give one for each image")
+    return count
 
 
 def embeds(value: Tensor, count: int | None, dims: Dims, name: str) -> Tensor:

@@ -56,9 +56,20 @@ def test_a_callback_that_is_none_is_refused_before_any_work(pipe: SmoothPipeline
         ({"timestep": -1}, "timestep=-1: give a whole number"),
         ({"timestep": 10**30}, "timestep=1000000000000000000000000000000: give a whole number"),
         ({"guidance_scale": "x"}, "guidance_scale='x': give a number from -1000 to 1000"),
-        ({"prompt_embeds": torch.zeros(1, 77, 32)}, "prompt_embeds: 1 rows for latents of 2"),
-        ({"negative_prompt_embeds": torch.zeros(1, 77, 32)}, "negative_prompt_embeds: 1 rows for latents of 2"),
+        ({"prompt_embeds": torch.zeros(1, 12, 32)}, "prompt_embeds: 1 rows for latents of 2"),
+        ({"negative_prompt_embeds": torch.zeros(1, 12, 32)}, "negative_prompt_embeds: 1 rows for latents of 2"),
         ({"latents": None}, "latents: None is no torch tensor"),
+        ({"latents": np.zeros((2, 9))}, "latents: array([[0., 0., 0., 0., 0., 0., 0., 0., 0.], [0., 0., 0., 0...."),
+        (
+            {"latents": torch.zeros(2, 4, 8)},
+            "latents: torch.float32 of shape [2, 4, 8]; give a float32 tensor [N, 4, h, w]",
+        ),
+        ({"latents": torch.zeros(2, 4, 8, 8).to_sparse()}, "latents: a nested or sparse tensor; give a dense one"),
+        ({"prompt_embeds": torch.zeros(2, 9, 32)}, "prompt_embeds: torch.float32 of shape [2, 9, 32]; give a float32"),
+        (
+            {"negative_prompt_embeds": torch.zeros(2, 12, 32).int()},
+            "negative_prompt_embeds: torch.int32 of shape [2, 12, 32]; give a float32 tensor [N, 12, 32]",
+        ),
     ],
 )
 def test_predict_says_what_is_wrong(
@@ -70,6 +81,20 @@ def test_predict_says_what_is_wrong(
     with pytest.raises(InputError, match=f"^{re.escape(said)}"):
         pipe.predict(**{**good, "negative_prompt_embeds": texts.flip(0), **given})
     assert calls == {}
+
+
+@pytest.mark.parametrize(
+    ("latents", "output_type", "said"),
+    [
+        (None, "latent", "latents: None is no torch tensor"),
+        (torch.zeros(4, 8, 8), "pil", "latents: torch.float32 of shape [4, 8, 8]; give a float32 tensor [N, 4, h, w]"),
+        (torch.zeros(0, 4, 8, 8), "pil", "latents: shape [0, 4, 8, 8] is no torch tensor with a row"),
+        (torch.zeros(1, 4, 8, 8), "jpeg", "output_type='jpeg' is unknown"),
+    ],
+)
+def test_decode_says_what_is_wrong(pipe: SmoothPipeline, latents: Any, output_type: Any, said: str) -> None:
+    with pytest.raises(InputError, match=f"^{re.escape(said)}"):
+        pipe.decode(latents, output_type)
 
 
 def test_an_image_that_memory_cannot_hold_is_refused(pipe: SmoothPipeline, monkeypatch: pytest.MonkeyPatch) -> None:
