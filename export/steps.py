@@ -17,21 +17,23 @@ Progress = Callable[[str, int, int], None]
 DETAIL_S = 0.1
 _UNITS = 10  # a second
 _SD15 = {"text_encoder": 123e6, "unet": 860e6, "vae_encoder": 34e6, "vae_decoder": 50e6}  # parameters
-# Seconds of each step on two cores, for the networks in the contract's order: those that any model takes, and those
-# that Stable Diffusion 1.5 takes on top, which go with the size. Only ratios count. The first three kinds and
-# TensorRT's are measured (docs/measurements, the logs of full-size builds); the others are rough.
+# Seconds of each step on two cores, for the networks in the contract's order: those that the default model takes, and
+# those that Stable Diffusion 1.5 takes on top, which go with the size. Only ratios count. The first three kinds,
+# TensorRT's and the gradients of the default model are measured (docs/measurements, the logs of builds); the others are
+# rough. Verifying OpenVINO's engines takes longer than that where they are small, and ONNX Runtime's shorter.
 _SECONDS: dict[str, tuple[tuple[float, ...], tuple[float, ...]]] = {
-    "export": ((7, 30, 5, 5), (0, 10, 1, 1)),
-    "verify": ((0.2, 0.5, 0.5, 0.5), (1.5, 40, 30, 57)),
-    "openvino": ((1, 1, 1, 1), (1.5, 7, 1, 1)),
+    "export": ((2.5, 18, 5, 5.5), (4.5, 22, 1, 0.5)),
+    "verify": ((0.5, 2, 0, 0), (1.2, 38, 30, 57)),
+    "openvino": ((1.3, 3, 3, 3), (1.2, 5, 0, 0)),
     "tensorrt": ((1, 10, 2, 3), (5, 75, 7, 7)),
-    "export gradient": ((0, 120, 0, 0), (0, 120, 0, 0)),
+    "export gradient": ((0, 30, 0, 0), (0, 210, 0, 0)),
     "export in half": ((8, 40, 7, 7), (1, 60, 20, 30)),
     "inductor": ((40, 120, 40, 40), (10, 100, 20, 20)),
     "int8": ((0, 120, 0, 0), (0, 1500, 0, 0)),
-    "configuration": ((1,), (0,)),
-    "manifest": ((0.5,), (6,)),
+    "configuration": ((0.1,), (0,)),
+    "manifest": ((0.1,), (6,)),
 }
+_OF_GRADIENTS = 2  # times the UNet's own seconds: converting and verifying a graph of its gradients
 
 
 class Steps:
@@ -83,4 +85,5 @@ class Steps:
         of = "unet" if network in DERIVED else network
         index = 0 if of is None else NETWORKS.index(of)
         size = self._sizes["unet" if of is None else of]
-        return max(1, round(_UNITS * (always[index] + size * sized[index])))
+        times = _OF_GRADIENTS if network in DERIVED and kind != "export gradient" else 1
+        return max(1, round(_UNITS * times * (always[index] + size * sized[index])))

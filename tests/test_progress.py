@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 
@@ -33,9 +34,12 @@ def test_the_time_that_is_left_follows_from_what_is_done() -> None:
     assert str(left) == "1:30 left"
     clock.now += 9
     assert left.seconds == pytest.approx(81, abs=1)
-    clock.now += 400  # a step that is long overdue: never nothing, never more
-    assert left.seconds is not None
-    assert 0 < left.seconds < 1
+    clock.now += 80  # nearly all that was left is over, and a step still lasts
+    assert left.seconds == pytest.approx(90 / math.e, abs=1)
+    clock.now += 2  # longer than was thought: nobody knows
+    assert (left.seconds, str(left)) == (None, "-:-- left")
+    left.update(50, 100)
+    assert left.seconds == pytest.approx(121)
     left.update(100, 100)
     assert left.seconds == 0
     left.update(0, 50)  # another job
@@ -43,6 +47,18 @@ def test_the_time_that_is_left_follows_from_what_is_done() -> None:
     clock.now += 3600
     left.update(10, 50)
     assert str(left) == "4:00:00 left"
+
+
+def test_nothing_is_guessed_from_a_first_step_that_is_short() -> None:
+    clock = Clock()
+    left = TimeLeft(clock)
+    left.update(0, 400)
+    clock.now += 0.02
+    left.update(1, 400)  # which is why it would be 8 seconds
+    assert left.seconds is None
+    clock.now += 30
+    left.update(301, 400)
+    assert left.seconds == pytest.approx(9.9, abs=0.1)
 
 
 def test_the_time_moves_while_a_step_lasts(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

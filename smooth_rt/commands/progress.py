@@ -19,6 +19,7 @@ __all__ = ["TimeLeft", "build_progress", "item_progress", "step_progress"]
 SAY_EVERY = 30.0  # seconds
 SAY_ANOTHER = 5.0  # seconds before another stage is told of, which may be a long one
 BAR_WIDTH = 12
+LEAST_DONE = 0.05  # of a job, before the time that is left is guessed from it
 TIMES_WIDTH = 24  # of 0:12:34 and 1:23:45 left, with the spaces between
 
 
@@ -41,17 +42,22 @@ class TimeLeft:
         if self._began is None or total != self._total or done < self._done:
             self._began, self._guess = (now, done), None
         since, first = self._began
-        if done > max(first, self._done) or (self._guess is None and done > first):
+        enough = done > first and done - first >= LEAST_DONE * (total - first)
+        if enough and (done > self._done or self._guess is None):
             self._guess = (now, (now - since) / (done - first) * (total - done))
         self._done, self._total = done, total
 
     @property
     def seconds(self) -> float | None:
-        """None before anything is known. It falls with the clock, and the slower the longer a step is overdue."""
+        """None where nothing is known: at the beginning, and of a step that takes longer than all that was left was
+        to take. In between it falls with the clock, and the slower the longer a step lasts."""
         if self._guess is None:
             return None
         at, left = self._guess
-        return left * math.exp(-(self._clock() - at) / left) if left > 0 else 0.0
+        if left <= 0:
+            return 0.0
+        since = self._clock() - at
+        return left * math.exp(-since / left) if since <= left else None
 
     def __str__(self) -> str:
         seconds = self.seconds
