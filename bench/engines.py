@@ -207,7 +207,9 @@ def _parse(arguments: list[str]) -> argparse.Namespace | None:
     parser.add_argument("--batch-size", type=int, default=1, help="images; two rows each")
     parser.add_argument("--apart", action="store_true", help="rows of unlike latents, not guidance's two halves")
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--rung", type=int, default=2, help="of export.to_int8.LADDER")
+    parser.add_argument(
+        "--rung", type=int, default=2, help="of int8: the kinds of layers left in floating point; 0: none"
+    )
     parser.add_argument("--samples", type=int, default=4, help="rows that int8 takes its scales from")
     parser.add_argument("--only", default="", help="comma-separated parts of the names of what is timed; default: all")
     parser.add_argument("--work", type=folder, help="a folder that keeps the graphs for another run")

@@ -109,7 +109,7 @@ def _convert_tokenizer(folder: Path) -> None:
     try:
         from openvino_tokenizers import convert_tokenizer
     except ImportError as error:
-        LOG.info(
+        LOG.debug(
             "tokenizer: written without OpenVINO's graph of it (%s), which openvino_genai alone reads; for that run "
             "`pip install 'smooth-rt[genai]'` and build again",
             reason(error),

@@ -65,7 +65,7 @@ def run_demo(
     """
     if not engines:
         raise InputError("engines: none named; name openvino, onnxruntime or both")
-    writers.check_output(output)
+    writers.check_output(output, ["index.html"])
     settings = SMALL if small else Settings()
     report_progress = progress or (lambda *_: None)
     loras: dict[str, str | None] = {"base": None}

@@ -51,10 +51,11 @@ def check_output(folder: str | Path, names: Iterable[str] = (), inputs: Iterable
             the path (a name in it is too long, say), it lies in a bundle, or a file that would be written is one of
             the inputs, by whatever path it was named.
     """
-    folder = Path(folder)
+    folder, names = Path(folder), tuple(names)
     try:
         _check_parts(folder)
-        _check_bundles(folder)
+        # A bundle may be added to by a build, which names no files.
+        _check_bundles(folder, folder.absolute() if names else folder.absolute().parent)
         _check_inputs(folder, names, inputs)
     except OSError as error:
         named = str(folder)
@@ -78,9 +79,9 @@ def _check_parts(folder: Path) -> None:
             raise InputError(f"{folder}: {part} is a file, not a folder; name another folder with --output")
 
 
-def _check_bundles(folder: Path) -> None:
+def _check_bundles(folder: Path, first: Path) -> None:
     """A bundle holds what a build writes and nothing else: one with pictures in it is no bundle any more."""
-    for part in (folder, *folder.absolute().parents):
+    for part in (first, *first.parents):
         if (part / "manifest.json").is_file() and (part / "config").is_dir() and foreign(part) is None:
             raise InputError(f"{folder}: lies in the bundle {part}; name another folder with --output")
 
@@ -116,7 +117,7 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> list[Path]:
         InputError: the folder cannot be one (see `check_output`).
         SmoothRTError: the disk is full, read-only or refuses.
     """
-    folder = check_output(folder)
+    folder = check_output(folder, files)
     made = [part for part in (folder, *folder.parents) if not part.exists()]
     partials: dict[Path, Path] = {}
     replaced: dict[Path, Path] = {}

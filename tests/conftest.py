@@ -3,6 +3,7 @@ graphs that were exported in this run."""
 
 from __future__ import annotations
 
+import atexit
 import hashlib
 import io
 import json
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+if "SMOOTH_RT_CACHE" not in os.environ:
+    # The user's own cache is none of the tests' business. All processes of a run share this one, and its kernels.
+    os.environ["SMOOTH_RT_CACHE"] = tempfile.mkdtemp(prefix="smooth-rt-tests-")
+    atexit.register(shutil.rmtree, os.environ["SMOOTH_RT_CACHE"], ignore_errors=True)
 # Networks this small run faster on one thread, and on busy cores many times faster: idle threads spin.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 

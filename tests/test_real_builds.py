@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -31,6 +32,19 @@ def test_a_bundle_of_more_backends_serves_fewer(
     assert set(both.bundle.backends) == {"onnxruntime", "openvino"}
     for names in (["openvino"], ["onnxruntime"], ["openvino", "onnxruntime"]):
         assert ensure_engines(tiny_model, backends=names).reused
+
+
+def test_the_command_adds_to_a_bundle_that_is_named(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    build = ["build-engine", "--model", str(tiny_model), "--output", "mine", "--json", "--backend"]
+    reused = []
+    for backend in ("onnxruntime", "onnxruntime", "openvino", "openvino,onnxruntime"):
+        assert cli.main([*build, backend]) == 0
+        reused.append(json.loads(capsys.readouterr().out)["reused"])
+    assert reused == [False, True, False, True]
+    assert set(Bundle.open(tmp_path / "mine").backends) == {"onnxruntime", "openvino"}
 
 
 def test_a_bundle_grows_and_what_was_in_it_is_not_built_again(

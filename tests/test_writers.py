@@ -44,9 +44,10 @@ def test_nothing_goes_into_a_bundle(tmp_path: Path, below: str) -> None:
     (tmp_path / "config").mkdir()
     (tmp_path / "manifest.json").write_text("{}")
     with pytest.raises(InputError, match=r"lies in the bundle .*; name another folder with --output"):
-        writers.check_output(tmp_path / below)
+        writers.check_output(tmp_path / below, ["a.png"])
+    writers.check_output(tmp_path)  # what is added to it, a build puts there
     (tmp_path / "mine.txt").write_text("")  # so it is none
-    writers.check_output(tmp_path / below)
+    writers.check_output(tmp_path / below, ["a.png"])
 
 
 @pytest.mark.parametrize("after", [0, 1])

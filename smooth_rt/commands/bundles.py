@@ -20,6 +20,7 @@ from smooth_rt.ranges import MOST_IMAGES, check, choice
 if TYPE_CHECKING:
     from engines.bundle import Bundle
     from engines.contract import NetworkName
+    from engines.manifest import EngineRecord
     from smooth_rt.build import Progress
     from smooth_rt.cache import Entry
     from smooth_rt.model import Model
@@ -73,14 +74,21 @@ def inspect_engines(bundle: Annotated[Path, typer.Argument(metavar="BUNDLE")]) -
                 "network": record.network,
                 "precision": record.precision if record.hint is None else f"{record.precision}, hint {record.hint}",
                 "key": record.key[:SHORT_KEY],
-                "worst_error": max((parity.relative for parity in record.parity), default=None),
-                "tolerance": min((parity.tolerance for parity in record.parity), default=None),
+                **_worst(record),
                 "bytes": sum(file.size for file in manifest.files if file.path in (record.file, *record.weights)),
             }
             for built in manifest.variants
             for record in built.engines
         ],
     }
+
+
+def _worst(record: EngineRecord) -> dict[str, float | None]:
+    """The output that comes nearest to its tolerance; outputs of one graph may have different ones."""
+    worst = max(record.parity, key=lambda one: one.relative / one.tolerance, default=None)
+    if worst is None:
+        return {"worst_error": None, "tolerance": None}
+    return {"worst_error": worst.relative, "tolerance": worst.tolerance}
 
 
 def verify_engines(
@@ -211,7 +219,10 @@ def prune_engines(
         ),
     ] = None,
 ) -> dict[str, Any]:
-    """Remove the cache's bundles that are damaged or stale. Builds do it by size: SMOOTH_RT_CACHE_LIMIT, 40G."""
+    """Remove the cache's bundles that are damaged or stale. Builds do it by size: SMOOTH_RT_CACHE_LIMIT, 40G.
+
+    Kept inversions (2 GiB at most) and compiled kernels stay in the cache's folder; delete it to be rid of them.
+    """
     from smooth_rt.cache import make_room, parse_size, prune
 
     most = None if max_size is None else parse_size(max_size, "max_size")

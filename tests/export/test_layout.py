@@ -191,7 +191,7 @@ def test_without_openvino_tokenizers(
     parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setitem(sys.modules, "openvino_tokenizers", None)
-    with caplog.at_level(logging.INFO, "smooth_rt"):
+    with caplog.at_level(logging.DEBUG, "smooth_rt"):
         write_layout(**parts)
     assert "which openvino_genai alone reads" in caplog.text
     assert "pip install 'smooth-rt[genai]'" in caplog.text

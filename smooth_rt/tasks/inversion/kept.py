@@ -117,7 +117,8 @@ class _Store:
             LOG.warning("%s: cannot be read (%s); inverted anew", self.path, reason(error))
             return None
         os.utime(self.path)
-        LOG.info("%s: goes on from what is kept in %s", self._method, self.path)
+        there, back = len(found.levels) - 1, len(found.embeds)
+        LOG.info("%s: goes on from %d steps there and %d back, kept in %s", self._method, there, back, self.path)
         self.taken = True
         return found
 
@@ -223,6 +224,8 @@ def walk_on(
         if not watched.changed:
             for fit in fits:
                 fit.store.write(fit.kept, last=True)
+            if any(fit.store.path is not None for fit in fits):
+                LOG.info("inversion: the steps that are done are kept; the same again goes on from them")
         raise
 
 
