@@ -50,18 +50,28 @@ def json_text(value: Any, indent: int | None = None) -> str:
 
 
 def _table(console: Any, name: str, rows: list[Mapping[str, Any]]) -> None:
+    """A table; on a terminal that is too narrow for it, a block of lines for each row."""
     from rich import box
     from rich.table import Table
 
     console.print(f"{name}:")
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
+    taken = 0
     for column in rows[0]:
         cells = [_text(row[column]) for row in rows]
         numeric = all(re.fullmatch(r"-?[\d.]+(e[-+]\d+)?( \w+)?", cell) for cell in cells if cell)
         # Words stay whole where they can; a digest or a path may break.
-        longest = max(len(word) for text in (column, *cells) for word in [*text.split(), ""])
+        longest = min(LONGEST_WORD, max(len(word) for text in (column, *cells) for word in [*text.split(), ""]))
         justify: Any = "right" if numeric else "left"
-        table.add_column(column, justify=justify, overflow="fold", min_width=min(longest, LONGEST_WORD))
+        table.add_column(column, justify=justify, overflow="fold", min_width=longest)
+        taken += longest + 1
+    if console.is_terminal and taken > console.width:
+        for row in rows:
+            widest = max(map(len, row))
+            for column, value in row.items():
+                console.print(f"  {column:<{widest}}  {_text(value)}")
+            console.print()
+        return
     for row in rows:
         table.add_row(*(_text(value) for value in row.values()))
     console.print(table)

@@ -113,3 +113,19 @@ def test_tables_keep_words_whole(capsys: pytest.CaptureFixture[str], monkeypatch
     assert lines[-2:] == ["share: nan", "kept: yes"]
     show({"command": "x", "share": math.nan, "rows": [{"a": math.inf}]}, as_json=True)
     assert json.loads(capsys.readouterr().out) == {"command": "x", "share": None, "rows": [{"a": None}]}
+
+
+def test_a_table_that_is_too_wide_for_a_terminal_is_told_in_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = [{"engine": "openvino-fp32-winograd-native", "key": "a" * 30, "error": 1e-5}] * 2
+    monkeypatch.setenv("COLUMNS", "50")
+    show({"engines": rows}, as_json=False)
+    assert len(capsys.readouterr().out.splitlines()) == 5  # a pipe has no width
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    show({"engines": rows}, as_json=False)
+    block = ["  engine  openvino-fp32-winograd-native", f"  key     {'a' * 30}", "  error   1e-05", ""]
+    assert capsys.readouterr().out.splitlines() == ["engines:", *block, *block]
+    monkeypatch.setenv("COLUMNS", "80")
+    show({"engines": rows}, as_json=False)
+    assert len(capsys.readouterr().out.splitlines()) == 5
