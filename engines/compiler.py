@@ -14,7 +14,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engines.errors import EngineError, reason
@@ -96,7 +96,8 @@ def compiled(compiler: str, options: Sequence[str], path: Path) -> None:
     LOG.info("compiling kernels with %s, once for this machine", compiler)
     try:
         made = folder / path.name
-        code, _, said = _run(compiler, [*options, "-o", str(made)], LONGEST)
+        # What it keeps for itself lies there too, and goes with it when it is ended.
+        code, _, said = _run(compiler, [*options, "-o", str(made)], LONGEST, {"TMPDIR": str(folder)})
         if code != 0:
             raise EngineError(f"kernels 'native': {compiler} fails ({_fault(code, said)}); {OTHERWISE}")
         fault = _unloadable(made)
@@ -133,7 +134,9 @@ def _ended(code: int) -> str:
     return f"exit code {code}" if code >= 0 else f"ended by signal {-code}"
 
 
-def _run(program: str, options: Sequence[str], longest: float) -> tuple[int, bytes, str]:
+def _run(
+    program: str, options: Sequence[str], longest: float, environment: Mapping[str, str] | None = None
+) -> tuple[int, bytes, str]:
     """The exit code of a program, its stdout and its stderr.
 
     Raises:
@@ -145,6 +148,7 @@ def _run(program: str, options: Sequence[str], longest: float) -> tuple[int, byt
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
+            env={**os.environ, **(environment or {})},
             start_new_session=True,  # a group of its own: a compiler starts others
         )
     except OSError as error:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 import torch
 from torch import Tensor
 
-from smooth_rt.errors import EngineError
+from smooth_rt.errors import EngineError, InputError
 from smooth_rt.ranges import check
 from smooth_rt.schedule import PredictionType, Step, ddim_step
 from smooth_rt.tasks import checks
@@ -85,7 +85,12 @@ def walk(
                 f"{pipe.engine}; lower guidance_scale, or check the model's weights"
             )
         if callback_on_step_end is not None:
+            shape = latents.shape
             latents = checks.answer(callback_on_step_end(pipe, i, step.timestep, {"latents": latents}), latents)
+            if latents.shape != shape:
+                raise InputError(
+                    f"callback_on_step_end: resized the latents to {list(latents.shape)}; keep {list(shape)}"
+                )
         if trajectory is not None:
             trajectory.append(latents)
     return latents

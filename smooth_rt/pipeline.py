@@ -8,6 +8,7 @@ differs, are its methods.
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
@@ -74,6 +75,7 @@ class SmoothPipeline(Networks):
     ) -> None:
         super().__init__(engines, dims, batch_size)
         self.tokenizer: Any = config.tokenizer
+        self._tokenizing = threading.Lock()
         self.scheduler_config = config.sampling_config
         self.scaling_factor = config.scaling_factor
         self._decoder_channels = config.decoder_channels
@@ -268,10 +270,12 @@ class SmoothPipeline(Networks):
         """Text embeddings [N, L, D] of N prompts. What does not fit into L tokens is cut off, with a logged warning."""
         prompts = checks.as_prompts(prompts)
         distinct = list(dict.fromkeys(prompts))
-        tokens = self.tokenizer(
-            distinct, padding="max_length", max_length=self.dims.tokens, truncation=True, return_tensors="pt"
-        )
-        for ids, prompt in zip(self.tokenizer(distinct, verbose=False).input_ids, distinct, strict=True):
+        with self._tokenizing:  # a tokenizer keeps the padding and the cut of its last call as its state
+            tokens = self.tokenizer(
+                distinct, padding="max_length", max_length=self.dims.tokens, truncation=True, return_tensors="pt"
+            )
+            whole = self.tokenizer(distinct, verbose=False).input_ids
+        for ids, prompt in zip(whole, distinct, strict=True):
             if len(ids) > self.dims.tokens:
                 cut = shown(self.tokenizer.decode(ids[self.dims.tokens - 1 : -1]))
                 LOG.warning("prompt %s: longer than %d tokens; left out: %s", shown(prompt), self.dims.tokens, cut)

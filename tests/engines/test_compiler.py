@@ -97,17 +97,24 @@ def test_a_compiler_that_makes_no_library(
 
 @pytest.mark.parametrize("first", ["", "sleep 600 & wait"])
 def test_a_compiler_that_does_not_end(
-    fresh: Path, stand_in: Compiler, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, first: str
+    fresh: Path,
+    stand_in: Compiler,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    tmp_path: Path,
+    first: str,
 ) -> None:
     monkeypatch.setattr(compiler, "LONGEST", 1.0)
     monkeypatch.setattr(compiler, "LONGEST_SAID", 1.0)
-    path = stand_in("sleep 600")
+    path = stand_in(f'echo "$TMPDIR" > {tmp_path}/where; sleep 600')
     if first:
         path.write_text(f"#!/bin/sh\n{first}\n")
     with caplog.at_level("INFO", "smooth_rt"), pytest.raises(EngineError, match="stand-in has not ended in 1 seconds"):
         kernels.library()
     assert bool(first) != (f"compiling kernels with {path}" in caplog.text)
     assert not fresh.exists() or list(fresh.iterdir()) == []
+    if not first:  # what a compiler keeps for itself went with it
+        assert Path((tmp_path / "where").read_text().strip()).parent == fresh
 
 
 @pytest.mark.parametrize("text", ["no program\n", "#!/no/such/interpreter\n"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -31,6 +32,22 @@ from smooth_rt.tasks import checks
 def test_a_callback_that_returns_something_else(pipe: SmoothPipeline, answer: Any, said: str) -> None:
     with pytest.raises(InputError, match=f"^callback_on_step_end: {said}"):
         pipe("dog", num_inference_steps=2, callback_on_step_end=lambda *_: answer)
+
+
+def test_a_callback_that_resizes_the_latents_in_place(pipe: SmoothPipeline) -> None:
+    def resize(_: SmoothPipeline, __: int, ___: int, tensors: dict[str, torch.Tensor]) -> None:
+        tensors["latents"].resize_(1, 4, 8, 4)
+
+    with pytest.raises(InputError, match=r"^callback_on_step_end: resized the latents to \[1, 4, 8, 4\]; keep"):
+        pipe("dog", num_inference_steps=2, callback_on_step_end=resize)
+
+
+def test_prompts_of_several_threads(pipe: SmoothPipeline) -> None:
+    """The tokenizer has a state, which another thread's call must not change meanwhile."""
+    wanted = pipe.encode_prompt("dog")
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda _: pipe.encode_prompt("dog"), range(200)))
+    assert all(torch.equal(one, wanted) for one in found)
 
 
 def test_a_callback_that_is_none_is_refused_before_any_work(pipe: SmoothPipeline, calls: dict[str, list[int]]) -> None:

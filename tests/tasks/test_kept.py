@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -86,6 +88,21 @@ def test_a_stopped_one_goes_on_to_the_same_result(
     assert torch.equal(third.latents, whole.latents)
     assert third.trajectory is not None
     assert torch.equal(third.trajectory[-1], third.latents)
+
+
+def test_a_cache_that_may_only_be_read_serves(
+    pipe: SmoothPipeline, images: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = pipe.invert(images[0], "dog", method="null-text", **SETTINGS)
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(os, "utime", refuse)
+    before = dict(pipe.evaluations)
+    again = pipe.invert(images[0], "dog", method="null-text", reconstruct=False, **SETTINGS)
+    assert torch.equal(again.latents, first.latents)
+    assert pipe.evaluations == before
 
 
 @pytest.mark.parametrize("method", METHODS)

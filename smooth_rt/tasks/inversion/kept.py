@@ -16,6 +16,7 @@ import logging
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -116,7 +117,8 @@ class _Store:
         except (OSError, SafetensorError, RuntimeError, TypeError, ValueError) as error:
             LOG.warning("%s: cannot be read (%s); inverted anew", self.path, reason(error))
             return None
-        os.utime(self.path)
+        with suppress(OSError):  # of a cache that may only be read
+            os.utime(self.path)
         there, back = len(found.levels) - 1, len(found.embeds)
         LOG.info("%s: goes on from %d steps there and %d back, kept in %s", self._method, there, back, self.path)
         self.taken = True
