@@ -50,7 +50,7 @@ def no_model(monkeypatch: pytest.MonkeyPatch) -> None:
     [
         ([*GENERATE, "--num-inference-steps", "0"], "--num-inference-steps=0: give a whole number of at least 1"),
         ([*BETWEEN, "--num-inference-steps", "-3"], "--num-inference-steps=-3: "),
-        ([*INVERT, "--guidance-scale", "nan"], "--guidance-scale=nan: give a finite number"),
+        ([*INVERT, "--guidance-scale", "nan"], "--guidance-scale=nan: give a number from -1000 to 1000"),
         ([*EDIT, "--guidance-scale", "inf"], "--guidance-scale=inf: "),
         ([*BETWEEN, "--frames", "1"], "--frames=1: give a whole number from 2 to 10000"),
         ([*GENERATE, "--height", "0"], "--height=0: give a whole number of pixels, at least 1"),
