@@ -112,7 +112,7 @@ def to_tensorrt(
     started = time.perf_counter()
     builder = trt.Builder(log)
     definition = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
-    _parse(trt, onnx, definition, log, network, backend)
+    _apart(lambda: _parse(trt, onnx, definition, log, network, backend))
     config = _config(trt, builder, backend)
     for one in bounds:
         config.add_optimization_profile(_profile(builder, network, one))
@@ -208,21 +208,33 @@ def _save_cache(cache: Any, path: Path | None) -> None:
         keep(path, bytes(memoryview(cache.serialize())), "the timing cache is")
 
 
-def _apart(build: Callable[[], Any], monitor: Any) -> Any:
-    """Run a build in a thread of its own. Ctrl-C is then raised here, and not in a callback of TensorRT's, where it
-    would end the process: the build is told to stop, and waited for."""
+def _apart(work: Callable[[], Any], monitor: Any = None) -> Any:
+    """Run a build, or what comes before it, in a thread of its own. Ctrl-C is then raised here, and not in a callback
+    of TensorRT's, where it would end the process or be lost: the build is told to stop, if it hears, and waited for."""
     made: list[Any] = []
-    thread = threading.Thread(target=lambda: made.append(build()), name="tensorrt-build")
+    faults: list[BaseException] = []
+
+    def run() -> None:
+        try:
+            made.append(work())
+        except BaseException as error:
+            faults.append(error)
+
+    thread = threading.Thread(target=run, name="tensorrt-build")
     thread.start()
     try:
         while thread.is_alive():
             thread.join(POLL_S)
     except BaseException as error:
-        monitor.interruption = error
+        if monitor is not None:
+            monitor.interruption = error
         thread.join()
-    if monitor.interruption is not None:
+        raise
+    if monitor is not None and monitor.interruption is not None:
         raise monitor.interruption
-    return made[0] if made else None
+    if faults:
+        raise faults[0]
+    return made[0]
 
 
 def _monitor(trt: Any, progress: Progress | None) -> Any:

@@ -102,7 +102,9 @@ def verify_engines(
     bisect: Annotated[
         str | None,
         typer.Option(
-            metavar="NETWORK", help="Also find the first node of unet, … that parts from fp32.", show_default=False
+            metavar="NETWORK",
+            help="Also find the first node of unet, … as exported, that parts from fp32.",
+            show_default=False,
         ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the inputs of --parity and --bisect.")] = 1,

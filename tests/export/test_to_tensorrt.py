@@ -171,6 +171,27 @@ def test_a_build_that_is_interrupted_leaves_nothing(built: Any, dims: Dims, tmp_
     assert by == "Ctrl-C" or seen == 500
 
 
+def test_a_graph_that_is_interrupted_as_it_is_read(
+    built: Any, dims: Dims, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    plain = to_tensorrt_module._parse
+
+    def parse(*given: Any) -> None:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(0.5)  # in which the main thread hears of it, and TensorRT's log does not
+        plain(*given)
+
+    monkeypatch.setattr(to_tensorrt_module, "_parse", parse)
+    network = contract("unet", dims)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            to_tensorrt(graph(built, "unet"), tmp_path / "m.engine", network, [bounded(network)], **RTX)
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_operator_that_nobody_knows(dims: Dims, tmp_path: Path) -> None:
     network = contract("vae_decoder", dims)
     spec = network.inputs[0]
