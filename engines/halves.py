@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engines.contract import TEXT
 
-__all__ = ["first_half", "number_sizes", "reached", "shared"]
+__all__ = ["crossings", "first_half", "number_sizes", "shared"]
 
 
 def first_half(inputs: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
@@ -41,18 +41,11 @@ def shared(half: Model, whole: Model) -> Model:
     """
     for graph in (half, whole):
         number_sizes(graph)
-    apart = reached([_input(whole, TEXT)])
-    varying = reached(whole.get_parameters())
     once = {node.get_friendly_name(): node for node in half.get_ordered_ops()}
-    for node in whole.get_ordered_ops():
-        if node.get_friendly_name() in apart or node.get_friendly_name() not in varying:
-            continue
-        for port in node.outputs():
-            targets = [one for one in port.get_target_inputs() if one.get_node().get_friendly_name() in apart]
-            if targets:
-                source = _twice(once[node.get_friendly_name()].output(port.get_index()), port)
-                for target in targets:
-                    target.replace_source_output(source)
+    for port, targets in crossings(whole, [_input(whole, TEXT)]):
+        source = _twice(once[port.get_node().get_friendly_name()].output(port.get_index()), port)
+        for target in targets:
+            target.replace_source_output(source)
     inputs = [one for one in half.get_parameters() if TEXT not in one.output(0).get_names()]
     return Model(whole.get_results(), [*inputs, _input(whole, TEXT)], whole.get_friendly_name())
 
@@ -71,7 +64,22 @@ def number_sizes(graph: Model) -> None:
                 target.replace_source_output(number)
 
 
-def reached(parameters: list[Any]) -> Set[str]:
+def crossings(graph: Model, parameters: list[Any]) -> list[tuple[Any, list[Any]]]:
+    """What depends on inputs, but on none of `parameters`, and is taken where one of them matters: each such output, in
+    the graph's order, and those who take it there."""
+    apart, varying = _reached(parameters), _reached(graph.get_parameters())
+    found = []
+    for node in graph.get_ordered_ops():
+        if node.get_friendly_name() in apart or node.get_friendly_name() not in varying:
+            continue
+        for port in node.outputs():
+            targets = [one for one in port.get_target_inputs() if one.get_node().get_friendly_name() in apart]
+            if targets:
+                found.append((port, targets))
+    return found
+
+
+def _reached(parameters: list[Any]) -> Set[str]:
     """The names of all nodes that depend on one of `parameters`."""
     found = set()
     left = list(parameters)

@@ -11,7 +11,7 @@ import numpy as np
 from openvino import Model
 from openvino import opset13 as ops
 
-from engines.halves import number_sizes, reached
+from engines.halves import crossings, number_sizes
 
 __all__ = ["HELD", "Rounds", "split"]
 
@@ -49,21 +49,15 @@ def split(model: Model) -> tuple[Model, Model]:
     number_sizes(model)
     held = [node for node in model.get_parameters() if not node.output(0).get_names().isdisjoint(HELD)]
     others = [node for node in model.get_parameters() if node not in held]
-    rest, varying = reached(others), reached(model.get_parameters())
     left: list[Any] = []
     taken: list[Any] = []
-    for node in model.get_ordered_ops():
-        if node.get_friendly_name() in rest or node.get_friendly_name() not in varying:
-            continue
-        for port in node.outputs():
-            targets = [one for one in port.get_target_inputs() if one.get_node().get_friendly_name() in rest]
-            if targets:
-                between = ops.parameter(list(port.get_shape()), port.get_element_type(), _between(len(taken)))
-                between.output(0).set_names({_between(len(taken))})
-                taken.append(between)
-                left.append(ops.result(port))
-                for target in targets:
-                    target.replace_source_output(between.output(0))
+    for number, (port, targets) in enumerate(crossings(model, others)):
+        between = ops.parameter(list(port.get_shape()), port.get_element_type(), _between(number))
+        between.output(0).set_names({_between(number)})
+        taken.append(between)
+        left.append(ops.result(port))
+        for target in targets:
+            target.replace_source_output(between.output(0))
     return Model(left, held, "first"), Model(model.get_results(), [*taken, *others], model.get_friendly_name())
 
 
