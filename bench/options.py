@@ -13,6 +13,7 @@ from smooth_rt.ranges import MOST_IMAGES, check, check_text, seeds_from
 
 __all__ = ["Options", "Parser", "batch_sizes", "folder", "json_file", "parse"]
 
+REPORTS = ("bench.json", "bench.md")
 PROMPT = "red apple on blue background"
 
 
@@ -149,13 +150,13 @@ def batch_sizes(text: str) -> tuple[int, ...]:
 
 
 def folder(text: str) -> Path:
-    """A folder that can be written into; argparse says what is wrong with one."""
+    """A folder that a report can be written into; argparse says what is wrong with one."""
     if not text.strip():
         raise argparse.ArgumentTypeError("empty; name a folder")
     from smooth_rt.writers import check_output
 
     try:
-        return check_output(text)
+        return check_output(text, REPORTS)
     except InputError as error:
         raise argparse.ArgumentTypeError(str(error)) from error
 

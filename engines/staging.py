@@ -213,4 +213,5 @@ def _refusal(target: Path, error: OSError, needed: int | None) -> BundleError:
         return BundleError(f"{target}: cannot be written ({error}); the disk may be full: free some and try again")
     what = error.strerror or str(error)
     where = f" at {error.filename}" if error.filename and str(error.filename) != str(target) else ""
-    return BundleError(f"{target}: cannot be written ({what}{where}); name another folder")
+    mend = "name another folder (SMOOTH_RT_CACHE moves the cache)"
+    return BundleError(f"{target}: cannot be written ({what}{where}); {mend}")

@@ -145,9 +145,15 @@ def _relative(got: np.ndarray, wanted: np.ndarray) -> float:
 
 
 def _onnxruntime(optimised: bool) -> Run:
+    """ONNX Runtime: as the graph is, without its optimisations, or rewritten as engines open it, with them."""
+
     def run(graph: Path, inputs: Mapping[str, Tensor], tensor: str) -> np.ndarray:
         import onnxruntime
 
+        from export.to_ort import to_ort
+
+        # What is in the middle of a rewritten part is computed as it was; the part's result bears its name.
+        graph = to_ort(graph, apart=False)[0] if optimised else graph
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3
         if not optimised:

@@ -23,6 +23,9 @@ TRACED_BATCH_MAX = 63
 LATENT_SCALES = (1.0, 5.5, 3.0)
 STRENGTHS = (1.0, 0.0, 0.6)  # of a LoRA: as trained, none, and one that halves round
 TRAIN_TIMESTEPS = 1000  # the timesteps that every Stable Diffusion was trained at: 0..999
+# By the row of all. The first one's is a draw, as one that may be alone. Of a UNet's gradients all are: of random
+# latents most at 0 are ill-conditioned (export/conditioning.py), so that they would tell nothing.
+ENDS = {1: 0, 2: TRAIN_TIMESTEPS - 1}
 # Latent cells of a case that gradients of free sizes are verified at: two rows of 32 by 32. Of SD1.5 those took 16 GiB
 # on OpenVINO, and one row of 64 by 64 more than 18 (docs/measurements, "Gradient graphs").
 GRADIENT_CELLS = 2_048
@@ -31,8 +34,8 @@ GRADIENT_CELLS = 2_048
 @dataclass(frozen=True)
 class Case:
     """One set of inputs for verification: the size of each symbol, how large latents are (standard deviation), how
-    many rows came before, since a LoRA's strengths take turns over all of them, and whether the two halves of the rows
-    differ in their text alone, as guidance makes them."""
+    many rows came before, since a LoRA's strengths take turns over all of them and two of them have the first and the
+    last timestep, and whether the two halves of the rows differ in their text alone, as guidance makes them."""
 
     sizes: dict[str, int]
     latent_scale: float
@@ -138,10 +141,11 @@ def _spread(network: Network, dims: Dims) -> list[Case]:
 def random_inputs(network: Network, dims: Dims, case: Case, generator: torch.Generator) -> dict[str, Tensor]:
     """Inputs that look like a real run's, by name.
 
-    Token ids span the vocabulary; timesteps are spread over 0..999; images lie in -1..1; text embeddings have the unit
-    scale of the text encoder's last layer norm; the UNet's latents have unit scale as noised latents do, the VAE
-    decoder's have `case.latent_scale`. A LoRA's strength is one of `STRENGTHS`, row by row. Of a guided case the second
-    half of the rows has the first half's, but for the text.
+    Token ids span the vocabulary; timesteps are spread over 0..999 (of a UNet the second row of all has 0 and
+    the third 999); images lie in -1..1; text embeddings have the unit scale of the text encoder's last layer norm; the
+    UNet's latents have unit scale as noised latents do, the VAE decoder's have `case.latent_scale`. A LoRA's strength
+    is one of `STRENGTHS`, row by row. Of a guided case the second half of the rows has the first half's, but for the
+    text.
     """
     inputs: dict[str, Tensor] = {}
     for spec in network.inputs:
@@ -152,7 +156,10 @@ def random_inputs(network: Network, dims: Dims, case: Case, generator: torch.Gen
             # One draw from each equal part of 0..999, the first case's alone being anywhere.
             part = TRAIN_TIMESTEPS / shape[0]
             drawn = (torch.arange(shape[0]) + torch.rand(shape, generator=generator)) * part
-            inputs[spec.name] = drawn.long().clamp(max=TRAIN_TIMESTEPS - 1)
+            timesteps = drawn.long().clamp(max=TRAIN_TIMESTEPS - 1)
+            for row in range(shape[0] if network.name == "unet" else 0):
+                timesteps[row] = ENDS.get(case.rows_before + row, timesteps[row])
+            inputs[spec.name] = timesteps
         elif spec.name == LORA_STRENGTH:
             turns = range(case.rows_before, case.rows_before + shape[0])
             inputs[spec.name] = torch.tensor([STRENGTHS[turn % len(STRENGTHS)] for turn in turns])

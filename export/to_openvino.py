@@ -44,7 +44,7 @@ def to_openvino(
         native, whole: as in `native_kernels`.
 
     Returns:
-        how often each rule of `native_kernels` found something to change, for the manifest.
+        how often each rule of `rewrite` and of `native_kernels` found something to change, for the manifest.
 
     Raises:
         EngineError: OpenVINO cannot convert the graph, or this project's kernels cannot be compiled here.
@@ -68,8 +68,9 @@ def to_openvino(
 
 
 def rewrite(model: openvino.Model) -> dict[str, int]:
-    """Change in a graph what OpenVINO would compute wrongly; how often each rule found something to change."""
-    return {rule.__name__: rule(model) for rule in _RULES}
+    """Change in a graph what OpenVINO would compute wrongly; how often each rule that found something changed it."""
+    hits = {rule.__name__: rule(model) for rule in _RULES}
+    return {name: count for name, count in hits.items() if count}
 
 
 def native_kernels(model: openvino.Model, native: str | None, whole: bool = False) -> dict[str, int]:
@@ -125,14 +126,13 @@ def save(
     native: str | None = None,
     whole: bool = False,
 ) -> dict[str, int]:
-    """Rewrite a graph and write it, an IR of about `size` bytes, at `path` (.xml); what `native_kernels` did.
+    """Rewrite a graph and write it, an IR of about `size` bytes, at `path` (.xml); how often each rule changed it.
 
     Raises:
         OSError: it cannot be written; ENOSPC if the disk is full.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    rewrite(model)
-    hits = native_kernels(model, native, whole)
+    hits = rewrite(model) | native_kernels(model, native, whole)
     try:
         openvino.save_model(model, str(path), compress_to_fp16=compress)
     except RuntimeError as error:

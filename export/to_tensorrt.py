@@ -210,28 +210,42 @@ def _save_cache(cache: Any, path: Path | None) -> None:
 
 def _apart(work: Callable[[], Any], monitor: Any = None) -> Any:
     """Run a build, or what comes before it, in a thread of its own. Ctrl-C is then raised here, and not in a callback
-    of TensorRT's, where it would end the process or be lost: the build is told to stop, if it hears, and waited for."""
+    of TensorRT's, where it would end the process or be lost: the build is told to stop, if it hears, and waited for,
+    however often it is pressed, since a thread that lives on when Python ends takes the process down with it."""
     made: list[Any] = []
     faults: list[BaseException] = []
+    # Thread.join takes a thread for ended once Ctrl-C has come while it waited (Python 3.11, bpo-45274).
+    begun, ended = threading.Event(), threading.Event()
 
     def run() -> None:
+        begun.set()
         try:
             made.append(work())
         except BaseException as error:
             faults.append(error)
+        finally:
+            ended.set()
 
     thread = threading.Thread(target=run, name="tensorrt-build")
-    thread.start()
+    interruption: BaseException | None = None
     try:
-        while thread.is_alive():
-            thread.join(POLL_S)
+        thread.start()
     except BaseException as error:
-        if monitor is not None:
-            monitor.interruption = error
-        thread.join()
-        raise
-    if monitor is not None and monitor.interruption is not None:
-        raise monitor.interruption
+        if not begun.wait(1.0):
+            raise
+        interruption = error
+    while not ended.is_set():
+        try:
+            if monitor is not None:
+                monitor.interruption = monitor.interruption or interruption
+            ended.wait(POLL_S)
+        except BaseException as error:
+            interruption = interruption or error
+    thread.join()
+    if monitor is not None:
+        interruption = interruption or monitor.interruption
+    if interruption is not None:
+        raise interruption
     if faults:
         raise faults[0]
     return made[0]

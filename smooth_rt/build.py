@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 from engines.bundle import Bundle, LoraSource, Source, digest_json
 from engines.contract import gradients_named
-from smooth_rt.cache import bundle_of, cache_root, compiled, limit, make_room, parse_size, used
+from smooth_rt.cache import bundle_of, cache_root, compiled, limit, make_room, parse_size, timings, used
 from smooth_rt.errors import BundleError, InputError
 from smooth_rt.orders import lacking, variants_of
 from smooth_rt.ranges import check
@@ -189,8 +189,8 @@ def bisect_engines(
     does, or why it cannot be searched.
 
     Args:
-        bundle: an open bundle. The exported graph is searched, with a variant's own convolutions: of int8 and fp16,
-            whose graphs are others, it tells nothing.
+        bundle: an open bundle. The exported graph is searched, rewritten as a variant's is: of int8 and fp16, whose
+            graphs are others, it tells nothing.
         model: what the bundle was made from, as `reopen_model` gives it.
         network: which.
         seed: of the inputs.
@@ -248,7 +248,7 @@ def _build(
         keep=keep,
         calibration=calibration,
         lora=weights,
-        timing_caches=cache_root() / "timing",
+        timing_caches=timings(),
         memory=available_memory() if memory is None else memory or None,
         progress=progress,
     )

@@ -28,6 +28,7 @@ __all__ = [
     "make_room",
     "parse_size",
     "prune",
+    "timings",
     "used",
 ]
 
@@ -73,6 +74,11 @@ def cache_root() -> Path:
 def compiled() -> Path:
     """The folder of the cache for what providers of ONNX Runtime compile as an engine opens."""
     return cache_root() / "compiled"
+
+
+def timings() -> Path:
+    """The folder of the cache for what TensorRT timed in builds, a file for each version and architecture."""
+    return cache_root() / "timing"
 
 
 def bundle_of(source: Source) -> Path:
@@ -142,6 +148,8 @@ def prune(root: Path | None = None, every: bool = False) -> list[Entry]:
         raise SmoothRTError("; ".join(refused))
     if root is None:
         _forget_compiled(list_bundles())
+        if every:
+            shutil.rmtree(timings(), ignore_errors=True)
     return removed
 
 
@@ -163,6 +171,11 @@ def _compiled() -> list[Entry]:
     """What providers and TensorRT for RTX compiled as engines opened: a folder for each engine and GPU."""
     folder = compiled()
     return [Entry(path, _size(path), None, None) for path in (folder.iterdir() if folder.is_dir() else ())]
+
+
+def _timings() -> list[Entry]:
+    """All that TensorRT timed, in one; a build writes its file anew, so the folder tells when it was used last."""
+    return [Entry(timings(), _size(timings()), None, None)] if timings().is_dir() else []
 
 
 def parse_size(text: str, name: str) -> int:
@@ -194,8 +207,8 @@ def used(bundle: Path) -> None:
 
 
 def make_room(most: int, keep: Path | None = None, root: Path | None = None) -> list[Entry]:
-    """Remove bundles of the cache and what was compiled for engines, the one not used for longest first, until it holds
-    at most `most` bytes. What was compiled for a bundle goes with it, at the latest.
+    """Remove bundles of the cache, what was compiled for engines and what TensorRT timed, the one not used for longest
+    first, until it holds at most `most` bytes. What was compiled for a bundle goes with it, at the latest.
 
     Args:
         most: bytes.
@@ -206,7 +219,7 @@ def make_room(most: int, keep: Path | None = None, root: Path | None = None) -> 
         what was removed. What no build wrote, and what cannot be removed, is left.
     """
     bundles = [entry for entry in list_bundles(root) if entry.ours]
-    parts = _compiled() if root is None else []
+    parts = [*_compiled(), *_timings()] if root is None else []
     total = sum(entry.size for entry in [*bundles, *parts])
     kept = {entry.path for entry in bundles if keep is not None and entry.path.resolve() == keep.resolve()}
     for entry in [one for one in bundles if one.path in kept]:

@@ -74,3 +74,8 @@ def test_fidelity_is_that_of_each_image(tiny_model: Path) -> None:
             network.unet.conv_out.weight.mul_(1.01)
         near = fidelity([one], two, prompts, 2)[0]
     assert 20 < near.worst <= near.median < 100
+    # Of 10 images 8 go at once and 2; each time the engine's and the reference's, in turn.
+    assert len(near.seconds) == len(near.reference_seconds) == 2
+    assert min(near.seconds) > 0 < near.seconds_an_image
+    ratios = [theirs / ours for ours, theirs in zip(near.seconds, near.reference_seconds, strict=True)]
+    assert min(ratios) <= near.speedup <= max(ratios)

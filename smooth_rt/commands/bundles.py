@@ -97,13 +97,13 @@ def verify_engines(
         bool, typer.Option("--parity", help="Also compare each output with PyTorch again, on fresh inputs.")
     ] = False,
     images: Annotated[
-        int, typer.Option(metavar="N", help="Also sample N images on each engine and on PyTorch: PSNR in dB.")
+        int, typer.Option(metavar="N", help="Also sample N images on each engine and on PyTorch: dB and seconds.")
     ] = 0,
     bisect: Annotated[
         str | None,
         typer.Option(
             metavar="NETWORK",
-            help="Also find the first node of unet, … as exported, that parts from fp32.",
+            help="Also find the first node of unet, … that parts from fp32 (fp32 and bf16).",
             show_default=False,
         ),
     ] = None,
@@ -207,7 +207,14 @@ def _images(bundle: Bundle, model: Model, count: int, progress: Progress) -> lis
         reference = stack.enter_context(SmoothPipeline.from_pretrained(model, engine="eager"))
         found = fidelity(pipes, reference, chosen, progress=progress)
     return [
-        {"engine": built.variant.name, "images": count, "median dB": one.median, "worst dB": one.worst}
+        {
+            "engine": built.variant.name,
+            "images": count,
+            "median dB": one.median,
+            "worst dB": one.worst,
+            "s an image": one.seconds_an_image,
+            "x PyTorch": one.speedup,
+        }
         for built, one in zip(runnable, found, strict=True)
     ]
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from engines.bundle import Bundle
+from engines.contract import NETWORKS
 from engines.errors import BundleError
 from engines.recipes import build_revision
 from smooth_rt import cli
@@ -54,6 +55,29 @@ def test_it_is_not_used_before_it_was_proved(bundle: Bundle, monkeypatch: pytest
     monkeypatch.setattr("engines.bundle.runs_here", lambda _: None)
     with pytest.raises(BundleError, match=r"nothing proves it yet; run `smooth-rt engines verify --parity .*` here"):
         bundle.engine("unet", "tensorrt-rtx")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("precision", ["fp32", "fp16"])
+def test_of_the_model_that_ships(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], precision: str
+) -> None:
+    monkeypatch.setenv("SMOOTH_RT_CACHE", str(tmp_path / "cache"))
+    build = ["build-engine", "--backend", "tensorrt-rtx", "--gpu-arch", "sm89", "--precision", precision, "--json"]
+    folder = tmp_path / "bundle"
+    for reused in (False, True):
+        assert cli.main([*build, "--output", str(folder)]) == 0
+        assert json.loads(capsys.readouterr().out)["reused"] is reused
+    (built,) = Bundle.open(folder, verify=True).variants
+    assert {record.network for record in built.engines} == set(NETWORKS)
+    assert built.engine("unet").notes["layers"] > 500
+    assert cli.main(["engines", "inspect", str(folder), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)["engines"]
+    assert all(row["bytes"] > 100_000 and row["worst_error"] is None for row in told)
+    # Nothing proves it here, so that it runs nowhere yet.
+    assert cli.main(["generate", "red apple", "--engines", str(folder), "--output", str(tmp_path / "out")]) == 2
+    assert "sm89" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_an_architecture_among_backends_of_the_cpu(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shutil
+from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor
@@ -101,6 +103,34 @@ def test_a_rewritten_graph_is_searched_where_the_rewriting_is(
     wanted = RUNNERS["onnxruntime-plain"](probe, inputs, layers[len(layers) // 2])
     found = on_openvino("f32", change)(probe, inputs, layers[len(layers) // 2])
     np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+
+
+def test_on_onnxruntime_the_graph_that_runs_is_searched(
+    graph: Path, inputs: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[Counter[str]] = []
+    session = onnxruntime.InferenceSession
+
+    def opens(path: str, *given: Any, **named: Any) -> Any:
+        opened.append(Counter(node.op_type for node in onnx.load(path, load_external_data=False).graph.node))
+        return session(path, *given, **named)
+
+    monkeypatch.setattr(onnxruntime, "InferenceSession", opens)
+    model = onnx.load(graph, load_external_data=False)
+    nodes = {name: node for node in model.graph.node for name in node.output}
+    attended = [name for name in nodes if "scaled_dot_product_attention" in name and nodes[name].op_type == "MatMul"]
+    turned = [node.output[0] for node in model.graph.node if node.op_type == "Transpose" and node.input[0] in attended]
+    whole = [node.output[0] for node in model.graph.node if node.op_type == "Reshape" and node.input[0] in turned]
+    shutil.copyfile(f"{graph}.data", tmp_path / f"{graph.name}.data")
+    # In the middle of an attention, its result, and the two halves of a projection.
+    cut = next(node for node in model.graph.node if node.op_type == "Split").output[0]
+    for tensor in (attended[0], whole[0], cut):
+        probe = _probe(model, tensor, tmp_path / graph.name)
+        wanted = RUNNERS["onnxruntime-plain"](probe, inputs, tensor)
+        found = RUNNERS["onnxruntime"](probe, inputs, tensor)
+        np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
+        plain, rewritten = opened[-2:]
+        assert plain["MultiHeadAttention"] == 0 < rewritten["MultiHeadAttention"]
 
 
 @pytest.mark.usefixtures("own_kernels")

@@ -139,6 +139,18 @@ def test_timesteps_of_verification_span_the_schedule(dims: Dims) -> None:
     assert int(steps.max()) < 1000
 
 
+@pytest.mark.parametrize("batch", [(1, 1, 2), (1, 1, 4), (2, 2, 8), (1, None, None)])
+def test_the_first_timestep_and_the_last_are_among_those_of_a_unets_verification(
+    dims: Dims, batch: tuple[int, int, int]
+) -> None:
+    network, generator = contract("unet", dims), torch.Generator().manual_seed(1)
+    bounds = [] if None in batch else [{"batch": batch, "height": (8, 8, 8), "width": (8, 8, 8)}]
+    steps = torch.cat(
+        [random_inputs(network, dims, case, generator)["timestep"] for case in cases(network, dims, bounds)]
+    )
+    assert {0, 999} < set(steps.tolist())
+
+
 def test_the_axes_bear_the_contracts_names(built: Any, dims: Dims) -> None:
     # ONNX Runtime fixes a size by the name of its axis.
     for name in NETWORKS:

@@ -60,7 +60,7 @@ def test_a_bundle_tells_what_was_put_in_and_is_for_no_other_program(
     made = bundle.find("openvino")
     assert made.variant.name == "openvino-fp32-native"
     assert {record.network: record.notes for record in made.engines if record.notes} == {
-        "unet": {"native_attention": 5, "halved_projection": 7}
+        "unet": {"exact_timesteps": 10, "native_attention": 5, "halved_projection": 7}
     }
     assert put_in == [False]
     assert "--kernels native" in bundle.command(made)
@@ -78,7 +78,7 @@ def test_a_bundle_tells_what_was_put_in_and_is_for_no_other_program(
             False,
             {"winograd_4x4": 1, "winograd_2x2": 2, "native_attention": 5, "halved_projection": 7},
         ),
-        ({"kernels": "backend"}, None, {}),
+        ({"kernels": "backend"}, None, {}),  # but for the rule that every graph on OpenVINO needs
     ],
     ids=str,
 )
@@ -100,7 +100,7 @@ def test_each_form_of_the_graph_has_them(
     graph = made.build(
         network, networks["unet"], asked, asked.precision, one_size().bounds(network, dims), tmp_path / "unet"
     )
-    assert graph.notes == notes
+    assert graph.notes == {"exact_timesteps": 10, **notes}
     assert graph.path.is_file()
     assert put_in == ([] if bf16 is None else [bf16])
 

@@ -1,4 +1,4 @@
-"""Others open the folders that `write_layout` completes, and sample what the pipeline samples."""
+"""Others open the folders that `smooth-rt build-engine` writes, and sample what the pipeline samples."""
 
 from __future__ import annotations
 
@@ -17,12 +17,11 @@ import torch
 from numpy.typing import NDArray
 
 from engines.contract import NETWORKS, contract
-from engines.eager import torch_networks
 from engines.errors import EngineError, InputError
 from engines.ov import core
 from export.graphs import Case, random_inputs
 from export.layout import Kind, graph_path, write_layout
-from export.to_openvino import to_openvino
+from smooth_rt import cli
 from smooth_rt.model import Model, load_model
 from smooth_rt.pipeline import SmoothPipeline
 
@@ -45,18 +44,11 @@ class Written:
 
 
 @pytest.fixture(scope="module", params=["tiny", pytest.param("default", marks=pytest.mark.slow)])
-def written(
-    request: pytest.FixtureRequest, exported_once: Any, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Written:
-    model = load_model(tiny_model if request.param == "tiny" else "default")
-    root = tmp_path_factory.mktemp("layout")
-    modules = torch_networks(model.text_encoder, model.unet, model.vae)
-    for name in NETWORKS:
-        onnx = graph_path(root / "onnx", "onnx", name)
-        exported_once(modules[name], contract(name, model.dims), model.dims, onnx)
-        to_openvino(onnx, graph_path(root / "openvino", "openvino", name))
-    for kind in ("onnx", "openvino"):
-        write(model, root / kind, kind, root / "config")
+def written(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Written:
+    name = str(tiny_model) if request.param == "tiny" else "default"
+    built = tmp_path_factory.mktemp("layout") / "built"
+    assert cli.main(["build-engine", "--model", name, "--backend", "onnx,openvino", "--output", str(built)]) == 0
+    model = load_model(name)
     side = model.dims.sample_size
     latents = torch.randn(1, model.dims.latent_channels, side, side, generator=torch.Generator().manual_seed(3))
     with SmoothPipeline.from_pretrained(model, engine="eager") as pipe:
@@ -64,19 +56,13 @@ def written(
         denoised = torch.as_tensor(result.images)
         image = np.asarray(pipe.decode(denoised, "np"))
     assert image.std() > 0.02  # not one flat colour
-    return Written(model, root / "onnx", root / "openvino", latents, denoised, image)
+    return Written(model, built / "onnxruntime-fp32", built / "openvino-fp32", latents, denoised, image)
 
 
 @pytest.fixture
 def genai() -> Any:
     pytest.importorskip("openvino_tokenizers", reason="makes the tokenizer that OpenVINO GenAI reads")
     return pytest.importorskip("openvino_genai", reason="is what opens the folder")
-
-
-def write(model: Model, folder: Path, kind: Kind, scratch: Path) -> None:
-    """All but the graphs, from a model."""
-    model.write_config(scratch)
-    write_layout(folder, kind, model.network_configs(), scratch / "tokenizer", model.config().sampling_config)
 
 
 def psnr(image: NDArray[Any], wanted: NDArray[Any]) -> float:

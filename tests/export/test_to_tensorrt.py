@@ -171,6 +171,25 @@ def test_a_build_that_is_interrupted_leaves_nothing(built: Any, dims: Dims, tmp_
     assert by == "Ctrl-C" or seen == 500
 
 
+def test_a_build_is_waited_for_however_often_ctrl_c_is_pressed() -> None:
+    """A thread of TensorRT's that is left behind tells its log when Python ends, which aborts the process."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    ended: list[float] = []
+
+    def work() -> None:
+        for _ in range(3):
+            os.kill(os.getpid(), signal.SIGINT)
+            time.sleep(0.3)
+        ended.append(time.monotonic())
+
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            to_tensorrt_module._apart(work)
+        assert ended
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
 def test_a_graph_that_is_interrupted_as_it_is_read(
     built: Any, dims: Dims, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -133,8 +133,10 @@ def test_a_model_is_built_so_and_verified(
     bundle = build_bundle(networks, dims, built.bundle.source, [order], tmp_path / "bundle", lambda _: None)
     made = bundle.find("openvino")
     assert made.variant.name == "openvino-fp32-winograd"
-    assert sum(made.engine("unet").notes.values()) == 3
-    assert set(made.engine("unet").notes) == {"winograd_4x4", "winograd_2x2"}
+    hits = made.engine("unet").notes
+    assert hits["winograd_4x4"] + hits["winograd_2x2"] == 3
+    assert hits["exact_timesteps"] == 10
+    assert set(hits) == {"winograd_4x4", "winograd_2x2", "exact_timesteps"}
     assert not made.engine("text_encoder").notes
     (found,) = made.engine("unet").parity
     assert 0 < found.relative < 1e-5
