@@ -33,6 +33,7 @@ CANDIDATES: dict[str, tuple[str, Precision]] = {
     "onnxruntime-cuda fp16": ("onnxruntime-cuda", "fp16"),
     "onnxruntime-tensorrt fp16": ("onnxruntime-tensorrt", "fp16"),
     "inductor fp16": ("inductor", "fp16"),
+    "inductor bf16": ("inductor", "bf16"),
     "tensorrt fp16": ("tensorrt", "fp16"),
     "tensorrt-rtx fp16": ("tensorrt-rtx", "fp16"),
 }
