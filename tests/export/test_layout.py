@@ -47,7 +47,8 @@ class Written:
 def written(request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Written:
     name = str(tiny_model) if request.param == "tiny" else "default"
     built = tmp_path_factory.mktemp("layout") / "built"
-    assert cli.main(["build-engine", "--model", name, "--backend", "onnx,openvino", "--output", str(built)]) == 0
+    build = ["build-engine", "--model", name, "--lora", "none", "--backend", "onnx,openvino", "--output", str(built)]
+    assert cli.main(build) == 0
     model = load_model(name)
     side = model.dims.sample_size
     latents = torch.randn(1, model.dims.latent_channels, side, side, generator=torch.Generator().manual_seed(3))
