@@ -5,8 +5,13 @@ The names below load on first use, so that importing this package loads no torch
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+# ONNX Runtime reports sessions, the processor and the interpreter's path to its makers, and keeps a device's number and
+# what it has not sent yet in the user's cache. It reads this as it is imported; whoever wants it sets 0.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from engines.base import Engine

@@ -129,7 +129,7 @@ def _foreign(shapes: Shapes) -> str | None:
 
 def _text_width(shapes: Shapes) -> int | None:
     keys = (key for key in shapes if key.startswith(UNET) and key.endswith(".attn2.to_k.weight"))
-    return next((shapes[key][-1] for key in keys), None)
+    return next((shapes[key][-1] for key in keys if shapes[key]), None)
 
 
 def _channels(shapes: Shapes) -> tuple[int, int] | None:

@@ -43,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _carry_out(arguments)
     except KeyboardInterrupt as interruption:
         number = received[0] if received else signal.SIGINT
-        by = f" by {signal.Signals(number).name}" if received else ""
+        by = f" by {signal.Signals(number).name}" if number != signal.SIGINT else ""
         # What was interrupted may know better what is left, and how to go on.
         said = " ".join(str(interruption).split())
         _say(said or f"interrupted{by}; nothing half-written is left; run the same command again")
@@ -97,7 +97,8 @@ class _Stdout:
 
 @contextmanager
 def _stoppable(received: list[int]) -> Iterator[None]:
-    """SIGTERM and SIGHUP interrupt as Ctrl-C does, so that all that cleans up after it does so after them.
+    """SIGTERM and SIGHUP interrupt as Ctrl-C does, so that all that cleans up after it does so after them; and none of
+    the three is lost where it meets a finalizer, nor does a second one meet the cleaning up.
 
     Args:
         received: takes the signal's number.
@@ -121,16 +122,19 @@ def _stoppable(received: list[int]) -> Iterator[None]:
         raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
-        for name in ("SIGTERM", "SIGHUP"):
+        for name in ("SIGINT", "SIGTERM", "SIGHUP"):
             number = getattr(signal, name, None)
-            # Under nohup SIGHUP is ignored, and shall be.
-            if number is not None and signal.getsignal(number) is signal.SIG_DFL:
+            # Under nohup SIGHUP is ignored, and shall be; so is SIGINT in the background of a shell.
+            if number is not None and signal.getsignal(number) in (signal.SIG_DFL, signal.default_int_handler):
                 former[number] = signal.signal(number, stop)
     try:
         yield
     finally:
         for number, handler in former.items():
             signal.signal(number, handler)
+
+
+_WEAK = ("weakref.py", "_weakrefset.py")
 
 
 def _deaf() -> None:
@@ -140,8 +144,9 @@ def _deaf() -> None:
 
 
 def _in_finalizer(frame: FrameType | None) -> bool:
+    """Whether within `__del__`, or what a weak reference calls when its object is gone."""
     while frame is not None:
-        if frame.f_code.co_name == "__del__":
+        if frame.f_code.co_name == "__del__" or os.path.basename(frame.f_code.co_filename) in _WEAK:
             return True
         frame = frame.f_back
     return False

@@ -172,7 +172,7 @@ def _bisect(bundle: Bundle, model: Model, network: str, seed: int, progress: Pro
         }
         if found is not None and not isinstance(found, str):
             row |= {"node": found.node, "operator": found.operator, "relative error": found.error}
-        said = found if isinstance(found, str) else "parts nowhere" if found is None else None
+        said = found if isinstance(found, str) else "exported anew, it parts nowhere" if found is None else None
         rows.append({**row, "note": said})
     return rows
 

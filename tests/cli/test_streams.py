@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -92,38 +93,51 @@ def test_a_signal_cleans_up_and_is_told_in_one_line(
     assert [signal.getsignal(one) for one, _ in SIGNALS] == before
 
 
-def test_a_second_signal_does_not_disturb_the_cleaning_up(engines_list: Any, tmp_path: Path) -> None:
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+def test_a_second_signal_does_not_disturb_the_cleaning_up(
+    engines_list: Any, tmp_path: Path, number: int, code: int
+) -> None:
     def work() -> None:
         try:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         finally:
-            os.kill(os.getpid(), signal.SIGTERM)
-            os.kill(os.getpid(), signal.SIGHUP)
+            for one, _ in SIGNALS:
+                os.kill(os.getpid(), one)
             (tmp_path / "cleaned up").write_text("")
 
     engines_list(work)
-    assert cli.main(["engines", "list"]) == 143
+    assert cli.main(["engines", "list"]) == code
     assert (tmp_path / "cleaned up").exists()
 
 
-def test_a_signal_that_meets_a_finalizer_is_not_lost(engines_list: Any) -> None:
+@pytest.mark.parametrize(("number", "code"), SIGNALS)
+@pytest.mark.parametrize("by", ["__del__", "weakref"])
+def test_a_signal_that_meets_a_finalizer_is_not_lost(engines_list: Any, by: str, number: int, code: int) -> None:
     """What is raised in a finalizer Python drops."""
+
+    def meet() -> None:
+        os.kill(os.getpid(), number)
+        for _ in range(100):  # the handler runs between two of these
+            pass
+
+    class Plain:
+        pass
 
     class Fragile:
         def __del__(self) -> None:
-            os.kill(os.getpid(), signal.SIGTERM)
-            for _ in range(100):  # the handler runs between two of these
-                pass
+            meet()
 
     def work() -> None:
-        fragile = Fragile()
+        fragile = Fragile() if by == "__del__" else Plain()
+        if by == "weakref":
+            weakref.finalize(fragile, meet)
         del fragile
         for _ in range(100):
             time.sleep(0.1)
 
     began = time.monotonic()
     engines_list(work)
-    assert cli.main(["engines", "list"]) == 143
+    assert cli.main(["engines", "list"]) == code
     assert time.monotonic() - began < 5
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -29,3 +32,13 @@ def test_importing_engines_loads_nothing_heavy() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_onnxruntime_keeps_nothing_of_its_user(tmp_path: Path, write_graph: Callable[[Path], Path]) -> None:
+    graph, home = write_graph(tmp_path / "model.onnx"), tmp_path / "home"
+    home.mkdir()
+    environment = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "CI")}
+    environment |= {"HOME": str(home), "XDG_CACHE_HOME": str(home / ".cache")}
+    code = f"import engines.ort, onnxruntime; onnxruntime.InferenceSession({str(graph)!r})"
+    subprocess.run([sys.executable, "-c", code], env=environment, check=True)
+    assert not [path for path in home.rglob("*") if path.is_file()]

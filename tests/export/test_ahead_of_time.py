@@ -75,8 +75,9 @@ def test_of_the_model_that_ships(
     told = json.loads(capsys.readouterr().out)["engines"]
     assert all(row["bytes"] > 100_000 and row["worst_error"] is None for row in told)
     # Nothing proves it here, so that it runs nowhere yet.
-    assert cli.main(["generate", "red apple", "--engines", str(folder), "--output", str(tmp_path / "out")]) == 2
-    assert "sm89" in capsys.readouterr().err
+    run = ["generate", "--prompt", "red apple", "--engines", str(folder), "--engine", "tensorrt-rtx"]
+    assert cli.main([*run, "--output", str(tmp_path / "out")]) == 2
+    assert "runs on a CUDA GPU and torch finds none here" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 

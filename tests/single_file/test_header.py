@@ -121,6 +121,7 @@ def model(width: int = 768, channels: int = 4, **more: Sequence[int]) -> dict[st
         ),
         ({k: v for k, v in model().items() if "first_stage" not in k}, r"the VAE is missing .*; name a complete"),
         (model(512), r"UNet \(text of width 512, 4 channels in, 320 .*, 12 input blocks\) .*; name .* --model-config"),
+        (model(**{f"{UNET}input_blocks.1.{TO_K}": ()}), r"UNet \(text of width None, 4 channels in, .*\) .*; name .*"),
         ({k: v for k, v in model().items() if ".9." not in k}, r"768, .* 11 input blocks\) is of no architecture that"),
     ],
 )
