@@ -157,8 +157,9 @@ def random_inputs(network: Network, dims: Dims, case: Case, generator: torch.Gen
             part = TRAIN_TIMESTEPS / shape[0]
             drawn = (torch.arange(shape[0]) + torch.rand(shape, generator=generator)) * part
             timesteps = drawn.long().clamp(max=TRAIN_TIMESTEPS - 1)
-            for row in range(shape[0] if network.name == "unet" else 0):
-                timesteps[row] = ENDS.get(case.rows_before + row, timesteps[row])
+            if network.name == "unet":
+                for row in range(shape[0]):
+                    timesteps[row] = ENDS.get(case.rows_before + row, timesteps[row])
             inputs[spec.name] = timesteps
         elif spec.name == LORA_STRENGTH:
             turns = range(case.rows_before, case.rows_before + shape[0])

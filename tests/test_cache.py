@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from smooth_rt import cli
-from smooth_rt.cache import cache_root, limit, list_bundles, make_room, parse_size, prune, used
+from smooth_rt.cache import cache_root, limit, list_bundles, make_room, parse_size, prune, timings, used
 from smooth_rt.errors import InputError
 
 DEAD = 2**22 + 1  # above the greatest process number
@@ -100,6 +100,18 @@ def test_the_one_not_used_for_longest_goes_first(aged: Path, caplog: pytest.LogC
     assert "removed older, not used for longest" in caplog.text
     assert [entry.path.name for entry in make_room(0, keep=aged / "newest", root=aged)] == ["oldest"]
     assert [path.name for path in aged.iterdir()] == ["newest"]
+
+
+def test_what_tensorrt_timed_counts_and_goes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("SMOOTH_RT_CACHE", str(tmp_path))
+    for removes in (lambda: make_room(999), lambda: prune(every=True)):
+        timings().mkdir()
+        (timings() / "tensorrt-11-sm89").write_bytes(b" " * 1000)
+        assert make_room(1000) == []
+        prune()
+        assert timings().is_dir()  # a build to come takes it
+        removes()
+        assert not timings().exists()
 
 
 @pytest.mark.parametrize(

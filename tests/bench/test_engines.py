@@ -52,6 +52,18 @@ def test_what_is_refused_in_a_line(arguments: list[str], said: str, capsys: pyte
     assert heard.startswith(f"error: {said}")
 
 
+@pytest.mark.parametrize("arguments", [["--quick", "--output", "b"], ["starts", "--output", "b/figures.json"]])
+def test_no_figures_go_into_a_bundle(
+    arguments: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "b" / "config").mkdir(parents=True)
+    (tmp_path / "b" / "manifest.json").write_text("{}")
+    assert cli.main(["bench", *arguments]) == 2
+    heard = capsys.readouterr().err.strip().splitlines()[-1]
+    assert heard.startswith("error: bench: argument --output: b: lies in the bundle ")
+
+
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_gpu_is_asked_for_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert cli.main(["bench", "gpu"]) == 2

@@ -105,6 +105,14 @@ def test_a_rewritten_graph_is_searched_where_the_rewriting_is(
     np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
 
 
+def attention(model: onnx.ModelProto) -> tuple[list[str], list[str]]:
+    """The results of what attention multiplies, and of what then turns their axes."""
+    nodes = {name: node for node in model.graph.node for name in node.output}
+    attended = [name for name in nodes if "scaled_dot_product_attention" in name and nodes[name].op_type == "MatMul"]
+    turned = [node.output[0] for node in model.graph.node if node.op_type == "Transpose" and node.input[0] in attended]
+    return attended, turned
+
+
 def test_on_onnxruntime_the_graph_that_runs_is_searched(
     graph: Path, inputs: dict[str, Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -117,9 +125,7 @@ def test_on_onnxruntime_the_graph_that_runs_is_searched(
 
     monkeypatch.setattr(onnxruntime, "InferenceSession", opens)
     model = onnx.load(graph, load_external_data=False)
-    nodes = {name: node for node in model.graph.node for name in node.output}
-    attended = [name for name in nodes if "scaled_dot_product_attention" in name and nodes[name].op_type == "MatMul"]
-    turned = [node.output[0] for node in model.graph.node if node.op_type == "Transpose" and node.input[0] in attended]
+    attended, turned = attention(model)
     whole = [node.output[0] for node in model.graph.node if node.op_type == "Reshape" and node.input[0] in turned]
     shutil.copyfile(f"{graph}.data", tmp_path / f"{graph.name}.data")
     # In the middle of an attention, its result, and the two halves of a projection.
@@ -147,9 +153,7 @@ def test_a_graph_with_native_kernels_is_searched_where_they_are(
     assert first_divergence(graph, inputs, on_openvino("f32", change), 1e-4) is None
     assert all(min(one.values()) > 0 for one in hits)
     model = onnx.load(graph, load_external_data=False)
-    nodes = {name: node for node in model.graph.node for name in node.output}
-    attended = [name for name in nodes if "scaled_dot_product_attention" in name and nodes[name].op_type == "MatMul"]
-    turned = [node.output[0] for node in model.graph.node if node.op_type == "Transpose" and node.input[0] in attended]
+    attended, turned = attention(model)
     cut = [node.output[0] for node in model.graph.node if node.op_type == "Split"]
     shutil.copyfile(f"{graph}.data", tmp_path / f"{graph.name}.data")
     for tensor in (attended[0], turned[0], cut[0]):

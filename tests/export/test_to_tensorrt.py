@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -147,11 +148,19 @@ def test_a_graph_of_gradients(
     assert facts.layers > 1000
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """Ctrl-C as a terminal leaves it: in the background of a shell it is ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 @pytest.mark.parametrize("by", ["progress", "Ctrl-C"])
 def test_a_build_that_is_interrupted_leaves_nothing(built: Any, dims: Dims, tmp_path: Path, by: str) -> None:
     network = contract("unet", dims)
     seen = 0
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # in the background of a shell it is ignored
 
     def stop(*_: object) -> None:
         nonlocal seen
@@ -162,18 +171,15 @@ def test_a_build_that_is_interrupted_leaves_nothing(built: Any, dims: Dims, tmp_
             os.kill(os.getpid(), signal.SIGINT)  # of the main thread, which waits for the build
             time.sleep(1)
 
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            to_tensorrt(graph(built, "unet"), tmp_path / "m.engine", network, [bounded(network)], progress=stop, **RTX)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        to_tensorrt(graph(built, "unet"), tmp_path / "m.engine", network, [bounded(network)], progress=stop, **RTX)
     assert list(tmp_path.iterdir()) == []
     assert by == "Ctrl-C" or seen == 500
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_build_is_waited_for_however_often_ctrl_c_is_pressed() -> None:
     """A thread of TensorRT's that is left behind tells its log when Python ends, which aborts the process."""
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     ended: list[float] = []
 
     def work() -> None:
@@ -182,18 +188,15 @@ def test_a_build_is_waited_for_however_often_ctrl_c_is_pressed() -> None:
             time.sleep(0.3)
         ended.append(time.monotonic())
 
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            to_tensorrt_module._apart(work)
-        assert ended
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        to_tensorrt_module._apart(work)
+    assert ended
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_a_graph_that_is_interrupted_as_it_is_read(
     built: Any, dims: Dims, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
     plain = to_tensorrt_module._parse
 
     def parse(*given: Any) -> None:
@@ -203,11 +206,8 @@ def test_a_graph_that_is_interrupted_as_it_is_read(
 
     monkeypatch.setattr(to_tensorrt_module, "_parse", parse)
     network = contract("unet", dims)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            to_tensorrt(graph(built, "unet"), tmp_path / "m.engine", network, [bounded(network)], **RTX)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    with pytest.raises(KeyboardInterrupt):
+        to_tensorrt(graph(built, "unet"), tmp_path / "m.engine", network, [bounded(network)], **RTX)
     assert list(tmp_path.iterdir()) == []
 
 
