@@ -16,6 +16,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Engine"]
 
+MOST_NAMES = 4  # in a message
+
 
 class Engine(abc.ABC):
     """One network on one backend. `infer` checks, a backend's `infer_impl` works.
@@ -334,8 +336,8 @@ class Engine(abc.ABC):
             wanted = {spec.name for spec in specs}
             if set(names) != wanted:
                 raise EngineError(
-                    f"{self.network.name}: the {self.backend} graph's {kind} are {', '.join(sorted(names))}, "
-                    f"not {', '.join(sorted(wanted))}; rebuild the bundle"
+                    f"{self.network.name}: the {self.backend} graph's {kind} are {_few(names)}, not {_few(wanted)}; "
+                    "rebuild the bundle"
                 )
 
     def close(self) -> None:
@@ -352,6 +354,12 @@ class Engine(abc.ABC):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _few(names: Collection[str]) -> str:
+    """Names in a message: a UNet's text part has one for each layer."""
+    first, left = sorted(names)[:MOST_NAMES], len(names) - MOST_NAMES
+    return ", ".join([*first, f"{left} more"] if left > 0 else first)
 
 
 def _filled(tensor: Tensor, rows: int) -> Tensor:

@@ -7,14 +7,14 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from engines.contract import DERIVED, NETWORKS
 from engines.errors import BundleError
 from engines.select import BACKENDS
 
-__all__ = ["PARTIAL", "abandoned", "alive", "foreign", "said_size", "staging"]
+__all__ = ["PARTIAL", "abandoned", "alive", "discard", "foreign", "said_size", "staging"]
 
 # All that lies in a bundle: at its top, and in the folder of a variant.
 _VARIANT = re.compile(rf"({'|'.join(BACKENDS)})-[a-z0-9_-]+")
@@ -31,7 +31,8 @@ _PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".npy", ".npz"}
 
 _OURS: set[Path] = set()  # partial folders that this process is working in
 _PUBLISH_TRIES = 3
-PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old)-(?P<pid>\d+)")
+_LOOKS = 10  # at a folder that other processes change meanwhile
+PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old|gone)-(?P<pid>\d+)")
 
 
 @contextmanager
@@ -110,13 +111,26 @@ def _check_replaceable(target: Path) -> None:
 def foreign(folder: Path) -> str | None:
     """Why `folder` is somebody's own and never replaced or removed; None: it is empty, or a bundle, even a damaged one.
 
-    A bundle has a manifest.json, whatever is in it, and holds nothing that a build does not write.
+    A bundle has a manifest.json, whatever is in it, and holds nothing that a build does not write. What another process
+    removes meanwhile is nobody's.
     """
-    names = sorted(entry.name for entry in folder.iterdir())
-    variants = [name for name in names if _VARIANT.fullmatch(name) and (folder / name).is_dir()]
+    for _ in range(_LOOKS):
+        try:
+            return _strange(folder)
+        except FileNotFoundError:
+            if not folder.exists():
+                return None
+    return "it changes all the time"
+
+
+def _strange(folder: Path) -> str | None:
+    with os.scandir(folder) as entries:
+        folders = {entry.name: entry.is_dir() for entry in entries}
+    names = sorted(folders)
+    variants = [name for name in names if _VARIANT.fullmatch(name) and folders[name]]
     strange = [name for name in names if name not in _TOP and name not in variants and name not in _FORMER]
     for part, graphs in _FORMER.items():
-        if (folder / part).is_dir():
+        if folders.get(part):
             strange += sorted(f"{part}/{e.name}" for e in (folder / part).iterdir() if not graphs.fullmatch(e.name))
     for variant in variants:
         parts = sorted(entry.name for entry in (folder / variant).iterdir())
@@ -127,6 +141,25 @@ def foreign(folder: Path) -> str | None:
     if strange:
         return f"it holds {strange[0]}"
     return "it has no manifest.json" if names and "manifest.json" not in names else None
+
+
+def discard(folder: Path) -> None:
+    """Remove a bundle; whoever looks meanwhile sees all of it or none, as of `staging`.
+
+    Raises:
+        OSError: it cannot be removed. FileNotFoundError: another process has done so.
+    """
+    if folder.is_symlink():
+        folder.unlink()  # put here by somebody: what it leads to is theirs
+        return
+    gone = folder.with_name(f".{folder.name.lstrip('.')}.gone-{os.getpid()}")
+    folder.rename(gone)
+    try:
+        shutil.rmtree(gone)
+    except OSError:
+        with suppress(OSError):
+            gone.rename(folder)
+        raise
 
 
 def _make_parents(parent: Path) -> list[Path]:
@@ -157,7 +190,8 @@ def abandoned(folder: Path, name: str | None = None) -> list[Path]:
             continue
         target = sibling.with_name(found["name"])
         if found["kind"] == "old" and not target.exists():
-            sibling.rename(target)
+            with suppress(FileNotFoundError):  # another process does the same
+                sibling.rename(target)
         else:
             left.append(sibling)
     return left

@@ -70,7 +70,9 @@ def check_files(folder: Path, files: Sequence[FileRecord], mend: str, digests: b
     """
     root = folder.resolve()
     listed = {record.path for record in files}
-    for found in sorted((folder / "config").rglob("*")):
+    # Not by rglob, which fails where another process removes the bundle meanwhile.
+    walked = os.walk(folder / "config")
+    for found in sorted(Path(where, name) for where, _, names in walked for name in names):
         if found.suffix in READ and found.relative_to(folder).as_posix() not in listed:
             raise BundleError(f"{found}: not among the manifest's files; {mend}")
     for record in files:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from torch import nn
 
 from engines.bundle import Bundle
 from engines.contract import Network, NetworkName
+from engines.errors import ParityError
 from engines.lora import LoraWeights
 from engines.manifest import EngineRecord, Manifest, VariantRecord
 from engines.ort import plain_graph
@@ -87,20 +89,30 @@ def prove(
             tell(what, 0)
             network, tried = built.variant.network(record.network, bundle.dims), _tried(bundle, built, record)
             compared = partial(tell, what, 1)
-            with bundle.open_network(record.network, built, proved=False) as engine:
-                parity = reference.verify(
-                    engine, built.variant, network, bundle.dims, record.precision, seed, tried, compared
-                )
             notes = dict(record.notes)
             plain, recipe = plain_graph(bundle.path / record.file), Recipe(record.precision, record.hint)
-            if plain is not None:
-                notes["plain_graph"] = reference.verify_plain(
-                    plain, built.variant, network, bundle.dims, recipe, record.places, seed, tried[0], compared
-                )
+            with _of(bundle, name):
+                with bundle.open_network(record.network, built, proved=False) as engine:
+                    parity = reference.verify(
+                        engine, built.variant, network, bundle.dims, record.precision, seed, tried, compared
+                    )
+                if plain is not None:
+                    notes["plain_graph"] = reference.verify_plain(
+                        plain, built.variant, network, bundle.dims, recipe, record.places, seed, tried[0], compared
+                    )
             records.append(record.model_copy(update={"parity": parity, "notes": notes}))
         found[name] = built.model_copy(update={"engines": records})
     _note(bundle, found)
     return found
+
+
+@contextmanager
+def _of(bundle: Bundle, variant: str) -> Iterator[None]:
+    """Name the bundle and the engine in what is said of a graph that is not exact."""
+    try:
+        yield
+    except ParityError as error:
+        raise ParityError(f"{bundle.path}: {variant}: {error}") from error
 
 
 def bisect(

@@ -139,7 +139,7 @@ class _Comparison:
         if self.unjudged():
             raise ParityError(
                 f"{self._network.name}: rounding in {self._precision} leaves next to nothing of the model's own "
-                f"{', '.join(self.unjudged())}; not published, {self._mend}"
+                f"{', '.join(self.unjudged())}; {self._mend}"
             )
         return [
             parity.model_copy(update={"cases": self._cases, "unjudged": self._items - self._judged[name]})
@@ -155,8 +155,8 @@ class _Comparison:
                 )
             if not got[output].isfinite().all():
                 raise ParityError(
-                    f"{name}: {self._engine.backend}'s {output} is not finite ({self._at(case)}) and torch's is; not "
-                    f"published, {self._mend}"
+                    f"{name}: {self._engine.backend}'s {output} is not finite ({self._at(case)}) and torch's is; "
+                    f"{self._mend}"
                 )
 
     def _judge(self, name: str, errors: Tensor, limits: Tensor, largest: float, case: Case) -> None:
@@ -171,7 +171,7 @@ class _Comparison:
         if relative > tolerance:
             raise ParityError(
                 f"{self._network.name}: {self._engine.backend}'s {name} differs from torch's by {relative:.1e} "
-                f"({self._at(case)}), tolerance {tolerance:.0e}; not published, {self._mend}"
+                f"({self._at(case)}), tolerance {tolerance:.0e}; {self._mend}"
             )
         sizes = {symbol: case.sizes[symbol] for symbol in self._network.symbols}
         before = self._worst.get(name)

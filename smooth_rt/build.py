@@ -272,7 +272,7 @@ def _alone(target: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        LOG.info("waiting: another process is building %s", target)
+        LOG.warning("waiting: another process is building %s", target)
         lock.acquire()
     except OSError as error:
         # Who builds into a folder of his own needs no cache. Should another do so too, the later one's bundle stands.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.bundle import Bundle, Source, digest_json
-from engines.staging import abandoned, foreign, said_size
+from engines.staging import abandoned, discard, foreign, said_size
 from smooth_rt.errors import BundleError, EngineError, InputError, SmoothRTError
 
 __all__ = [
@@ -102,7 +102,7 @@ def list_bundles(root: Path | None = None, verify: bool = False) -> list[Entry]:
     left = [Entry(path, _size(path), None, "left by a build that died") for path in abandoned(folder)]
     # Dotted names are builds, under way or dead.
     found = sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
-    return [examine(path, verify) for path in found] + left
+    return [entry for entry in [*(examine(path, verify) for path in found), *left] if os.path.lexists(entry.path)]
 
 
 def examine(path: Path, verify: bool = True) -> Entry:
@@ -122,9 +122,22 @@ def examine(path: Path, verify: bool = True) -> Entry:
 
 
 def _size(path: Path) -> int:
-    """Bytes on the disk; a file that several variants share counts once."""
-    files = (file.stat() for file in path.rglob("*") if file.is_file())
-    return sum({(file.st_dev, file.st_ino): file.st_size for file in files}.values())
+    """Bytes on the disk; a file that several variants share counts once, what goes meanwhile not at all."""
+    sizes = {}
+    for folder, _, names in os.walk(path):
+        for name in names:
+            with suppress(OSError):
+                file = Path(folder, name).stat()
+                sizes[file.st_dev, file.st_ino] = file.st_size
+    return sum(sizes.values())
+
+
+def _last_used(entry: Entry) -> float:
+    """Seconds since the epoch; what is gone meanwhile comes first."""
+    try:
+        return entry.path.stat().st_mtime
+    except OSError:
+        return 0.0
 
 
 def prune(root: Path | None = None, every: bool = False) -> list[Entry]:
@@ -139,9 +152,10 @@ def prune(root: Path | None = None, every: bool = False) -> list[Entry]:
     for entry in list_bundles(root):
         if entry.ours and (every or entry.fault is not None):
             try:
-                # A link was put here by somebody; what it leads to is theirs.
-                entry.path.unlink() if entry.path.is_symlink() else shutil.rmtree(entry.path)
+                discard(entry.path)
                 removed.append(entry)
+            except FileNotFoundError:  # another process was faster
+                continue
             except OSError as error:
                 refused.append(f"{entry.path}: cannot be removed ({error.strerror}); remove it by hand")
     if refused:
@@ -226,7 +240,7 @@ def make_room(most: int, keep: Path | None = None, root: Path | None = None) -> 
         own = _keys(entry)
         kept |= {part.path for part in parts if part.path.name[:_KEY] in own}
     removed: list[Entry] = []
-    for entry in sorted([*parts, *bundles], key=lambda entry: entry.path.stat().st_mtime):
+    for entry in sorted([*parts, *bundles], key=_last_used):
         if total <= most:
             break
         own = _keys(entry)
@@ -234,7 +248,10 @@ def make_room(most: int, keep: Path | None = None, root: Path | None = None) -> 
             if one.path in kept or one in removed:
                 continue
             try:
-                one.path.unlink() if one.path.is_symlink() else shutil.rmtree(one.path)
+                shutil.rmtree(one.path) if one in parts else discard(one.path)
+            except FileNotFoundError:  # another process was faster
+                total -= one.size
+                continue
             except OSError as error:
                 LOG.warning("%s: cannot be removed (%s)", one.path, error.strerror)
                 break

@@ -215,15 +215,25 @@ def _takers(shown: Sequence[Outcome]) -> str:
     return " and ".join(dict.fromkeys(eager if one.gradients == "eager" else one.gradients for one in shown))
 
 
+def _evener(morphs: Sequence[report.Morph]) -> str:
+    """Of how many paths the last variant, that with the LoRA, has the smaller ISTD."""
+    scores = [list(morph.istd.values()) for morph in morphs]
+    if not scores or len(scores[0]) < 2:
+        return ""
+    count = sum(each[-1] < each[0] for each in scores)
+    return f"With the Smooth-LoRA {count} of these {len(scores)} paths are evener (a smaller ISTD). "
+
+
 def describe(
     outcomes: Sequence[Outcome], scene: Scene, rows: Sequence[dict[str, Any]], settings: Settings, typed: str
 ) -> report.Page:
     """The page of the demo: what the first engine computed, with the numbers of all."""
     shown = _shown(outcomes)
+    guidance = f"guidance {scene.guidance_scale:g}"
     captions = {
-        "images": f"“{scene.captions[0]}” to “{scene.captions[1]}”, both inverted first",
-        "null-text": f"guidance {scene.guidance_scale:g}; both share the embeddings that were fitted",
-        "seeds": f"“{scene.prompt}”, seed {settings.seeds[0]} to seed {settings.seeds[1]}",
+        "images": f"“{scene.captions[0]}” to “{scene.captions[1]}”, both inverted first, without guidance",
+        "null-text": f"{guidance}; both share the embeddings that were fitted",
+        "seeds": f"“{scene.prompt}”, seed {' to seed '.join(map(str, settings.seeds))}, {guidance}",
     }
     morphs = []
     for name, title in MORPHS.items():
@@ -251,10 +261,10 @@ def describe(
         "Two images turn into each other, a real image is inverted and rebuilt, and images are edited by prompt, "
         f"{'with and without the Smooth-LoRA, ' if len(shown) > 1 else ''}on engines built on the spot "
         f"({', '.join(engines)}). The pictures are those of {engines[0]}; {settings.num_inference_steps} DDIM steps. "
-        "Each ISTD here is that of one path, and paths differ much; smooth-rt evaluate istd takes a hundred, between "
-        "seeds. Paths between images run without guidance, as inversion does; under guidance DDIM inversion "
-        "does not come back to its image, and null-text inversion does: an embedding a step is fitted for that, in "
-        f"{settings.null_text_steps} steps, by gradients of {_takers(list(shown.values()))}. {scene.note}"
+        f"{_evener(morphs)}Each ISTD here is that of one path, and paths differ much; smooth-rt evaluate istd takes a "
+        "hundred, between seeds. The first path runs without guidance, as its inversion does; under guidance DDIM "
+        "inversion does not come back to its image, and null-text inversion does: an embedding a step is fitted for "
+        f"that, in {settings.null_text_steps} steps, by gradients of {_takers(list(shown.values()))}. {scene.note}"
     )
     return report.Page(
         title="Smooth morphs on real engines",

@@ -82,7 +82,7 @@ def walk(
         if not bool(torch.isfinite(latents).all()):
             raise EngineError(
                 f"step {i + 1} of {len(steps)} (timestep {step.timestep}): the latents are not finite on "
-                f"{pipe.engine}; lower guidance_scale, or check the model's weights"
+                f"{pipe.runs_on}; lower guidance_scale, or check the model's weights"
             )
         if callback_on_step_end is not None:
             shape = latents.shape

@@ -68,6 +68,12 @@ class Networks:
         self.digests: Mapping[str, str] = {}
         self.evaluations = {"forward": 0, "gradient": 0}
 
+    @property
+    def runs_on(self) -> str:
+        """The engine and its bundle, for messages."""
+        backend = self._engines["unet"].backend
+        return backend if self.bundle is None else f"{backend}, {self.bundle.path}"
+
     def set_lora_strength(self, strength: float) -> None:
         """Set the LoRA's strength: 1 is as trained, 0 is none. A, B and A again gives the same images bit for bit.
 

@@ -307,7 +307,7 @@ class SmoothPipeline(Networks):
         parts = self.calls("vae_decoder", len(scaled), scaled.shape[2:])
         pixels = torch.cat([self._run("vae_decoder", latent_sample=scaled[part]) for part in parts])
         if not bool(torch.isfinite(pixels).all()):
-            raise EngineError(f"decode: the VAE's images are not finite on {self.engine}; its weights may be damaged")
+            raise EngineError(f"decode: the VAE's images are not finite on {self.runs_on}; its weights may be damaged")
         return to_images((pixels / 2 + 0.5).clamp(0, 1), output_type)
 
     def draw_noise(

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
-from smooth_rt import cli
+from engines.bundle import Bundle
+from engines.staging import discard
+from smooth_rt import cache, cli
+from smooth_rt.cache import _last_used as last_used
 from smooth_rt.cache import cache_root, limit, list_bundles, make_room, parse_size, prune, timings, used
 from smooth_rt.errors import InputError
 
@@ -71,6 +75,30 @@ def test_prune_takes_a_link_away_and_not_what_it_leads_to(tmp_path: Path) -> Non
     assert [entry.path.name for entry in prune(tmp_path / "cache")] == ["link"]
     assert (bundle / "manifest.json").exists()
     assert not list((tmp_path / "cache").iterdir())
+
+
+def test_bundles_that_another_process_removes_meanwhile(bundles: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before they are opened, before they are judged and before they are removed."""
+
+    def elsewhere(path: Path) -> None:
+        shutil.rmtree(path, ignore_errors=True)
+
+    opened = Bundle.open
+    with monkeypatch.context() as patch:
+        patch.setattr(Bundle, "open", lambda path, verify=True: (elsewhere(path), opened(path, verify))[1])
+        assert [entry.path.name for entry in list_bundles(bundles)] == [f".two.partial-{DEAD}"]
+    for name in ("one", "two"):
+        (bundles / name).mkdir()
+        (bundles / name / "manifest.json").write_text("{")
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "discard", lambda path: (elsewhere(path), discard(path)))
+        assert prune(bundles) == []
+    assert [path.name for path in bundles.iterdir()] == [f".four.partial-{os.getppid()}"]
+    (bundles / "one").mkdir()
+    (bundles / "one" / "manifest.json").write_text("{")
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "_last_used", lambda entry: (elsewhere(entry.path), last_used(entry))[1])
+        assert make_room(0, root=bundles) == []
 
 
 def test_an_absent_cache_is_empty(tmp_path: Path) -> None:

@@ -17,7 +17,18 @@ from PIL import Image
 
 from smooth_rt import cli, demo
 from smooth_rt.build import Built
-from smooth_rt.demo_report import FEW_STEPS, EditScene, Outcome, Scene, Settings, command, describe, media, table
+from smooth_rt.demo_report import (
+    FEW_STEPS,
+    MORPHS,
+    EditScene,
+    Outcome,
+    Scene,
+    Settings,
+    command,
+    describe,
+    media,
+    table,
+)  # fmt: skip
 from smooth_rt.errors import EngineError, InputError
 from smooth_rt.lora import Lora, LoraLayer, write_lora
 
@@ -169,6 +180,22 @@ def test_the_page_says_who_took_the_gradients_and_what_the_images_are() -> None:
     assert "by gradients of PyTorch, for which none have to be built. Drawn by hand." in lead()
     found[0].gradients = found[1].gradients = "openvino"
     assert "by gradients of openvino. Drawn by hand." in lead()
+
+
+def test_the_page_says_how_many_paths_the_lora_evens() -> None:
+    scene = Scene((picture(0), picture(200)), ("a", "b"), "c", ())
+    found = [outcome("base", "openvino", 0), outcome("smooth", "openvino", 0)]
+
+    def lead() -> str:
+        return describe(found, scene, demo.measure(found, scene), Settings(), "smooth-rt demo").lead
+
+    paths = [name for name in MORPHS if name in found[0].images]
+    assert f"With the Smooth-LoRA 0 of these {len(paths)} paths are evener" in lead()
+    found[0].images[paths[0]] = [picture(0), picture(0), picture(200)]
+    found[1].images[paths[0]] = [picture(0), picture(100), picture(200)]
+    assert f"With the Smooth-LoRA 1 of these {len(paths)} paths are evener" in lead()
+    found = found[:1]
+    assert "With the Smooth-LoRA" not in lead()
 
 
 def test_gradients_that_cannot_be_built_are_left_to_eager_aloud(caplog: pytest.LogCaptureFixture) -> None:

@@ -6,7 +6,7 @@ import json
 import math
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 __all__ = ["finite", "json_text", "show"]
@@ -28,6 +28,7 @@ def show(result: Mapping[str, Any], as_json: bool) -> None:
         if value == []:
             console.print(f"{name}: none")
             continue
+        said = _SAID.get(name, _text)
         rows = value if isinstance(value, list) else []
         if rows and all(isinstance(row, Mapping) for row in rows):
             _table(console, name, rows)
@@ -36,7 +37,7 @@ def show(result: Mapping[str, Any], as_json: bool) -> None:
             for item in rows:
                 console.print(f"  {_text(item)}")
         else:
-            console.print(f"{name}: {_text(value)}")
+            console.print(f"{name}: {said(value)}")
 
 
 def json_text(value: Any, indent: int | None = None) -> str:
@@ -58,7 +59,7 @@ def _table(console: Any, name: str, rows: list[Mapping[str, Any]]) -> None:
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0), pad_edge=False)
     taken = 0
     for column in rows[0]:
-        cells = [_text(row[column]) for row in rows]
+        cells = [_cell(row, column) for row in rows]
         numeric = all(re.fullmatch(r"-?[\d.]+(e[-+]\d+)?( \w+)?", cell) for cell in cells if cell)
         # Words stay whole where they can; a digest or a path may break.
         longest = min(LONGEST_WORD, max(len(word) for text in (column, *cells) for word in [*text.split(), ""]))
@@ -68,13 +69,36 @@ def _table(console: Any, name: str, rows: list[Mapping[str, Any]]) -> None:
     if console.is_terminal and taken > console.width:
         for row in rows:
             widest = max(map(len, row))
-            for column, value in row.items():
-                console.print(f"  {column:<{widest}}  {_text(value)}")
+            for column in row:
+                console.print(f"  {column:<{widest}}  {_cell(row, column)}")
             console.print()
         return
     for row in rows:
-        table.add_row(*(_text(value) for value in row.values()))
+        table.add_row(*(_cell(row, column) for column in row))
     console.print(table)
+
+
+def _cell(row: Mapping[str, Any], column: str) -> str:
+    return _SAID.get(column, _text)(row[column])
+
+
+def _bytes(value: int) -> str:
+    from engines.staging import said_size
+
+    return said_size(value)
+
+
+def _seconds(value: Any) -> str:
+    """Seconds, and from two minutes on minutes as well."""
+    if not isinstance(value, (int, float)) or value < 120:
+        return _text(value)
+    minutes, seconds = divmod(round(value), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{round(value)} ({hours} h {minutes} min)" if hours else f"{round(value)} ({minutes} min {seconds} s)"
+
+
+# What has a unit, by the name that it has in every result.
+_SAID: dict[str, Callable[[Any], str]] = {"bytes": _bytes, "seconds": _seconds}
 
 
 def _text(value: Any) -> str:

@@ -100,6 +100,15 @@ def test_version(run: Any) -> None:
     assert out.strip()
 
 
+def test_units_are_said_to_people(capsys: pytest.CaptureFixture[str]) -> None:
+    show({"bytes": 3 * 2**20, "seconds": 1936.4, "rows": [{"bytes": 2**30, "seconds": 7300.2}]}, as_json=False)
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[:2] == ["bytes: 3.0 MiB", "seconds: 1936 (32 min 16 s)"]
+    assert lines[-1].split() == ["1.0", "GiB", "7300", "(2", "h", "1", "min)"]
+    show({"bytes": 3 * 2**20, "seconds": 1936.4}, as_json=True)
+    assert json.loads(capsys.readouterr().out) == {"bytes": 3 * 2**20, "seconds": 1936.4}
+
+
 def test_tables_keep_words_whole(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "40")
     rows = [{"engine": "onnxruntime", "seconds": f"{value:.2f}", "name": "ab" * 16} for value in (1.5, 12.25)]

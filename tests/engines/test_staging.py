@@ -8,7 +8,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ import engines
 from engines.bundle import Bundle
 from engines.contract import DERIVED, NETWORKS
 from engines.errors import BundleError, SmoothRTError
-from engines.staging import foreign, staging
+from engines.staging import discard, foreign, staging
 
 DEAD = 2**22 + 1  # above the greatest process number of Linux
 
@@ -223,6 +223,50 @@ def test_a_build_that_was_killed_is_no_bundle_and_goes_with_the_next(target: Pat
     with staging(target) as folder:
         (folder / "manifest.json").write_text("new")
     assert siblings(target) == ["bundle"]
+
+
+def test_what_is_discarded_is_gone_at_once(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen = []
+    remove = shutil.rmtree
+    monkeypatch.setattr(shutil, "rmtree", lambda path: (seen.append((old.exists(), path.name)), remove(path)))
+    discard(old)
+    assert seen == [(False, f".bundle.gone-{os.getpid()}")]
+    assert siblings(old) == []
+    with pytest.raises(FileNotFoundError):
+        discard(old)
+
+
+def test_what_cannot_be_discarded_is_found_where_it_was(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(shutil, "rmtree", refuse)
+    with pytest.raises(PermissionError):
+        discard(old)
+    assert content(old) == {"manifest.json": "old"}
+
+
+def test_who_died_while_it_discarded_leaves_nothing(old: Path) -> None:
+    old.rename(old.with_name(f".bundle.gone-{DEAD}"))
+    publish(old, "new")
+    assert siblings(old) == ["bundle"]
+
+
+def test_a_bundle_that_is_removed_while_it_is_looked_at_is_nobodys(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looks = []
+
+    def iterdir(path: Path) -> Iterator[Path]:
+        looks.append(path)
+        if len(looks) == 1:
+            path.rename(path.with_name("elsewhere"))
+        yield from map(path.joinpath, os.listdir(path))
+
+    monkeypatch.setattr(Path, "iterdir", iterdir)
+    assert foreign(old) is None
+    assert looks == [old]
+    monkeypatch.setattr(Path, "iterdir", lambda _: (_ for _ in ()).throw(FileNotFoundError))
+    old.mkdir()
+    assert foreign(old) == "it changes all the time"
 
 
 def test_a_swap_cut_off_half_way_is_undone(target: Path) -> None:

@@ -237,7 +237,7 @@ def not_finite(job: Job, method: str, index: int, timestep: int, image: int, men
     kept = f"the {index} steps before it are kept" if keeps else "nothing is kept"
     return EngineError(
         f"{method}: step {index + 1} of {len(job.schedule.steps)} (timestep {timestep}): the loss of image {image + 1} "
-        f"is not finite on {job.pipe.engine} ({kept}); {mend}"
+        f"is not finite on {job.pipe.runs_on} ({kept}); {mend}"
     )
 
 
