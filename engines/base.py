@@ -30,9 +30,10 @@ class Engine(abc.ABC):
             fewer rows than the tightest of them takes is filled up with copies of its last row.
 
     Attributes: `outside` says in one line what is wrong with sizes that this one does not take, `places` where in the
-    graph the weights lie that `refit` replaces, `rebuild` the command that builds the bundle again. `gradients` opens
-    the networks that `vjp` and `features` run, by name, and `without_gradient` says how to come by one that is lacking;
-    who opens it may set them.
+    graph the weights lie that `refit` replaces, `rebuild` the command that builds the bundle again, `unchanged` raises
+    EngineError where the files are no longer those that were opened: whoever reads them again asks afterwards.
+    `gradients` opens the networks that `vjp` and `features` run, by name, and `without_gradient` says how to come by
+    one that is lacking; who opens it may set them.
     """
 
     backend: ClassVar[str]
@@ -42,6 +43,7 @@ class Engine(abc.ABC):
         self.bounds = tuple(bounds)
         self.outside: Callable[[Mapping[str, int]], str] | None = None
         self.rebuild: str | None = None
+        self.unchanged: Callable[[], None] = lambda: None
         self.places: Mapping[str, Place] = {}
         self.gradients: Mapping[NetworkName, Callable[[], Engine]] = {}
         self.without_gradient: Mapping[NetworkName, str] = {}

@@ -45,7 +45,7 @@ from engines.variant import (
     Profile,
     Variant,
 )
-from engines.whole import MANIFEST, check_files, read_manifest
+from engines.whole import MANIFEST, check_files, check_unchanged, read_manifest, stamps
 
 if TYPE_CHECKING:
     from engines.base import Engine
@@ -79,6 +79,7 @@ class Bundle:
         self.path = path
         self.manifest = manifest
         self.caches: Path | None = None
+        self._stamps = stamps(path, manifest.files)
 
     @classmethod
     def open(cls, path: str | os.PathLike[str], verify: bool = True) -> Bundle:
@@ -94,8 +95,9 @@ class Bundle:
         folder = Path(path)
         manifest = read_manifest(folder)
         mend = f"rebuild it with `{build_command(folder, manifest.source, _backends(manifest))}`"
+        bundle = cls(folder, manifest)
         check_files(folder, manifest.files, mend, digests=verify)
-        return cls(folder, manifest)
+        return bundle
 
     @property
     def dims(self) -> Dims:
@@ -276,11 +278,20 @@ class Bundle:
                 raise
             where = "" if str(self.path) in str(error) else f"{self.path}: "
             raise EngineError(f"{where}{said}") from error
+        unchanged = partial(
+            check_unchanged, self.path, self.manifest.files, self._stamps, f"{built.variant.name}/{network}/"
+        )
+        try:
+            unchanged()
+        except EngineError:
+            engine.close()
+            raise
         if cache is not None:
             with suppress(OSError):  # it is used now; nothing was compiled yet, or it can only be read
                 os.utime(cache)
         engine.rebuild = self.command(built)
         engine.places = record.places
+        engine.unchanged = unchanged
         engine.outside = partial(outside, self.path, self.source, self.dims, built, network)
         if network == "unet":
             engine.gradients = {name: partial(self.open_network, name, built, proved) for name in built.gradients}

@@ -89,6 +89,7 @@ class InductorEngine(Engine):
             raise EngineError(f"{path}: inductor cannot open it ({reason(error)}); rebuild") from error
         finally:
             _TORCHS_LOG.disabled = False
+        self.unchanged()
         # The loader itself: calling the model would parse its signature anew at each call.
         run = model.loader.run
         if not on_gpu:

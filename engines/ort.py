@@ -130,7 +130,7 @@ class OrtEngine(Engine):
         if self._replaced:
             options.add_external_initializers(list(self._replaced), list(self._replaced.values()))
         try:
-            return open_session(self._provider, path, options, self._settings(sizes is not None, graph))
+            session = open_session(self._provider, path, options, self._settings(sizes is not None, graph))
         except EngineError as error:
             raise EngineError(f"{path}: {error}") from error
         except Exception as error:
@@ -138,6 +138,8 @@ class OrtEngine(Engine):
             said = re.sub(r"^\[ONNXRuntimeError\] : \d+ : \w+ : ", "", str(error))
             cause = RuntimeError(said.removeprefix(f"Load model from {path} failed:"))
             raise EngineError(f"{path}: {self.backend} cannot open it ({reason(cause)}); rebuild") from error
+        self.unchanged()
+        return session
 
     def _settings(self, fixed: bool, graph: bool) -> dict[str, str]:
         if self._device is None or self._device.stream is None:

@@ -102,6 +102,7 @@ class OvEngine(Engine):
         with self._reading():
             model = core().read_model(str(self._path))
             _replace(model, self._replaced)
+        self.unchanged()
         self.check_names(
             [_contract_name(port, [spec.name for spec in self.network.inputs]) for port in model.inputs],
             [_contract_name(port, [spec.name for spec in self.network.outputs]) for port in model.outputs],

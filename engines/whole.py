@@ -10,13 +10,14 @@ from pathlib import Path
 from pydantic import ValidationError
 
 from engines.command import build_command
-from engines.errors import BundleError
+from engines.errors import BundleError, EngineError
 from engines.manifest import FORMAT, FileRecord, Manifest, digest_file
 from engines.staging import PARTIAL
 
-__all__ = ["MANIFEST", "check_files", "read_manifest"]
+__all__ = ["MANIFEST", "Stamp", "check_files", "check_unchanged", "read_manifest", "stamps"]
 
 MANIFEST = "manifest.json"
+Stamp = tuple[int, int, int, int]  # a file: device, inode, time of its last change in ns, bytes
 READ = frozenset({".json", ".txt", ".model"})  # of configurations and tokenizers
 
 
@@ -89,6 +90,38 @@ def check_files(folder: Path, files: Sequence[FileRecord], mend: str, digests: b
                 raise BundleError(f"{file}: its sha256 is not the manifest's, so it is damaged; {mend}")
         except OSError as error:
             raise BundleError(f"{file}: cannot be read ({error.strerror}); {mend}") from error
+
+
+def stamps(folder: Path, files: Sequence[FileRecord]) -> dict[str, Stamp | None]:
+    """What tells each file from another that takes its place; None of one that is not there."""
+    return {record.path: _stamp(folder / record.path) for record in files}
+
+
+def check_unchanged(folder: Path, files: Sequence[FileRecord], seen: dict[str, Stamp | None], prefix: str) -> None:
+    """Hold the files whose paths begin with `prefix` against their stamps in `seen`: an engine opens some of them only
+    as a call needs them, and another build may have put others in their place meanwhile. The same content may.
+
+    Raises:
+        EngineError: one was replaced or removed.
+    """
+    for record in files:
+        if not record.path.startswith(prefix):
+            continue
+        file = folder / record.path
+        stamp = _stamp(file)
+        if stamp == seen[record.path]:
+            continue
+        if stamp is None or digest_file(file) != record.sha256:
+            raise EngineError(f"{file}: was replaced or removed since the bundle was opened; open it again")
+        seen[record.path] = stamp
+
+
+def _stamp(file: Path) -> Stamp | None:
+    try:
+        found = file.stat()
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _resolved(file: Path, mend: str) -> Path:
