@@ -298,6 +298,18 @@ class Bundle:
             engine.without_gradient = self._without_gradient(built)
         return engine
 
+    def reload(self) -> None:
+        """Read the manifest again, which another process may have written anew.
+
+        Raises:
+            BundleError: as of `open`; or it is a bundle of other weights by now.
+        """
+        fresh = Bundle.open(self.path, verify=False)
+        fault = fresh.misfit(self.source)
+        if fault is not None:
+            raise BundleError(f"{fault} by now, for the bundle was replaced; open it again")
+        self.manifest, self._stamps = fresh.manifest, fresh._stamps
+
     def rewrite(self, manifest: Manifest) -> None:
         """Put another manifest in the place of this one, whole or not at all.
 

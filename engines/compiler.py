@@ -14,11 +14,12 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engines.errors import EngineError, reason
-from engines.staging import alive
+from engines.staging import at_work, held
 
 __all__ = ["COMPILERS", "compiled", "find", "intact", "version"]
 
@@ -31,7 +32,7 @@ OTHERWISE = "set CXX to another compiler, or build with --kernels backend"
 _ENTRY = "create_extensions"  # of an extension of OpenVINO
 # In a process of its own, which a damaged library may bring down.
 _LOADS = f"import ctypes, sys; ctypes.CDLL(sys.argv[1]).{_ENTRY}"
-_PARTIAL = re.compile(r"\.compiling-(?P<pid>\d+)")
+_PARTIAL = re.compile(r"\.compiling-(?P<pid>\d+)(-\w+)?")
 _DIGEST = hashlib.sha256().digest_size
 
 
@@ -89,24 +90,25 @@ def compiled(compiler: str, options: Sequence[str], path: Path) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     for left in path.parent.iterdir():
         found = _PARTIAL.fullmatch(left.name)
-        if found and not alive(int(found["pid"])):
+        if found and not at_work(left, int(found["pid"])):
             shutil.rmtree(left, ignore_errors=True)
-    folder = path.with_name(f".compiling-{os.getpid()}")
-    folder.mkdir()
+    # The number alone may be another container's as well.
+    folder = Path(tempfile.mkdtemp(prefix=f".compiling-{os.getpid()}-", dir=path.parent))
     LOG.info("compiling kernels with %s, once for this machine", compiler)
     try:
-        made = folder / path.name
-        # What it keeps for itself lies there too, and goes with it when it is ended.
-        code, _, said = _run(compiler, [*options, "-o", str(made)], LONGEST, {"TMPDIR": str(folder)})
-        if code != 0:
-            raise EngineError(f"kernels 'native': {compiler} fails ({_fault(code, said)}); {OTHERWISE}")
-        fault = _unloadable(made)
-        if fault is not None:
-            raise EngineError(f"kernels 'native': {compiler} made no library ({fault}); {OTHERWISE}")
-        with made.open("r+b") as library:
-            digest = hashlib.sha256(library.read()).digest()
-            library.write(digest)
-        made.replace(path)
+        with held(folder):
+            made = folder / path.name
+            # What it keeps for itself lies there too, and goes with it when it is ended.
+            code, _, said = _run(compiler, [*options, "-o", str(made)], LONGEST, {"TMPDIR": str(folder)})
+            if code != 0:
+                raise EngineError(f"kernels 'native': {compiler} fails ({_fault(code, said)}); {OTHERWISE}")
+            fault = _unloadable(made)
+            if fault is not None:
+                raise EngineError(f"kernels 'native': {compiler} made no library ({fault}); {OTHERWISE}")
+            with made.open("r+b") as library:
+                digest = hashlib.sha256(library.read()).digest()
+                library.write(digest)
+            made.replace(path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 

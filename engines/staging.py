@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import re
+import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -14,11 +15,12 @@ from engines.contract import DERIVED, NETWORKS
 from engines.errors import BundleError
 from engines.select import BACKENDS
 
-__all__ = ["PARTIAL", "abandoned", "alive", "discard", "foreign", "said_size", "staging"]
+__all__ = ["PARTIAL", "abandoned", "at_work", "discard", "foreign", "held", "said_size", "staging"]
 
 # All that lies in a bundle: at its top, and in the folder of a variant.
 _VARIANT = re.compile(rf"({'|'.join(BACKENDS)})-[a-z0-9_-]+")
 _TOP = frozenset({"manifest.json", "config"})
+_HALF = re.compile(r"\.manifest\.json\.partial-\d+")  # of a process that died as it put another in its place
 _FORMER = {  # format 2 had one folder a backend, and in it the graphs alone
     part: re.compile(rf"({'|'.join(NETWORKS)})\.(onnx|onnx\.data|xml|bin)") for part in ("onnx", "openvino")
 }
@@ -32,7 +34,7 @@ _PICTURES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".npy", ".npz"}
 _OURS: set[Path] = set()  # partial folders that this process is working in
 _PUBLISH_TRIES = 3
 _LOOKS = 10  # at a folder that other processes change meanwhile
-PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old|gone)-(?P<pid>\d+)")
+PARTIAL = re.compile(r"\.(?P<name>.+)\.(?P<kind>partial|old|gone)-(?P<pid>\d+)(-[0-9a-f]{8})?")
 
 
 @contextmanager
@@ -53,7 +55,6 @@ def staging(target: Path, needed: int | None = None) -> Iterator[Path]:
     target = Path(os.path.realpath(target))
     if not target.name:
         raise BundleError(f"{target}: not a place to write to; name a new folder")
-    partial = target.with_name(f".{target.name}.partial-{os.getpid()}")
     made: list[Path] = []
     begun = done = False
     try:
@@ -67,12 +68,14 @@ def staging(target: Path, needed: int | None = None) -> Iterator[Path]:
                 f"{target}: needs {said_size(needed)} of disk and {said_size(free)} are free; "
                 "free some or name another folder"
             )
+        partial = _beside(target, "partial")
         partial.mkdir()
         begun = True
         _OURS.add(partial)
-        yield partial
-        _open_to_readers(partial)
-        _publish(partial, target)
+        with held(partial):
+            yield partial
+            _open_to_readers(partial)
+            _publish(partial, target)
         done = True
     except OSError as error:
         raise _refusal(target, error, needed) from error
@@ -128,7 +131,8 @@ def _strange(folder: Path) -> str | None:
         folders = {entry.name: entry.is_dir() for entry in entries}
     names = sorted(folders)
     variants = [name for name in names if _VARIANT.fullmatch(name) and folders[name]]
-    strange = [name for name in names if name not in _TOP and name not in variants and name not in _FORMER]
+    ours = {*_TOP, *_FORMER, *variants}
+    strange = [name for name in names if name not in ours and not _HALF.fullmatch(name)]
     for part, graphs in _FORMER.items():
         if folders.get(part):
             strange += sorted(f"{part}/{e.name}" for e in (folder / part).iterdir() if not graphs.fullmatch(e.name))
@@ -152,7 +156,7 @@ def discard(folder: Path) -> None:
     if folder.is_symlink():
         folder.unlink()  # put here by somebody: what it leads to is theirs
         return
-    gone = folder.with_name(f".{folder.name.lstrip('.')}.gone-{os.getpid()}")
+    gone = _beside(folder, "gone")
     folder.rename(gone)
     try:
         shutil.rmtree(gone)
@@ -160,6 +164,12 @@ def discard(folder: Path) -> None:
         with suppress(OSError):
             gone.rename(folder)
         raise
+
+
+def _beside(folder: Path, kind: str) -> Path:
+    """A free name of a folder that this process works in; a process of another container may have the same number."""
+    path = folder.with_name(f".{folder.name.lstrip('.')}.{kind}-{os.getpid()}")
+    return path.with_name(f"{path.name}-{secrets.token_hex(4)}") if os.path.lexists(path) else path
 
 
 def _make_parents(parent: Path) -> list[Path]:
@@ -186,7 +196,7 @@ def abandoned(folder: Path, name: str | None = None) -> list[Path]:
         found = PARTIAL.fullmatch(sibling.name)
         if not found or (name is not None and found["name"] != name):
             continue
-        if sibling in _OURS or alive(int(found["pid"])):
+        if sibling in _OURS or at_work(sibling, int(found["pid"])):
             continue
         target = sibling.with_name(found["name"])
         if found["kind"] == "old" and not target.exists():
@@ -197,8 +207,57 @@ def abandoned(folder: Path, name: str | None = None) -> list[Path]:
     return left
 
 
-def alive(pid: int) -> bool:
-    """Whether a process of that number, by which something is named, is at work in it; this one is not."""
+@contextmanager
+def held(folder: Path) -> Iterator[None]:
+    """Lock `folder` as one that this process is at work in, for as long as the block runs and the process lives.
+
+    The lock is seen from other containers, too, in which the process has another number. Where a disk has no locks, the
+    number in the folder's name is all that tells.
+    """
+    descriptor = _locked(folder)
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            os.close(descriptor)
+
+
+def _locked(folder: Path) -> int | None:
+    """A descriptor that holds the lock of `folder`; None where there are no locks.
+
+    Raises:
+        BlockingIOError: another one holds it.
+    """
+    if os.name == "nt":
+        return None
+    import fcntl
+
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        raise
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def at_work(folder: Path, pid: int) -> bool:
+    """Whether another process is at work in `folder`, which is named by its number."""
+    try:
+        with held(folder):
+            return _alive(pid)
+    except BlockingIOError:
+        return True
+
+
+def _alive(pid: int) -> bool:
+    """Whether there is another process of that number."""
     if pid == os.getpid():
         return False  # not among ours, so an earlier process had the same number
     if os.name == "nt":
@@ -213,7 +272,7 @@ def alive(pid: int) -> bool:
 
 
 def _publish(partial: Path, target: Path) -> None:
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    old = _beside(target, "old")
     for attempt in range(_PUBLISH_TRIES):
         try:
             if target.exists():

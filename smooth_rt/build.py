@@ -173,13 +173,18 @@ def ensure_engines(
 def prove_engines(
     bundle: Bundle, model: Model, seed: int = 1, progress: Progress | None = None
 ) -> dict[str, VariantRecord | str]:
-    """Compare a bundle's engines with `model`, as `reopen_model` gives it, on fresh inputs: see `export.prove`."""
+    """Compare a bundle's engines with `model`, as `reopen_model` gives it, on fresh inputs: see `export.prove`.
+
+    While a build adds to the bundle it waits, and while it compares, a build does.
+    """
     from engines.eager import torch_networks
     from export.prove import prove
 
     bundle.caches = compiled()
     networks = torch_networks(model.text_encoder, model.unet, model.vae)
-    return prove(bundle, networks, seed, progress, _apart(model))
+    with _alone(bundle.path):
+        bundle.reload()
+        return prove(bundle, networks, seed, progress, _apart(model))
 
 
 def bisect_engines(
@@ -262,7 +267,7 @@ def _memory() -> int | None:
 
 @contextmanager
 def _alone(target: Path) -> Iterator[None]:
-    """Hold the build of `target` for this process; whoever comes later waits, and says so once."""
+    """Hold `target` for this process, to write in it; whoever comes later waits, and says so once."""
     from filelock import FileLock, Timeout
 
     # Beside the bundles, not beside the target: a lock file stays.
@@ -272,7 +277,7 @@ def _alone(target: Path) -> Iterator[None]:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock.acquire(timeout=0)
     except Timeout:
-        LOG.warning("waiting: another process is building %s", target)
+        LOG.warning("waiting: another process is at work on %s", target)
         lock.acquire()
     except OSError as error:
         # Who builds into a folder of his own needs no cache. Should another do so too, the later one's bundle stands.

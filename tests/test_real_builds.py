@@ -131,5 +131,5 @@ def test_of_two_that_want_the_same_one_builds_and_the_other_waits(
     said = [process.communicate(timeout=300) for process in processes]
     assert sorted(out.strip() for out, _ in said) == ["False", "True"]
     waited = next(err for out, err in said if out.strip() == "True")
-    assert "waiting: another process is building" in waited
+    assert "waiting: another process is at work on" in waited
     assert "reusing engines" in waited

@@ -281,6 +281,40 @@ def test_a_graph_that_is_opened_at_its_first_call_is_rebuilt_by_a_command(
             engine.infer(sample=torch.zeros(1, dims.image_channels, 8, 8))
 
 
+@pytest.mark.parametrize("name", ["model.onnx", "model.onnx.data"])
+def test_files_that_others_took_the_place_of_are_noticed(bundle_folder: Path, name: str, dims: Dims) -> None:
+    """Before a network is opened, and whenever an open one reads its files again. The same content may come."""
+    bundle = Bundle.open(bundle_folder)
+    file = bundle_folder / "onnxruntime-fp32" / "vae_encoder" / name
+    content = file.read_bytes()
+
+    def replace(others: bytes) -> None:
+        (bundle_folder / "fresh").write_bytes(others)
+        (bundle_folder / "fresh").replace(file)
+
+    sample = torch.zeros(1, dims.image_channels, 8, 8)
+    with bundle.engine("vae_encoder", "onnxruntime") as engine:
+        replace(content)
+        engine.refit_impl({})  # which opens the graph again
+        engine.infer(sample=sample)
+        replace(content + b"\x32\x01x")  # to a graph a doc_string
+        said = re.escape(f"{file}: was replaced or removed since the bundle was opened; open it again")
+        with pytest.raises(EngineError, match=said):
+            engine.refit_impl({})
+        with pytest.raises(EngineError, match=said):
+            bundle.engine("vae_encoder", "onnxruntime")
+
+
+def test_a_manifest_that_was_written_anew_is_read_again(bundle_folder: Path, edit_manifest: Edit) -> None:
+    bundle = Bundle.open(bundle_folder)
+    edit_manifest(lambda manifest: manifest["variants"][0].update(seconds=7.0))
+    bundle.reload()
+    assert bundle.variants[0].seconds == 7.0
+    edit_manifest(lambda manifest: manifest["source"]["digests"].update(unet="9" * 64))
+    with pytest.raises(BundleError):  # the keys no longer follow
+        bundle.reload()
+
+
 def test_places_that_were_changed_are_noticed(bundle_folder: Path, edit_manifest: Edit) -> None:
     places = {name: {"name": f"constant_{name}", "transposed": False} for name in "ab"}
     edit_manifest(lambda content: content["variants"][0]["engines"][1].update(places=places))
