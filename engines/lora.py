@@ -75,6 +75,8 @@ class LoraWeights:
                 down, up = parts["down"][name].flatten(1), parts["up"][name].flatten(1)
                 if up.shape[1] != down.shape[0] or (up.shape[0], down.shape[1]) != base.flatten(1).shape:
                     raise ValueError(f"{name}: its shapes do not belong together")
+                if not base.is_floating_point() or not base.isfinite().all():
+                    raise ValueError(f"{name}: its base is no finite floating-point weight")
         except (OSError, SafetensorError, KeyError, ValueError, IndexError, RuntimeError) as error:
             raise BundleError(f"{path}: unreadable ({reason(error)}); run smooth-rt build-engine again") from error
         return cls(parts["base"], parts["down"], parts["up"], scales)

@@ -215,7 +215,7 @@ def _read_json(source: str, folder: Path, name: str) -> dict[str, Any]:
     except FileNotFoundError as error:
         holds = ", ".join(["model_index.json", *NETWORK_PARTS, "tokenizer", "scheduler"])
         raise ModelError(f"{source}: {name} is missing; a diffusers folder holds {holds}") from error
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: not readable JSON ({reason(error)}); download it again") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: holds a {type(value).__name__}, not an object; download it again")

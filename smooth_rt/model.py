@@ -7,6 +7,7 @@ UNet2DConditionModel that is conditioned on text alone, AutoencoderKL. Weights a
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -224,6 +225,7 @@ def read_config(folder: Path) -> PipelineConfig:
 
 def _assemble(source: str, parts: Parts) -> Model:
     tokenizer, scheduler = parts.tokenizer, parts.scheduler_config
+    dims = _dims(source, tokenizer, parts.networks)
     digests = {}
     for name, module in parts.networks.items():
         module.float().eval().requires_grad_(False)
@@ -233,7 +235,6 @@ def _assemble(source: str, parts: Parts) -> Model:
     specials = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     digests["tokenizer"] = digest_json([state, specials, tokenizer.model_max_length])
     digests["scheduler"] = digest_json({k: v for k, v in scheduler.items() if not k.startswith("_")})
-    dims = _dims(source, tokenizer, parts.networks)
     return Model(
         source=source,
         revision=parts.revision,
@@ -263,6 +264,9 @@ def _dims(source: str, tokenizer: CLIPTokenizer, networks: dict[str, Any]) -> Di
     ):
         if size != wanted:
             raise ModelError(f"{source}: the {part} is {size} and {other} {wanted}; {SUPPORTED}")
+    factor = vae.scaling_factor
+    if not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
+        raise ModelError(f"{source}: the VAE's scaling_factor is {factor}; give a number above 0; {SUPPORTED}")
     vae_factor = 2 ** (len(vae.block_out_channels) - 1)
     side = unet.sample_size or vae.sample_size // vae_factor
     return Dims(

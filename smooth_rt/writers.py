@@ -48,14 +48,15 @@ def check_output(folder: str | Path, names: Iterable[str] = (), inputs: Iterable
 
     Raises:
         InputError: a part of the path is a file, the nearest folder that exists takes no file, the system refuses
-            the path (a name in it is too long, say), it lies in a bundle, or a file that would be written is one of
-            the inputs, by whatever path it was named.
+            the path (a name in it is too long, say), it lies in a bundle, a file that would be written is one of
+            the inputs, by whatever path it was named, or in its place is a folder, a device or a pipe.
     """
     folder, names = Path(folder), tuple(names)
     try:
         _check_parts(folder)
         # A bundle may be added to by a build, which names no files.
         _check_bundles(folder, folder.absolute() if names else folder.absolute().parent)
+        _check_places(folder, names)
         _check_inputs(folder, names, inputs)
     except OSError as error:
         named = str(folder)
@@ -98,6 +99,14 @@ def _check_inputs(folder: Path, names: Iterable[str], inputs: Iterable[str | os.
             )
 
 
+def _check_places(folder: Path, names: Iterable[str]) -> None:
+    """What is there already must be files: a device that were replaced would be gone."""
+    for target in (folder / name for name in names):
+        if target.exists() and not target.is_file():
+            kind = "folder" if target.is_dir() else "device or a pipe"
+            raise InputError(f"{target}: is a {kind} where a file should go; remove it or name another --output")
+
+
 def _identity(path: str | os.PathLike[str]) -> tuple[int, int] | None:
     """What a file is whichever way it is named: through links, or in another case where that does not count."""
     try:
@@ -126,8 +135,6 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         for name, content in files.items():
             target = folder / name
-            if target.is_dir():
-                raise InputError(f"{target}: is a folder where a file should go; remove it or name another --output")
             if os.path.lexists(target):
                 replaced[target] = folder / f".{name}.old-{os.getpid()}"
             partials[target] = folder / f".{name}.partial-{os.getpid()}"

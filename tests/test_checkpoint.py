@@ -39,6 +39,7 @@ def refusal(read: Callable[[], object], said: str) -> None:
         (None, r"model: model_index\.json is missing; a diffusers folder holds model_index\.json, text_encoder"),
         ("{,", r"model/model_index\.json: not readable JSON \(.*\); download it again"),
         ("", r"model/model_index\.json: not readable JSON"),
+        ("[" * 100_000, r"model/model_index\.json: not readable JSON"),
         ("[]", r"model/model_index\.json: holds a list, not an object; download it again"),
     ],
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -263,6 +264,8 @@ def test_half_precision_variant_is_found(model: Model, copy: Path) -> None:
         ("unet/config.json", {"time_cond_proj_dim": 256}, "time_cond_proj_dim"),
         ("unet/config.json", {"_class_name": "SD3Transformer2DModel"}, "SD3Transformer2DModel"),
         ("vae/config.json", {"shift_factor": 0.1}, "shift"),
+        ("vae/config.json", {"scaling_factor": 0}, "scaling_factor is 0; give a number above 0"),
+        ("vae/config.json", {"scaling_factor": math.nan}, "scaling_factor is nan; give a number above 0"),
         ("text_encoder/config.json", {"architectures": ["T5EncoderModel"]}, "T5EncoderModel"),
     ],
 )

@@ -179,6 +179,16 @@ def test_unwritable_folder() -> None:
         writers.check_output("/proc/new")
 
 
+def test_a_device_or_a_pipe_is_never_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    said = f"{tmp_path / 'pipe'}: is a device or a pipe where a file should go"
+    with pytest.raises(InputError, match=said):
+        writers.check_output(tmp_path, ["pipe"])
+    with pytest.raises(InputError, match=said):
+        writers.write_files(tmp_path, {"pipe": b"x"})
+    assert (tmp_path / "pipe").is_fifo()
+
+
 def test_folder_in_the_place_of_a_file(tmp_path: Path) -> None:
     (tmp_path / "b.txt").mkdir()
     with pytest.raises(InputError, match=r"b\.txt: is a folder"):

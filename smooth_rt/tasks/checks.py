@@ -6,7 +6,7 @@ Each says in one line what is wrong and what would be right. `smooth_rt.ranges` 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Generator, Tensor
@@ -16,6 +16,9 @@ from engines.machine import available_memory
 from engines.staging import said_size
 from smooth_rt.errors import InputError
 from smooth_rt.ranges import check, check_dense, check_text, shown
+
+if TYPE_CHECKING:
+    from smooth_rt.pipeline import SmoothPipeline
 
 __all__ = ["answer", "as_prompts", "embeds", "image_size", "latents", "memory", "one_each", "per_image", "rows"]
 
@@ -74,8 +77,10 @@ def memory(height: int, width: int, channels: int) -> None:
         )
 
 
-def latents(value: Tensor, count: int, dims: Dims, height: int | None, width: int | None) -> Tensor:
-    """Latents [count, C, H/f, W/f], float32, finite. Where height or width is None, the latents say it."""
+def latents(pipe: SmoothPipeline, value: Tensor, count: int, height: int | None, width: int | None) -> Tensor:
+    """Latents [count, C, H/f, W/f], float32, finite, of images that `pipe` can make (`image_size`). Where height or
+    width is None, the latents say it."""
+    dims = pipe.dims
     value = _floats(value, "latents")
     rows, columns = (None if side is None else side // dims.vae_factor for side in (height, width))
     wanted: tuple[Any, ...] = (count, dims.latent_channels, rows or "h", columns or "w")
@@ -83,6 +88,7 @@ def latents(value: Tensor, count: int, dims: Dims, height: int | None, width: in
     if not fits or any(side < 1 or side % dims.latent_multiple for side in value.shape[2:]):
         sides = f", h and w multiples of {dims.latent_multiple}"
         raise InputError(f"latents: shape {list(value.shape)}; give [{', '.join(map(str, wanted))}]{sides}")
+    pipe.image_size(*(side * dims.vae_factor for side in value.shape[2:]))
     return value
 
 

@@ -83,7 +83,7 @@ def generate(
     if latents is None:
         noise = pipe.draw_noise(len(cond), height, width, generator)
     else:
-        noise = checks.latents(latents, len(cond), pipe.dims, height, width)
+        noise = checks.latents(pipe, latents, len(cond), height, width)
     final = pipe.denoise(noise, schedule.steps, guided(pipe, cond, uncond, guidance_scale), callback_on_step_end)
     return Generation(pipe.decode(final, output_type), final)
 

@@ -218,7 +218,7 @@ def _noise_ends(
         count = 1 if isinstance(latents, Tensor) and latents.shape[:1] == (1,) else 2
         if height is not None or width is not None:
             height, width = pipe.image_size(height, width)
-        noise = checks.latents(latents, count, pipe.dims, height, width)
+        noise = checks.latents(pipe, latents, count, height, width)
     else:
         height, width = pipe.image_size(height, width)
         alone = generator is None or isinstance(generator, Generator)

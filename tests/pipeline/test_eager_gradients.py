@@ -49,7 +49,7 @@ def pipe(folder: Path) -> SmoothPipeline:
     engines = {name: Forward(engine) for name, engine in eager_engines(model).items()}
     pipe = SmoothPipeline(engines, model.config(), model.dims)
     source = Source(model=str(folder), digests=dict(model.digests))
-    pipe.bundle = Bundle(folder.with_name("bundle"), Manifest.model_construct(dims=model.dims, source=source))
+    pipe.bundle = Bundle(folder.with_name("bundle"), Manifest.model_construct(dims=model.dims, source=source, files=[]))
     return pipe
 
 

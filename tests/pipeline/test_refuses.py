@@ -121,6 +121,8 @@ def test_an_image_that_memory_cannot_hold_is_refused(pipe: SmoothPipeline, monke
     assert pipe.image_size(1024, 1024) == (1024, 1024)
     with pytest.raises(InputError, match=r"height=2048, width=2048: an image takes more than 6\.0 GiB of memory and 3"):
         pipe("dog", height=2048, width=2048)
+    with pytest.raises(InputError, match=r"height=2048, width=2048: an image takes more than 6\.0 GiB of memory and 3"):
+        pipe("dog", latents=torch.zeros(1, 4, 1024, 1024))
     monkeypatch.setattr(checks, "available_memory", lambda: None)
     assert pipe.image_size(2048, 2048) == (2048, 2048)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from smooth_rt.errors import EngineError, InputError
 from smooth_rt.pipeline import SmoothPipeline
 from smooth_rt.tasks import inversion
+from smooth_rt.tasks.inversion import kept
 
 METHODS = ("null-text", "spdinv")
 PROMPTS = ["red apple", "blue dog"]
@@ -148,6 +149,17 @@ def test_a_loss_that_is_not_finite_keeps_what_is_done(
     broken = True
     with pytest.raises(EngineError, match=r"step 1 of 5 .*\(nothing is kept\)"):
         pipe.invert(images[1], "dog", method=method, keep=False, **SETTINGS)
+
+
+def test_room_is_made_while_others_do_so_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for age, name in enumerate(("new", "old", "older")):
+        (tmp_path / f"{name}.safetensors").write_bytes(b" " * 10)
+        os.utime(tmp_path / f"{name}.safetensors", (1e9 - age, 1e9 - age))
+    (tmp_path / "gone.safetensors").symlink_to(tmp_path / "nothing")  # as one that went since the folder was read
+    monkeypatch.setattr(kept, "MOST_BYTES", 20)
+    kept._make_room(tmp_path, tmp_path / "new.safetensors")
+    assert sorted(path.stem for path in tmp_path.iterdir()) == ["gone", "new", "old"]
+    kept._make_room(tmp_path / "nowhere", tmp_path / "nowhere" / "new.safetensors")
 
 
 def test_all_rounds_are_taken_where_asked(pipe: SmoothPipeline, images: Tensor, cache: Path) -> None:

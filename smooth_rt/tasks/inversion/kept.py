@@ -276,10 +276,17 @@ def _store(job: Job, method: str, images: Sequence[int]) -> _Store:
 
 
 def _make_room(folder: Path, newest: Path) -> None:
-    files = [(file.stat(), file) for file in folder.glob("*.safetensors") if file != newest]
-    total = sum(stat.st_size for stat, _ in files) + newest.stat().st_size
+    files = []
+    with suppress(OSError):  # other processes make room as well
+        for entry in os.scandir(folder):
+            if entry.name.endswith(".safetensors"):
+                with suppress(OSError):
+                    files.append((entry.stat(), Path(entry.path)))
+    total = sum(stat.st_size for stat, _ in files)
     for stat, file in sorted(files, key=lambda one: one[0].st_mtime):
         if total <= MOST_BYTES:
             return
-        file.unlink(missing_ok=True)
-        total -= stat.st_size
+        if file != newest:
+            with suppress(OSError):
+                file.unlink(missing_ok=True)
+            total -= stat.st_size
