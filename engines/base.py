@@ -5,7 +5,7 @@ from __future__ import annotations
 import abc
 from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, ClassVar, Self
+from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
 from engines.contract import BLOCKS, FEATURES, OF, WRT, Network, NetworkName
 from engines.errors import EngineError, InputError, reason, with_command
@@ -119,10 +119,7 @@ class Engine(abc.ABC):
         except InputError:
             raise
         except EngineError as error:  # of a graph that is opened at its first call, too
-            said = with_command(error, self.rebuild)
-            if said is None:
-                raise
-            raise EngineError(said) from error
+            self._mended(error)
         except Exception as error:
             raise EngineError(f"{self.network.name}: {self.backend} failed: {reason(error)}") from error
         for spec in self.network.outputs:
@@ -293,6 +290,13 @@ class Engine(abc.ABC):
             self._gradient_engines[name] = engine
         return self._gradient_engines[name]
 
+    def _mended(self, error: EngineError) -> NoReturn:
+        """Raise `error`, with the command that mends it where one does."""
+        said = with_command(error, self.rebuild)
+        if said is None:
+            raise error
+        raise EngineError(said) from error
+
     def refit(self, weights: Mapping[str, Tensor]) -> None:
         """Put other values into the engine's weights, without a rebuild.
 
@@ -319,8 +323,10 @@ class Engine(abc.ABC):
             placed[place.name] = (weight.detach().T if place.transposed else weight.detach()).contiguous()
         try:
             self.refit_impl(placed)
-        except (InputError, EngineError):
+        except InputError:
             raise
+        except EngineError as error:
+            self._mended(error)
         except Exception as error:
             raise EngineError(f"{self.network.name}: {self.backend} cannot refit ({reason(error)})") from error
         if self.gradients:

@@ -240,7 +240,7 @@ def _compile(network: Network, room: Path) -> None:
         last = said.read().strip()
     try:
         fault = json.loads((room / aoti_compile.RESULT).read_text(encoding="utf-8"))["fault"]
-    except FileNotFoundError:
+    except (FileNotFoundError, json.JSONDecodeError):  # nothing, or on a full disk an empty file
         fault = f"the compiling process ended with code {code}: {last.splitlines()[-1] if last else 'it said nothing'}"
     if fault is not None:
         raise EngineError(f"{network.name}: AOTInductor failed: {_cause(fault)}; use another backend")

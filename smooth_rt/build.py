@@ -126,18 +126,20 @@ def ensure_engines(
         ModelError: the model or the LoRA cannot be read or does not fit. ParityError: a graph is not exact enough.
         BundleError: `output` is in use by something else than a bundle, or cannot be written.
     """
-    wrt = gradients_named(gradients)
+    wrt, profiles = gradients_named(gradients), tuple(dict.fromkeys(profiles))
     variants = variants_of(backends, precision, gpu_arch, lora_mode, wrt, convolution, kernels, profiles)
     most = limit() if output is None else None
     memory = _memory()
     (lora_strength,) = check(lora_strength=lora_strength)
     from smooth_rt.lora import Lora, fused_with, read_lora
     from smooth_rt.model import Model, load_model
+    from smooth_rt.schedule import Schedule
 
     loaded = model if isinstance(model, Model) else load_model(model)
     wrt = gradients_named(gradients, loaded.dims.up_blocks)
     for profile in profiles:
         profile.check(loaded.dims)
+    Schedule.from_config(loaded.scheduler_config, 1)  # which no engine needs, and all that run them do
     if fused_with(loaded.unet) is not None:
         raise InputError(f"{loaded.source}: a LoRA is fused into this model, so its digests do not hold; load it again")
     adapter = loaded.lora if lora is None else lora if isinstance(lora, Lora) else read_lora(lora)

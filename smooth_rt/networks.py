@@ -77,6 +77,8 @@ class Networks:
     def set_lora_strength(self, strength: float) -> None:
         """Set the LoRA's strength: 1 is as trained, 0 is none. A, B and A again gives the same images bit for bit.
 
+        It is the pipeline's, not a call's: a call that runs in another thread meanwhile goes on with the new one.
+
         Of engines that were built with `lora_mode="runtime"` it is an input, so that this takes no time; into those
         with "refit" the weights are put that the base model's become at that strength.
 

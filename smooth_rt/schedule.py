@@ -63,7 +63,7 @@ class Schedule:
 
         try:
             scheduler = DDIMScheduler.from_config(dict(config))
-        except (NotImplementedError, RuntimeError, TypeError, ValueError) as error:
+        except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
             raise ModelError(f"scheduler_config: {error}; give one that diffusers' DDIMScheduler reads") from error
         read = scheduler.config
         for name in ("clip_sample", "thresholding"):

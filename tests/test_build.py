@@ -18,7 +18,7 @@ from engines.variant import Order, Profile, Span
 from smooth_rt import cli
 from smooth_rt.build import Built, build_engines, ensure_engines
 from smooth_rt.cache import cache_root
-from smooth_rt.errors import BundleError, EngineError, InputError
+from smooth_rt.errors import BundleError, EngineError, InputError, ModelError
 from smooth_rt.lora import fuse
 from smooth_rt.model import load_model, read_config
 
@@ -204,10 +204,22 @@ def test_other_wishes_build_elsewhere(
     assert (None if recorded is None else recorded.strength) == (None if change == "no LoRA" else strength)
 
 
+def test_a_scheduler_that_none_can_run_is_refused_before(
+    builds: list[dict[str, Any]], tiny_model: Path, tmp_path: Path
+) -> None:
+    folder = shutil.copytree(tiny_model, tmp_path / "model")
+    path = folder / "scheduler" / "scheduler_config.json"
+    for changes in ({"num_train_timesteps": 0}, {"beta_start": "x"}, {"prediction_type": "nosuch"}):
+        path.write_text(json.dumps({**json.loads((tiny_model / path.relative_to(folder)).read_text()), **changes}))
+        with pytest.raises(ModelError, match=r"^scheduler_config: "):
+            ensure_engines(folder, backends=BACKENDS)
+    assert builds == []
+
+
 def test_profiles_come_together(builds: list[dict[str, Any]], tiny_model: Path, lora: Path) -> None:
     one, side = Span(min=1, opt=1, max=1), Span(min=16, opt=16, max=16)
     profiles = [Profile(batch=one, height=side, width=side)]
-    ensure_engines(tiny_model, lora, 0.6, BACKENDS, profiles=profiles)
+    ensure_engines(tiny_model, lora, 0.6, BACKENDS, profiles=profiles * 2)
     assert [str(found) for found in builds[0]["orders"][0].profiles] == [
         "batch 1:1:*, height 8:16:*, width 8:16:*",
         "batch 1, height 16, width 16",

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -69,7 +70,13 @@ def test_weights_that_are_not_the_named_lora_are_refused(
     good = load_file(path)
     down = next(key for key in good if key.endswith(":down"))
     file = tmp_path / "lora.safetensors"
-    for tensors, said in (({}, "no layer"), ({**good, down: good[down][:, :-1]}, "shapes do not belong together")):
+    base = down.replace(":down", ":base")
+    for tensors, said in (
+        ({}, "no layer"),
+        ({**good, down: good[down][:, :-1]}, "shapes do not belong together"),
+        ({**good, base: good[base].to(torch.int8)}, "its base is no finite floating-point weight"),
+        ({**good, base: good[base] * math.nan}, "its base is no finite floating-point weight"),
+    ):
         save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, file)
         with pytest.raises(BundleError, match=said):
             LoraWeights.load(file)

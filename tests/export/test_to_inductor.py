@@ -257,11 +257,13 @@ def test_a_module_that_torch_cannot_export(dims: Dims, tmp_path: Path) -> None:
     assert os.listdir(tmp_path / "made") == []
 
 
+@pytest.mark.parametrize("leaves", ["", "open('result.json', 'w').close()\n"])  # on a full disk an empty answer
 def test_a_crash_of_the_compiling_process(
-    doubled: tuple[nn.Module, Network], dims: Dims, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    doubled: tuple[nn.Module, Network], dims: Dims, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, leaves: str
 ) -> None:
     crashing = tmp_path / "crashing.py"
-    crashing.write_text("import os, sys\nprint('terminate called', file=sys.stderr, flush=True)\nos.abort()\n")
+    ends = "import os, sys\nprint('terminate called', file=sys.stderr, flush=True)\nos.abort()\n"
+    crashing.write_text(leaves + ends)
     monkeypatch.setattr(stage.aoti_compile, "__file__", str(crashing))
     monkeypatch.setattr(stage, "cannot_build", lambda *_: None)
     with pytest.raises(EngineError, match="ended with code -6: terminate called"):

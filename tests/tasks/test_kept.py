@@ -91,6 +91,21 @@ def test_a_stopped_one_goes_on_to_the_same_result(
     assert torch.equal(third.trajectory[-1], third.latents)
 
 
+def test_what_ran_at_two_strengths_is_not_kept(
+    pipe: SmoothPipeline, images: Tensor, cache: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Even if the strength is the first one again: `set_lora_strength` makes the digests anew."""
+
+    def there_and_back(*_: Any) -> None:
+        pipe.digests = dict(pipe.digests)
+
+    pipe.invert(images[0], "dog", method="null-text", callback_on_step_end=there_and_back, **SETTINGS)
+    assert not list(cache.rglob("*.safetensors"))
+    assert "null-text: not kept: the LoRA's strength was changed meanwhile" in caplog.text
+    pipe.invert(images[0], "dog", method="null-text", **SETTINGS)
+    assert len(list(cache.rglob("*.safetensors"))) == 1
+
+
 def test_a_cache_that_may_only_be_read_serves(
     pipe: SmoothPipeline, images: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:

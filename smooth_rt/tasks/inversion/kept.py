@@ -82,12 +82,19 @@ class _Store:
         method: as a message names it.
         latents: the shape of one level, `embed`: of what a step back is fitted.
         steps: T.
+        same: whether the weights are those that the path was made for.
 
     Attributes: `taken` is whether what it holds was read.
     """
 
     def __init__(
-        self, path: Path | None, method: str, latents: Sequence[int], embed: Sequence[int], steps: int
+        self,
+        path: Path | None,
+        method: str,
+        latents: Sequence[int],
+        embed: Sequence[int],
+        steps: int,
+        same: Callable[[], bool] = lambda: True,
     ) -> None:
         self.path = path
         self.taken = False
@@ -95,6 +102,7 @@ class _Store:
         self._latents = tuple(latents)
         self._embed = tuple(embed)
         self._steps = steps
+        self._same = same
         self._said = time.monotonic()
 
     def read(self) -> Kept | None:
@@ -127,6 +135,10 @@ class _Store:
     def write(self, kept: Kept, last: bool) -> None:
         """Keep it, if it is the `last` of this run or some time has passed. A disk that refuses is warned of."""
         if self.path is None or not (last or time.monotonic() - self._said >= EVERY):
+            return
+        if not self._same():
+            LOG.warning("%s: not kept: the LoRA's strength was changed meanwhile", self._method)
+            self.path = None
             return
         from safetensors.torch import save
 
@@ -264,15 +276,17 @@ def _store(job: Job, method: str, images: Sequence[int]) -> _Store:
     from smooth_rt.cache import cache_root
 
     pipe = job.pipe
+    digests = pipe.digests
     decides: dict[str, Any] = {
-        "format": FORMAT, "method": method, "images": [job.names[i] for i in images], "digests": dict(pipe.digests),
+        "format": FORMAT, "method": method, "images": [job.names[i] for i in images], "digests": dict(digests),
         "engine": pipe.engine, "precision": pipe.precision, "guidance_scale": job.guidance_scale,
         "prediction_type": job.schedule.prediction_type, "steps": [list(step) for step in job.schedule.steps],
     }  # fmt: skip
     if not job.early_stop:
         decides["early_stop"] = False
     path = cache_root() / "inversions" / f"{digest_json(decides)[:32]}.safetensors"
-    return _Store(path, method, latents, embed, steps)
+    # Each setting of a strength makes them anew, so one that was set back is noticed, too.
+    return _Store(path, method, latents, embed, steps, same=lambda: pipe.digests is digests)
 
 
 def _make_room(folder: Path, newest: Path) -> None:
