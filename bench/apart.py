@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -13,6 +14,9 @@ from typing import Any
 from smooth_rt.errors import EngineError
 
 __all__ = ["apart"]
+
+# What Python puts before an error; of the project's own the line says all.
+_OWN = re.compile(r"^engines\.errors\.\w+: ")
 
 
 def apart(module: str, arguments: Sequence[str], failed: Callable[[object], str], stdin: str | None = None) -> Any:
@@ -36,5 +40,5 @@ def apart(module: str, arguments: Sequence[str], failed: Callable[[object], str]
     )
     if ran.returncode:
         said = ran.stderr.strip().splitlines()
-        raise EngineError(failed(said[-1] if said else ran.returncode))
+        raise EngineError(failed(_OWN.sub("", said[-1]) if said else ran.returncode))
     return json.loads(ran.stdout.strip().splitlines()[-1])

@@ -36,7 +36,7 @@ from engines.variant import Bounds
 from export.graphs import Case, random_inputs
 from export.to_int8 import LADDER
 from smooth_rt.errors import InputError, SmoothRTError
-from smooth_rt.tasks.checks import image_size
+from smooth_rt.tasks.checks import image_side
 
 __all__ = ["CANDIDATES", "Row", "main", "measure", "unet", "work_folder"]
 
@@ -85,7 +85,7 @@ def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None])
         raise InputError(f"--rung={options.rung}: give a whole number from 0 to {len(LADDER) - 1}")
     module, dims = unet(options.model)
     network = contract("unet", dims)
-    options.side, _ = image_size(options.side, options.side, dims)
+    options.side = image_side("side", options.side, dims)
     side = options.side // dims.vae_factor
     rows = 2 * options.batch_size
     sizes = {"batch": rows, "height": side, "width": side}
@@ -201,7 +201,7 @@ def work_folder(work: Path | None) -> Iterator[Path]:
 def _parse(arguments: list[str]) -> argparse.Namespace | None:
     from bench.options import Parser, folder, json_file
 
-    parser = Parser(prog="smooth-rt bench engines", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="smooth-rt bench engines", description=__doc__)
     parser.add_argument("--model", default="default", help="as everywhere, or sd15: full size, random weights")
     parser.add_argument("--side", type=int, help="pixels; default: the model's own")
     parser.add_argument("--batch-size", type=int, default=1, help="images; two rows each")
@@ -214,7 +214,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace | None:
     parser.add_argument("--only", default="", help="comma-separated parts of the names of what is timed; default: all")
     parser.add_argument("--work", type=folder, help="a folder that keeps the graphs for another run")
     parser.add_argument("--output", type=json_file, help="a JSON file of the figures")
-    return parser.asked(arguments, ("batch_size", "repeats", "samples"))
+    return parser.asked(arguments, ("batch_size", "repeats", "samples"), ("model",))
 
 
 def _print(rows: Sequence[Row], facts: dict[str, Any], options: argparse.Namespace) -> None:

@@ -37,7 +37,7 @@ from export.graphs import Case, random_inputs
 from smooth_rt.errors import EngineError, SmoothRTError
 from smooth_rt.model import PipelineConfig, load_model
 from smooth_rt.pipeline import SmoothPipeline
-from smooth_rt.tasks.checks import image_size
+from smooth_rt.tasks.checks import image_side
 
 __all__ = ["Row", "main", "measure"]
 
@@ -94,7 +94,7 @@ def measure(
     say: Callable[[str], None],
 ) -> tuple[list[Row], dict[str, Any]]:
     """Eager in both precisions, then each candidate; all of them at every batch."""
-    options.side, _ = image_size(options.side, options.side, subject.dims)
+    options.side = image_side("side", options.side, subject.dims)
     flop, rate = _flop(subject, options), _rate(device)
     able, missing = runnable(candidates)
     rows: list[Row] = []
@@ -215,7 +215,7 @@ def _subject(model: str) -> Subject:
 def _parse(arguments: list[str]) -> argparse.Namespace | None:
     from bench.options import Parser, batch_sizes, folder, json_file
 
-    parser = Parser(prog="smooth-rt bench gpu", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="smooth-rt bench gpu", description=__doc__)
     parser.add_argument("--model", default="sd15", help="default: SD1.5's shape with random weights; or as everywhere")
     parser.add_argument("--side", type=int, help="pixels; default: the model's own")
     parser.add_argument("--batch-sizes", type=batch_sizes, default=(1, 4, 16), metavar="N[,N…]", help="default: 1,4,16")
@@ -223,7 +223,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace | None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--work", type=folder, help="a folder that keeps the graphs for another run")
     parser.add_argument("--output", type=json_file, help="a JSON file of the figures")
-    return parser.asked(arguments, ("num_inference_steps", "repeats"))
+    return parser.asked(arguments, ("num_inference_steps", "repeats"), ("model",))
 
 
 def _print(rows: Sequence[Row], facts: dict[str, Any], options: argparse.Namespace) -> None:

@@ -30,26 +30,27 @@ from torch import Tensor, nn
 from bench.apart import apart
 from bench.engines import unet, work_folder
 from bench.environment import busy, environment, warn
-from bench.null_text import EAGER, IMAGE, PROMPT, Inverted, null_text, table_of
-from bench.options import Parser, batch_sizes, folder, json_file
+from bench.null_text import EAGER, IMAGE, PROMPT, Inverted, check_null_text, null_text, table_of
+from bench.options import Parser, batch_sizes, folder, json_file, names
 from bench.results import write
 from bench.timing import interleave, summarise
 from engines.base import Engine
-from engines.contract import WRT, Dims, Network, NetworkName, contract, gradients_named
+from engines.contract import DERIVED, FEATURES, GRADIENTS, WRT, Dims, Network, NetworkName, contract, gradients_named
 from engines.eager import EagerEngine, gradient_networks
-from engines.recipes import RECIPES, check_gradients
-from engines.select import check_backend, open_engine, target
+from engines.recipes import RECIPES
+from engines.select import check_runs, open_engine, target
 from engines.variant import Variant, every_size
 from export.graphs import Case, random_inputs
 from export.stages import Stages
 from export.verify import TOLERANCES
 from export.versions import peak_memory
-from smooth_rt.errors import InputError
-from smooth_rt.tasks.checks import image_size
+from smooth_rt.tasks.checks import image_side
 
 __all__ = ["Row", "main", "measure"]
 
 TASKS = ("vjp", "null-text")
+# The backends that are built with gradients.
+ABLE = tuple(name for name, built in RECIPES.items() if name != "eager" and set(DERIVED) <= set(built.get("fp32", {})))
 TIMESTEPS = (0, 250, 500, 750, 999)
 EXACT_BELOW = 2**28  # parameters; of a larger model a copy in float64 would not fit beside the rest
 
@@ -83,6 +84,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     if options.job is not None:
         print(json.dumps(_job(options)))
         return
+    for backend in options.engine:
+        check_runs(backend)
+    if "null-text" in options.task:
+        check_null_text(options)
     here = environment()
     console = Console(stderr=True)
     warn(console, busy(here))
@@ -106,7 +111,7 @@ def measure(options: argparse.Namespace, work: Path, say: Callable[[str], None])
         SmoothRTError: an option is wrong or an engine does not work.
     """
     module, dims = unet(options.model)
-    options.side, _ = image_size(options.side, options.side, dims)
+    options.side = image_side("side", options.side, dims)
     rows = []
     for name in gradients_named(options.gradients, dims.up_blocks):
         if name not in WRT:
@@ -232,11 +237,13 @@ def _job(options: argparse.Namespace) -> int:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace | None:
-    parser = Parser(prog="smooth-rt bench gradients", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="smooth-rt bench gradients", description=__doc__)
     parser.add_argument("--model", default="default", help="as everywhere, or sd15: full size, random weights")
-    parser.add_argument("--engine", type=_listed, default=["onnxruntime"], help="default: onnxruntime")
-    parser.add_argument("--gradients", type=_listed, default=["text", "sample", "both"], help="default: all of them")
-    parser.add_argument("--task", type=_listed, default=["vjp"], help="vjp, null-text or both; default: vjp")
+    parser.add_argument("--engine", type=names(*ABLE), default=("onnxruntime",), help="default: onnxruntime")
+    parser.add_argument(
+        "--gradients", type=names(*GRADIENTS, FEATURES), default=("text", "sample", "both"), help="default: these three"
+    )
+    parser.add_argument("--task", type=names(*TASKS), default=("vjp",), help="vjp, null-text or both; default: vjp")
     parser.add_argument("--side", type=int, help="pixels; default: the model's own")
     parser.add_argument("--batch-sizes", type=batch_sizes, default=(1, 4), metavar="N[,N…]", help="default: 1,4")
     parser.add_argument("--repeats", type=int, default=10)
@@ -250,20 +257,7 @@ def _parse(arguments: list[str]) -> argparse.Namespace | None:
     parser.add_argument("--network", help=argparse.SUPPRESS)
     parser.add_argument("--dims", help=argparse.SUPPRESS)
     parser.add_argument("--graph", type=Path, help=argparse.SUPPRESS)
-    options = parser.asked(arguments, at_least_one=("repeats", "num_inference_steps", "inversions"))
-    if options is None:
-        return None
-    for task in options.task:
-        if task not in TASKS:
-            raise InputError(f"task={task}: unknown; choose from {', '.join(TASKS)}")
-    for backend in options.engine:
-        check_backend(backend)
-        check_gradients(backend, "fp32", "fused", gradients_named(options.gradients))
-    return options
-
-
-def _listed(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
+    return parser.asked(arguments, ("repeats", "num_inference_steps", "inversions"), ("model",))
 
 
 def _print(rows: Sequence[Row], inverted: Sequence[Inverted], options: argparse.Namespace) -> None:

@@ -10,19 +10,23 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 from torch import Tensor
 
+from bench.subject import check_steps
 from bench.timing import interleave, summarise
 from smooth_rt.build import build_engines
+from smooth_rt.commands.pictures import check_readable
 from smooth_rt.errors import InputError
 from smooth_rt.images import read
 from smooth_rt.metrics import psnr
 from smooth_rt.pipeline import SmoothPipeline
+from smooth_rt.ranges import check_text
 
-__all__ = ["EAGER", "IMAGE", "PROMPT", "Inverted", "null_text", "table_of"]
+__all__ = ["EAGER", "IMAGE", "PROMPT", "Inverted", "check_null_text", "null_text", "table_of"]
 
 EAGER = "eager"
 IMAGE = resources.files("smooth_rt") / "assets" / "examples" / "red-heart.png"
@@ -53,14 +57,22 @@ class _Timed(SmoothPipeline):
         return found
 
 
-def null_text(options: Namespace, say: Callable[[str], None]) -> list[Inverted]:
-    """One image inverted on eager and on every engine, all rounds of every step; the engines take turns.
+def check_null_text(options: Namespace) -> None:
+    """What of the options does not fit, before an engine is built.
 
     Raises:
-        InputError: the model is sd15, whose random weights invert nothing.
+        InputError: the model is sd15, whose random weights invert nothing, or has fewer steps; or there is no image.
+        ModelError: the model cannot be read.
     """
     if options.model == "sd15":
         raise InputError("--task=null-text: sd15 has random weights, which invert nothing; name a model")
+    check_text("--prompt", options.prompt)
+    check_readable([Path(options.image)])
+    check_steps(options.model, options.steps)
+
+
+def null_text(options: Namespace, say: Callable[[str], None]) -> list[Inverted]:
+    """One image inverted on eager and on every engine, all rounds of every step; the engines take turns."""
     lora = "default" if options.model == "default" else None
     bundle = build_engines(options.model, lora, 1.0, options.engine, gradients=["text"])
     with ExitStack() as stack:

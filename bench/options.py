@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
+from engines.select import BACKENDS
 from smooth_rt.errors import InputError
-from smooth_rt.ranges import MOST_IMAGES, check, check_text, seeds_from
+from smooth_rt.ranges import MOST_IMAGES, check, check_count, check_text, seeds_from
 
-__all__ = ["Options", "Parser", "batch_sizes", "folder", "json_file", "parse"]
+__all__ = ["Options", "Parser", "batch_sizes", "folder", "json_file", "names", "parse"]
 
 REPORTS = ("bench.json", "bench.md")
 PROMPT = "red apple on blue background"
@@ -44,14 +45,22 @@ class Options:
 class Parser(argparse.ArgumentParser):
     """Whose errors are one line, as everywhere."""
 
+    def __init__(self, **named: Any) -> None:
+        super().__init__(allow_abbrev=False, **named)
+        # Read in `smooth_rt.cli.main`, which says errors.
+        self.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
+
     def error(self, message: str) -> NoReturn:
         raise InputError(f"bench: {message}; see --help")
 
-    def asked(self, arguments: Sequence[str], at_least_one: Sequence[str] = ()) -> argparse.Namespace | None:
+    def asked(
+        self, arguments: Sequence[str], counts: Sequence[str] = (), sources: Sequence[str] = ()
+    ) -> argparse.Namespace | None:
         """What was asked for; None where that was help, which has been printed.
 
         Args:
-            at_least_one: options, as `--num-inference-steps` is "num_inference_steps", whose values are counts.
+            counts: options, as `--num-inference-steps` is "num_inference_steps", whose values are counts.
+            sources: those that `smooth_rt.ranges` knows by their names.
 
         Raises:
             InputError: an option is unknown, or its value is none or no count.
@@ -61,10 +70,9 @@ class Parser(argparse.ArgumentParser):
         except SystemExit:  # --help
             return None
         dests = {option.lstrip("-").replace("-", "_"): a.dest for a in self._actions for option in a.option_strings}
-        for name in at_least_one:
-            value = getattr(found, dests[name])
-            if value < 1:
-                raise InputError(f"{name}={value}: give a whole number of at least 1")
+        for name in counts:
+            check_count(name, getattr(found, dests[name]))
+        check(**{name: getattr(found, dests[name]) for name in sources})
         return found
 
 
@@ -95,7 +103,6 @@ def _parser() -> Parser:
     parser = Parser(
         prog="smooth-rt bench",
         description="Parity, times, memory and the distance to the floor of every engine, beside diffusers.",
-        allow_abbrev=False,
     )
     parser.add_argument("--model", default="default", help="as everywhere (default: the shipped one)")
     parser.add_argument(
@@ -104,7 +111,7 @@ def _parser() -> Parser:
     parser.add_argument("--lora", help="a Smooth-LoRA to fuse; 'none': none (default: as everywhere)")
     parser.add_argument("--lora-strength", type=float, default=1.0, help="default: 1.0")
     parser.add_argument(
-        "--engine", dest="engines", type=_names, metavar="E[,E…]",
+        "--engine", dest="engines", type=names("auto", *BACKENDS), metavar="E[,E…]",
         help="of auto, eager, onnxruntime, openvino (default: all that can run here)",
     )  # fmt: skip
     parser.add_argument(
@@ -125,15 +132,21 @@ def _parser() -> Parser:
     )  # fmt: skip
     parser.add_argument("--quick", action="store_true", help="few steps and repeats: does it run, not how fast")
     parser.add_argument("--json", action="store_true", help="print the report as JSON in the place of tables")
-    parser.add_argument("--debug", action="store_true", help="show the whole traceback of an error")
     return parser
 
 
-def _names(text: str) -> tuple[str, ...]:
-    names = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
-    if not names:
-        raise argparse.ArgumentTypeError("empty; name at least one engine")
-    return names
+def names(*known: str) -> Callable[[str], tuple[str, ...]]:
+    """A reader of comma-separated names, each once, of `known`; argparse says what is wrong with them."""
+
+    def read(text: str) -> tuple[str, ...]:
+        found = tuple(dict.fromkeys(name.strip() for name in text.split(",") if name.strip()))
+        unknown = [name for name in found if name not in known]
+        if unknown or not found:
+            said = f"{unknown[0]!r} is unknown" if unknown else "empty"
+            raise argparse.ArgumentTypeError(f"{said}; name one or more of {', '.join(known)}")
+        return found
+
+    return read
 
 
 def batch_sizes(text: str) -> tuple[int, ...]:
@@ -158,7 +171,8 @@ def folder(text: str) -> Path:
     try:
         return check_output(text, REPORTS)
     except InputError as error:
-        raise argparse.ArgumentTypeError(str(error)) from error
+        # Which option it is, argparse says.
+        raise argparse.ArgumentTypeError(str(error).removesuffix(" with --output")) from error
 
 
 def json_file(text: str) -> Path:
@@ -195,10 +209,10 @@ def _check(options: Options) -> None:
     )
     # Each image of the largest batch has a seed, and a morph has two.
     seeds_from(options.seed, max(2, *options.batch_sizes))
-    for name, least in (("repeats", 1), ("warmup", 0), ("seed", 0)):
-        value = getattr(options, name)
-        if value < least:
-            raise InputError(f"{name}={value}: give a whole number of at least {least}")
+    check_count("repeats", options.repeats)
+    check_count("warmup", options.warmup, least=0)
+    if options.seed < 0:
+        raise InputError(f"seed={options.seed}: give a whole number of at least 0")
     # Below 1 diffusers leaves guidance out, and nothing would be left to compare.
     if options.guidance_scale < 1:
         raise InputError(f"guidance_scale={options.guidance_scale}: give a number of at least 1, such as 7.5")

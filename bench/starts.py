@@ -21,8 +21,10 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.apart import apart
-from bench.options import Parser, json_file
+from bench.options import Parser, json_file, names
 from bench.results import write
+from engines.recipes import SETTABLE
+from engines.select import check_runs
 
 if TYPE_CHECKING:
     from smooth_rt.pipeline import SmoothPipeline
@@ -41,21 +43,30 @@ def main(argv: Sequence[str] | None = None) -> None:
         SmoothRTError: an option is wrong or an engine does not work.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    parser = Parser(prog="smooth-rt bench starts", description=__doc__, allow_abbrev=False)
+    parser = Parser(prog="smooth-rt bench starts", description=__doc__)
     parser.add_argument("--model", default="default", help="as everywhere")
     parser.add_argument("--lora", default="default", help="as everywhere")
-    parser.add_argument("--engine", default="onnxruntime,openvino", help="backends that can replace weights")
+    able = [name for name, precisions in SETTABLE["refit"][1].items() if "fp32" in precisions]
+    parser.add_argument(
+        "--engine", type=names(*able), default=("onnxruntime", "openvino"), help="backends that can replace weights"
+    )
     parser.add_argument("--num-inference-steps", dest="steps", type=int, default=10)
     parser.add_argument("--output", type=json_file, help="a JSON file of the figures")
     parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)  # one of them, in this process
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)
-    options = parser.asked(arguments, ("num_inference_steps",))
+    options = parser.asked(arguments, ("num_inference_steps",), ("model", "lora"))
     if options is None:
         return
     if options.job:
         print(json.dumps(_job(options)))
         return
-    rows = [measured(options, backend.strip()) for backend in options.engine.split(",") if backend.strip()]
+    for backend in options.engine:
+        check_runs(backend)
+    # Not above: a job's imports are its own, and measured.
+    from bench.subject import check_steps
+
+    check_steps(options.model, options.steps)
+    rows = [measured(options, backend) for backend in options.engine]
     _print(rows, options)
     write(rows, options.output)
 
@@ -96,7 +107,7 @@ def _job(options: argparse.Namespace) -> dict[str, Any]:
             generator=torch.Generator().manual_seed(0),
         )
 
-    job, backend = options.job, options.engine
+    job, (backend,) = options.job, options.engine
     strength = 0.5 if job == "rebuild" else 1.0
     lora_mode = job if job in ("refit", "runtime") else "fused"
     pipe = SmoothPipeline.from_pretrained(options.model, options.lora, strength, backend, lora_mode=lora_mode)

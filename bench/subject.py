@@ -17,10 +17,11 @@ from engines.select import BACKENDS, ON_GPU, Choice, availability, check_backend
 from smooth_rt.build import build_engines
 from smooth_rt.errors import EngineError
 from smooth_rt.lora import fuse, fused_with, read_lora
-from smooth_rt.model import Model
+from smooth_rt.model import Model, load_model
 from smooth_rt.pipeline import SmoothPipeline
+from smooth_rt.schedule import Schedule
 
-__all__ = ["Subject", "open_subject", "resolve_engines", "sd15"]
+__all__ = ["Subject", "check_steps", "open_subject", "resolve_engines", "sd15"]
 
 
 @dataclass(frozen=True)
@@ -82,6 +83,15 @@ def resolve_engines(asked: Sequence[str] | None) -> tuple[dict[str, Choice], lis
         else:
             warnings.append(f"engine {name!r} is left out: {reason}")
     return choices, warnings
+
+
+def check_steps(model: str, steps: int) -> None:
+    """Whether the model's schedule has so many steps.
+
+    Raises:
+        InputError: it has not. ModelError: the model cannot be read.
+    """
+    Schedule.from_config(load_model(model).config().sampling_config, steps)
 
 
 def open_subject(

@@ -35,6 +35,7 @@ __all__ = [
     "backend_version",
     "buildable",
     "check_backend",
+    "check_runs",
     "choose",
     "gpu",
     "open_engine",
@@ -61,7 +62,7 @@ AUTO_ORDER: tuple[str, ...] = ("openvino", "onnxruntime", "eager")
 # ONNX Runtime's own TensorRT compiles as it opens, for minutes: who wants that names it.
 AUTO_ON_GPU: tuple[str, ...] = (*TENSORRT, "onnxruntime-cuda", *AUTO_ORDER)
 
-_ARCHITECTURES = re.compile(r" *sm[0-9]{2,3}( *, *sm[0-9]{2,3})* *|cuda")
+_ARCHITECTURES = re.compile(r" *sm[0-9]{2,3}( *, *sm[0-9]{2,3})* *")
 _MODULES = {
     "eager": "torch",
     **dict.fromkeys(ONNX, "onnxruntime"),
@@ -120,15 +121,18 @@ def target(backend: str, gpu_arch: str | None = None) -> str:
             GPU for another.
     """
     at_hand = gpu() if backend in (*ON_GPU, "inductor") else None
-    on_gpu = backend in ONNX and backend in ON_GPU
+    every = PORTABLE if backend == "tensorrt-rtx" else ANY_GPU if backend in ONNX and backend in ON_GPU else None
     if gpu_arch is None:
-        if backend == "tensorrt-rtx":
+        if every == PORTABLE:
             return at_hand if at_hand is not None and at_hand in architectures() else PORTABLE
-        return at_hand or (ANY_GPU if on_gpu else architecture())
-    if on_gpu and not _ARCHITECTURES.fullmatch(gpu_arch.lower()):
-        raise InputError(f"gpu_arch={gpu_arch}: no architecture; give for example sm89, or sm80,sm89")
-    if on_gpu or backend == "tensorrt-rtx":
-        return ",".join(dict.fromkeys(part.strip().lower() for part in gpu_arch.split(",")))
+        return at_hand or every or architecture()
+    if every is not None:
+        said = gpu_arch.lower()
+        if said.strip() != every and not _ARCHITECTURES.fullmatch(said):
+            raise InputError(
+                f"gpu_arch={gpu_arch}: no architecture; give for example sm89, sm80,sm89, or {every} alone"
+            )
+        return ",".join(dict.fromkeys(part.strip() for part in said.split(",")))
     if gpu_arch.lower() != at_hand:
         where = f"the GPU at hand, {at_hand}" if at_hand else "the GPU at hand, and there is none"
         raise InputError(f"gpu_arch={gpu_arch}: {backend} is built for {where}; tensorrt-rtx builds ahead of time")
@@ -211,6 +215,13 @@ def availability(name: str) -> str | None:
     return fault
 
 
+def check_runs(name: str) -> None:
+    """Raise EngineError unless there is a backend of that name and it can run here."""
+    fault = availability(name)
+    if fault is not None:
+        raise EngineError(f"engine {name!r}: {fault}")
+
+
 def buildable(name: str) -> str | None:
     """None if engines of the backend can be built here, as far as its library goes; else as `availability`.
 
@@ -253,9 +264,7 @@ def choose(engine: str, built: Collection[str], unfit: Mapping[str, str] | None 
         choice = _first_that_runs(built, unfit or {})
         LOG.info("engine: %s (%s)", choice.backend, choice.reason)
     else:
-        fault = availability(engine)
-        if fault is not None:
-            raise EngineError(f"engine {engine!r}: {fault}")
+        check_runs(engine)
         if engine != "eager" and engine not in built:
             raise EngineError(
                 f"engine {engine!r}: not in the bundle, which holds {', '.join(built) or 'none'}; "
@@ -301,9 +310,7 @@ def open_engine(
     Raises:
         EngineError: the backend is unknown, cannot run here or cannot read the graph.
     """
-    fault = availability(backend)
-    if fault is not None:
-        raise EngineError(f"engine {backend!r}: {fault}")
+    check_runs(backend)
     if backend in BY_BACKEND:
         from engines.ort import OrtEngine
 

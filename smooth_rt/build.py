@@ -15,7 +15,7 @@ from engines.contract import gradients_named
 from smooth_rt.cache import bundle_of, cache_root, compiled, limit, make_room, parse_size, timings, used
 from smooth_rt.errors import BundleError, InputError
 from smooth_rt.orders import lacking, variants_of
-from smooth_rt.ranges import check
+from smooth_rt.ranges import check, shown
 
 if TYPE_CHECKING:
     from engines.bundle import VariantRecord
@@ -46,7 +46,7 @@ def build_engines(
     lora: str | Path | Lora | None = None,
     lora_strength: float = 1.0,
     backends: Sequence[str] = ("onnxruntime", "openvino"),
-    output: Path | None = None,
+    output: str | Path | None = None,
     progress: Progress | None = None,
     precision: str = "fp32",
     profiles: Sequence[Profile] = (),
@@ -75,7 +75,7 @@ def ensure_engines(
     lora: str | Path | Lora | None = None,
     lora_strength: float = 1.0,
     backends: Sequence[str] = ("onnxruntime", "openvino"),
-    output: Path | None = None,
+    output: str | Path | None = None,
     progress: Progress | None = None,
     precision: str = "fp32",
     profiles: Sequence[Profile] = (),
@@ -128,6 +128,9 @@ def ensure_engines(
     """
     wrt, profiles = gradients_named(gradients), tuple(dict.fromkeys(profiles))
     variants = variants_of(backends, precision, gpu_arch, lora_mode, wrt, convolution, kernels, profiles)
+    if calibration_prompts and precision != "int8":
+        said = shown(list(calibration_prompts))
+        raise InputError(f"calibration_prompts={said}: int8 alone is calibrated, not {precision}; leave them out")
     most = limit() if output is None else None
     memory = _memory()
     (lora_strength,) = check(lora_strength=lora_strength)
@@ -150,7 +153,7 @@ def ensure_engines(
     elif lora_mode != "fused":
         raise InputError(f"lora_mode={lora_mode}: there is no LoRA whose strength could be set; name one")
     source = Source(model=loaded.source, revision=loaded.revision, digests=loaded.digests, lora=record)
-    target = bundle_of(source) if output is None else output
+    target = bundle_of(source) if output is None else Path(output)
 
     with _alone(target):
         there = _open(target)

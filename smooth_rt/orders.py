@@ -38,14 +38,15 @@ def variants_of(
     profiles: Sequence[Profile],
 ) -> list[Variant]:
     """What is asked for, one variant a backend, each checked before anything is loaded."""
+    known = [name for name in RECIPES if name != "eager"]  # which runs the torch modules
     if not backends:
-        raise InputError(f"backends: none named; name one or more of {', '.join(n for n in RECIPES if n != 'eager')}")
+        raise InputError(f"backends: none named; name one or more of {', '.join(known)}")
     for name in backends:
+        if name not in known:
+            raise InputError(f"backend {name!r}: there is nothing to build for it; choose from {', '.join(known)}")
         reason = buildable(name)
         if reason is not None:
             raise EngineError(f"engine {name!r}: {reason}")
-        if name == "eager":
-            raise InputError("backend 'eager': runs the torch modules and has nothing to build; name another")
         check_precision(name, precision)
     for name in backends:
         check_lora_mode(name, precision, lora_mode)

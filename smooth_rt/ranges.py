@@ -29,8 +29,10 @@ __all__ = [
     "RESCHEDULES",
     "as_whole",
     "check",
+    "check_count",
     "check_dense",
     "check_images",
+    "check_side",
     "check_text",
     "choice",
     "seeds_from",
@@ -136,7 +138,12 @@ def _steps(name: str, value: Any) -> int:
     return found
 
 
-def _count(name: str, value: Any, least: int) -> int:
+def check_count(name: str, value: Any, least: int = 1) -> int:
+    """A whole number from `least` to MOST_IMAGES.
+
+    Raises:
+        InputError: it is none; the line names the option.
+    """
     found = as_whole(value)
     if found is None or not least <= found <= MOST_IMAGES:
         raise InputError(f"{name}={shown(value)}: give a whole number from {least} to {MOST_IMAGES}")
@@ -152,8 +159,13 @@ def _batch_size(name: str, value: Any) -> int | str:
     return found
 
 
-def _side(name: str, value: Any) -> int | None:
-    if value is None:  # the model's own
+def check_side(name: str, value: Any) -> int | None:
+    """Pixels, as far as no model is asked; None is the model's own.
+
+    Raises:
+        InputError: it is no such number; the line names the option.
+    """
+    if value is None:
         return None
     found = as_whole(value)
     if found is None or found < 1:
@@ -256,7 +268,7 @@ def _or_none(name: str, value: Any, kind: Callable[[str, Any], Any]) -> Any:
 
 
 RANGES: dict[str, Callable[[str, Any], Any]] = {
-    "batch": partial(_count, least=1),
+    "batch": check_count,
     "batch_size": _batch_size,
     "bundle": _source,
     "callback_on_step_end": _callback,
@@ -265,23 +277,23 @@ RANGES: dict[str, Callable[[str, Any], Any]] = {
     "edit_method": partial(choice, known=EDIT_METHODS),
     "edit_strength": _fraction,
     "engine": _engine,
-    "frames": partial(_count, least=2),
+    "frames": partial(check_count, least=2),
     "gradients": _gradients,
     "guidance_scale": _guidance,
-    "height": _side,
+    "height": check_side,
     "kernels": partial(_or_none, kind=partial(choice, known=KERNELS)),
     "lora": partial(_or_none, kind=_source),
     "lora_mode": partial(_or_none, kind=partial(choice, known=LORA_MODES)),
     "lora_strength": _lora_strength,
     "model": _source,
-    "num_images_per_prompt": partial(_count, least=1),
+    "num_images_per_prompt": check_count,
     "num_inference_steps": _steps,
     "output": _output,
     "precision": _precision,
     "output_type": partial(choice, known=OUTPUT_TYPES),
-    "reschedule_passes": partial(_or_none, kind=partial(_count, least=1)),
+    "reschedule_passes": partial(_or_none, kind=check_count),
     "reschedule": partial(_or_none, kind=partial(choice, known=RESCHEDULES)),
     "seed": _seed,
     "seeds": _seeds,
-    "width": _side,
+    "width": check_side,
 }

@@ -18,7 +18,7 @@ from engines.variant import Order, Profile, Span
 from smooth_rt import cli
 from smooth_rt.build import Built, build_engines, ensure_engines
 from smooth_rt.cache import cache_root
-from smooth_rt.errors import BundleError, EngineError, InputError, ModelError
+from smooth_rt.errors import BundleError, InputError, ModelError
 from smooth_rt.lora import fuse
 from smooth_rt.model import load_model, read_config
 
@@ -314,7 +314,7 @@ def test_a_bundle_of_another_model_at_the_output_is_replaced(
     builds: list[dict[str, Any]], first: tuple[Path, Built], tiny_model: Path, tmp_path: Path
 ) -> None:
     output = shutil.copytree(first[1].bundle.path, tmp_path / "mine")
-    built = ensure_engines(tiny_model, None, 1.0, BACKENDS, output)
+    built = ensure_engines(tiny_model, None, 1.0, BACKENDS, str(output))
     assert not built.reused
     assert "LoRA" in built.reason
     assert [call["target"] for call in builds] == [output]
@@ -325,9 +325,11 @@ def test_what_cannot_be_built(builds: list[dict[str, Any]], tiny_model: Path, lo
         ensure_engines(tiny_model, backends=[])
     with pytest.raises(InputError, match="nothing to build"):
         ensure_engines(tiny_model, backends=["eager"])
-    for name in ("abacus",):
-        with pytest.raises(EngineError, match=name):
+    for name in ("abacus", "auto"):
+        with pytest.raises(InputError, match=f"backend '{name}': there is nothing .*; choose from onnxruntime, "):
             ensure_engines(tiny_model, backends=[name])
+    with pytest.raises(InputError, match=r"calibration_prompts=\['a dog'\]: int8 alone is calibrated, not fp32"):
+        ensure_engines(tiny_model, backends=BACKENDS, calibration_prompts=["a dog"])
     with pytest.raises(InputError, match="inf"):
         ensure_engines(tiny_model, lora, float("inf"), BACKENDS)
     model = load_model(tiny_model)

@@ -88,7 +88,7 @@ def bench(context: typer.Context) -> None:
     """The same as `python -m bench`: takes its options, for which see `smooth-rt bench --help`."""
     for package in ("bench", "export"):
         _check_ours(package)
-    from bench.__main__ import run
+    from bench.run import run
 
     run(list(context.args))
 

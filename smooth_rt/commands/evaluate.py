@@ -182,13 +182,10 @@ def editing(
     from smooth_rt.metrics.attributes import load_attributes
 
     try:
-        strengths = [float(strength) for strength in listed(edit_strengths)]
+        strengths = [float(strength) for strength in listed(edit_strengths, "edit_strengths")]
     except ValueError as error:
         raise InputError(f"edit_strengths={edit_strengths!r}: give numbers from 0 to 1, as 0.4,0.8") from error
-    methods = listed(edit_methods)
-    if not (methods and strengths):
-        empty = f"edit_strengths={edit_strengths!r}" if methods else f"edit_methods={edit_methods!r}"
-        raise InputError(f"{empty}: names none; name at least one")
+    methods = listed(edit_methods, "edit_methods")
     cases = edit_cases(data)
     attributes = load_attributes() if options.model == "default" and options.engines is None else None
     tasks = [

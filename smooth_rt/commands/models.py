@@ -135,7 +135,7 @@ def build_engine(
             calibration_prompts=prompts,
             gpu_arch=gpu_arch,
             lora_mode=lora_mode,
-            gradients=listed(gradients or ""),
+            gradients=[] if gradients is None else listed(gradients, "gradients"),
             convolution=convolution,
             kernels=kernels,
         )

@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from smooth_rt.errors import InputError
 from smooth_rt.ranges import RANGES, check
 
 __all__ = ["Method", "ModelOptions", "OutputOptions", "Prompts", "RunOptions", "flattened", "listed"]
@@ -137,9 +138,16 @@ class RunOptions(ModelOptions):
         return 7.5 if self.guidance_scale is None else self.guidance_scale
 
 
-def listed(text: str) -> list[str]:
-    """The parts of a comma-separated option, each once."""
-    return list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+def listed(text: str, option: str | None = None) -> list[str]:
+    """The parts of a comma-separated option, each once.
+
+    Raises:
+        InputError: there is none, and `option`, which must have one, is named.
+    """
+    found = list(dict.fromkeys(part.strip() for part in text.split(",") if part.strip()))
+    if option is not None and not found:
+        raise InputError(f"{option}={text!r}: names none; name at least one")
+    return found
 
 
 def flattened(function: Callable[..., Any]) -> Callable[..., Any]:

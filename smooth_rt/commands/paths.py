@@ -10,7 +10,6 @@ import typer
 from smooth_rt.commands.measuring import check_file, finish, measured
 from smooth_rt.commands.options import RunOptions, listed
 from smooth_rt.commands.running import need_attention
-from smooth_rt.errors import InputError
 from smooth_rt.ranges import choice
 
 __all__ = ["interpolation"]
@@ -46,9 +45,7 @@ def interpolation(
     from smooth_rt.metrics.attributes import load_attributes
     from smooth_rt.tasks.inversion import METHODS
 
-    named = listed(ways)
-    if not named:
-        raise InputError(f"ways={ways!r}: names none; name at least one")
+    named = listed(ways, "ways")
     if any("attention_blend" in options_of(way) for way in named):
         need_attention(options, f"--ways {ways}")
     method = choice("method", method, tuple(METHODS))

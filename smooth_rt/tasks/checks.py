@@ -15,12 +15,23 @@ from engines.contract import Dims
 from engines.machine import available_memory
 from engines.staging import said_size
 from smooth_rt.errors import InputError
-from smooth_rt.ranges import check, check_dense, check_text, shown
+from smooth_rt.ranges import check_dense, check_side, check_text, shown
 
 if TYPE_CHECKING:
     from smooth_rt.pipeline import SmoothPipeline
 
-__all__ = ["answer", "as_prompts", "embeds", "image_size", "latents", "memory", "one_each", "per_image", "rows"]
+__all__ = [
+    "answer",
+    "as_prompts",
+    "embeds",
+    "image_side",
+    "image_size",
+    "latents",
+    "memory",
+    "one_each",
+    "per_image",
+    "rows",
+]
 
 
 def as_prompts(prompts: str | Sequence[str], name: str = "prompt") -> list[str]:
@@ -49,18 +60,20 @@ def image_size(
     height: int | None, width: int | None, dims: Dims, default: tuple[int, int] | None = None
 ) -> tuple[int, int]:
     """Height and width in pixels; None is the `default`, or the size that the model was trained at."""
-    sizes = []
-    trained = dims.sample_size * dims.vae_factor
-    for name, value, own in zip(("height", "width"), (height, width), default or (trained, trained), strict=True):
-        (side,) = check(**{name: value})
-        if side is None:
-            side = own
-        elif side % dims.image_multiple:
-            multiple = dims.image_multiple
-            nearest = max(1, (side + (multiple - 1) // 2) // multiple) * multiple
-            raise InputError(f"{name}={side}: give a multiple of {multiple}; the nearest is {nearest}")
-        sizes.append(side)
-    return sizes[0], sizes[1]
+    own = default or (None, None)
+    return image_side("height", height, dims, own[0]), image_side("width", width, dims, own[1])
+
+
+def image_side(name: str, value: int | None, dims: Dims, default: int | None = None) -> int:
+    """A side in pixels; None is the `default`, or that of the images that the model was trained on."""
+    side = check_side(name, value)
+    if side is None:
+        return default or dims.sample_size * dims.vae_factor
+    multiple = dims.image_multiple
+    if side % multiple:
+        nearest = max(1, (side + (multiple - 1) // 2) // multiple) * multiple
+        raise InputError(f"{name}={side}: give a multiple of {multiple}; the nearest is {nearest}")
+    return side
 
 
 def memory(height: int, width: int, channels: int) -> None:

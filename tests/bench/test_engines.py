@@ -11,17 +11,24 @@ import pytest
 import torch
 
 from bench import candidates, engines, gpu, gpu_candidates, starts
+from bench.apart import apart
 from engines.contract import Dims, contract
 from engines.recipes import RECIPES
 from engines.variant import Bounds
 from smooth_rt import cli
-from smooth_rt.errors import InputError
+from smooth_rt.errors import EngineError, InputError
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["engines", "--repeats", "0"], "--repeats=0: give a whole number of at least 1"),
+        (["engines", "--repeats", "0"], "--repeats=0: give a whole number from 1 to 10000"),
+        (
+            ["engines", "--repeats", "1" + 20 * "0"],
+            "--repeats=100000000000000000000: give a whole number from 1 to 10000",
+        ),
+        (["engines", "--samples", "1000000000"], "--samples=1000000000: give a whole number from 1 to 10000"),
+        (["engines", "--batch-size", "1000000"], "--batch-size=1000000: give a whole number from 1 to 10000"),
         (
             ["engines", "--only", "openvino, nvidia"],
             "--only=openvino, nvidia: 'nvidia' is in none of onnxruntime fp32; ",
@@ -29,27 +36,90 @@ from smooth_rt.errors import InputError
         (["engines", "--only", ","], "--only=,: names nothing; give parts of onnxruntime fp32; "),
         (["engines", "--rung", "99"], "--rung=99: give a whole number from 0 to "),
         (["engines", "--rung", "-1"], "--rung=-1: give a whole number from 0 to "),
-        (["engines", "--side", "65"], "height=65: give a multiple of "),
+        (["engines", "--side", "65"], "--side=65: give a multiple of "),
         (["engines", "--output", "tests"], "bench: argument --output: tests: is a folder; name a file"),
-        (["engines", "--work", "README.md"], "bench: argument --work: README.md: README.md is a file, not a folder"),
+        (
+            ["engines", "--work", "README.md"],
+            "bench: argument --work: README.md: README.md is a file, not a folder; name another folder; see ",
+        ),
         (["--quick", "--output", ""], "bench: argument --output: empty; name a folder"),
         (["starts", "--output", " "], "bench: argument --output: empty; name a file"),
-        (["gradients", "--side", "-8"], "height=-8: give a whole number of pixels"),
+        (["gradients", "--side", "-8"], "--side=-8: give a whole number of pixels"),
         (["engines", "--rung", "x"], "bench: argument --rung: invalid int value: 'x'; see --help"),
         (["engines", "--model", "nothing/here.safetensors"], "nothing/here.safetensors: no such folder or file"),
-        (["gradients", "--repeats", "0"], "--repeats=0: give a whole number of at least 1"),
-        (["gradients", "--task", "x"], "--task=x: unknown; choose from vjp, null-text"),
-        (["gradients", "--engine", "inductor"], "gradients=text,sample,both: inductor is not built with gradients"),
+        (["engines", "--model", ""], "--model='': empty; give a path or a name"),
+        (["gradients", "--model="], "--model='': empty; give a path or a name"),
+        (["gradients", "--repeats", "0"], "--repeats=0: give a whole number from 1 to 10000"),
+        (
+            ["gradients", "--task", "vjp,x"],
+            "bench: argument --task: 'x' is unknown; name one or more of vjp, null-text; see ",
+        ),
+        (["gradients", "--task", ""], "bench: argument --task: empty; name one or more of vjp, null-text; see "),
+        (["gradients", "--gradients", ","], "bench: argument --gradients: empty; name one or more of text, sample, "),
+        (
+            ["gradients", "--engine", "inductor"],
+            "bench: argument --engine: 'inductor' is unknown; name one or more of onnxruntime, onnxruntime-cuda, ",
+        ),
+        (["gradients", "--task", "vjp,null-text", "--image", "no.png"], "no.png: no such file; name an image"),
+        (
+            ["gradients", "--task", "null-text", "--num-inference-steps", "1001"],
+            "--num-inference-steps=1001: give a whole number from 1 to ",
+        ),
         (["gradients", "--task", "null-text", "--model", "sd15"], "--task=null-text: sd15 has random weights"),
-        (["gpu", "--repeats", "0"], "--repeats=0: give a whole number of at least 1"),
+        (["gpu", "--repeats", "0"], "--repeats=0: give a whole number from 1 to 10000"),
         (["gpu", "--batch-sizes", "0"], "bench: argument --batch-sizes: '0' is not a list of whole numbers"),
-        (["starts", "--num-inference-steps", "0"], "--num-inference-steps=0: give a whole number of at least 1"),
+        (["starts", "--num-inference-steps", "0"], "--num-inference-steps=0: give a whole number from 1 to 10000"),
+        (["starts", "--num-inference-steps", "1001"], "--num-inference-steps=1001: give a whole number from 1 to "),
+        (["starts", "--engine", ""], "bench: argument --engine: empty; name one or more of onnxruntime, "),
+        (["starts", "--engine", "onnxruntime,nosuch"], "bench: argument --engine: 'nosuch' is unknown; name one or "),
+        (["starts", "--lora="], "--lora='': empty; give a path or a name"),
     ],
 )
-def test_what_is_refused_in_a_line(arguments: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_what_is_refused_in_a_line(
+    arguments: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work(*_: object, **__: object) -> None:
+        raise AssertionError("began to work")
+
+    for place in ("engines.matrix_rates", "gradients._graph", "null_text.build_engines", "starts.apart"):
+        monkeypatch.setattr(f"bench.{place}", work)
     assert cli.main(["bench", *arguments]) == 2
     heard = capsys.readouterr().err.strip().splitlines()[-1]
     assert heard.startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize("kind", ["engines", "gpu", "gradients", "starts"])
+def test_a_fault_is_shown_whole_with_debug(
+    kind: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fault(*_: object) -> None:
+        raise RuntimeError("a fault")
+
+    monkeypatch.setattr("bench.options.check_count", fault)
+    assert cli.main(["bench", kind, "--debug"]) == 1
+    heard = capsys.readouterr().err
+    assert heard.startswith("Traceback")
+    assert heard.splitlines()[-1].startswith("error: RuntimeError: a fault; ")
+
+
+def test_each_engine_is_started_once(monkeypatch: pytest.MonkeyPatch, tiny_model: Path) -> None:
+    measured: list[str] = []
+
+    def refused(_: object, backend: str) -> None:
+        measured.append(backend)
+        if len(measured) == 2:
+            raise InputError("far enough")
+
+    monkeypatch.setattr(starts, "measured", refused)
+    with pytest.raises(InputError, match="far enough"):
+        starts.main(["--model", str(tiny_model), "--engine", "openvino, onnxruntime,openvino"])
+    assert measured == ["openvino", "onnxruntime"]
+
+
+def test_what_failed_apart_is_told_in_its_own_words() -> None:
+    arguments = ["--job", "first", "--model", "no/such/model", "--lora", "none"]
+    with pytest.raises(EngineError, match=r"^failed \(no/such/model: no such folder or file"):
+        apart("bench.starts", [*arguments, "--engine", "onnxruntime"], "failed ({})".format)
 
 
 @pytest.mark.parametrize("arguments", [["--quick", "--output", "b"], ["starts", "--output", "b/figures.json"]])

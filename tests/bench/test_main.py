@@ -13,9 +13,10 @@ from bench.options import parse
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--repeats", "0"], "--repeats=0: give a whole number of at least 1"),
+        (["--repeats", "0"], "--repeats=0: give a whole number from 1 to 10000"),
+        (["--repeats", "9" * 20], f"--repeats={'9' * 20}: give a whole number from 1 to 10000"),
         (["--repeats", "many"], "--repeats"),
-        (["--warmup", "-1"], "--warmup=-1"),
+        (["--warmup", "-1"], "--warmup=-1: give a whole number from 0 to 10000"),
         (["--frames", "1"], "--frames=1: give a whole number from 2 to 10000"),
         (["--num-inference-steps", "0"], "--num-inference-steps=0"),
         (["--num-inference-steps", "1001"], "--num-inference-steps=1001: give a whole number from 1 to 999"),
@@ -31,13 +32,13 @@ from bench.options import parse
         (["--batch-sizes", "1,0"], "'1,0' is not a list of whole numbers from 1 to 10000"),
         (["--batch-sizes", "one"], "'one' is not a list"),
         (["--batch-sizes", ""], "not a list"),
-        (["--engine", ","], "name at least one engine"),
+        (["--engine", ","], "--engine: empty; name one or more of auto, eager"),
         (["--guidance-scale", "nan"], "--guidance-scale=nan"),
         (["--guidance-scale", "0.5"], "at least 1"),
         (["--lora-strength", "inf"], "--lora-strength=inf"),
         (["--prompt", " "], "--prompt: empty"),
         (["--speed", "high"], "unrecognized arguments"),
-        (["--engine", "quantum"], "engine 'quantum': unknown"),
+        (["--engine", "quantum"], "--engine: 'quantum' is unknown; name one or more of auto, eager"),
         (["--engine", "eager,tensorrt"], "engine 'tensorrt'"),
     ],
 )

@@ -69,10 +69,10 @@ def test_prune_removes_what_is_damaged(run: Any, tmp_path: Path, monkeypatch: py
 
 
 def test_bench_passes_its_arguments_on(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    import bench.__main__
+    import bench.run
 
     seen: list[str] = []
-    monkeypatch.setattr(bench.__main__, "run", seen.extend)
+    monkeypatch.setattr(bench.run, "run", seen.extend)
     assert run("bench", "--quick", "--help", "x")[0] == 0
     assert seen == ["--quick", "--help", "x"]
 

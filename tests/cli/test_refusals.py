@@ -168,6 +168,8 @@ def test_an_input_is_never_replaced(
         (["fuse", "--model", "TINY", "--lora", "MISSING"], "missing.safetensors"),
         (["build-engine", "--model", "TINY", "--backend", "eager"], "nothing to build"),
         (["build-engine", "--model", "TINY", "--backend", ","], "backends: none named"),
+        (["build-engine", "--model", "TINY", "--backend", "auto"], "to build for it; choose from onnxruntime, "),
+        (["build-engine", "--model", "TINY", "--gradients", ","], "--gradients=',': names none; name at least one"),
         (["engines", "verify", "MISSING"], "no such bundle"),
         (["engines", "verify", "MISSING", "--parity", "--seed", "-99999999999999999999"], "does not fit into 64 bits"),
         (["engines", "inspect", "MISSING"], "no such bundle"),

@@ -27,7 +27,7 @@ INTERRUPTED = """
 import sys
 class Interrupts:
     def find_spec(self, name, *_):
-        if name == 'typer': raise KeyboardInterrupt
+        if name in ('typer', 'rich', 'pydantic', 'torch'): raise KeyboardInterrupt
 sys.meta_path.insert(0, Interrupts())
 """
 
@@ -183,8 +183,14 @@ def test_an_interruption_while_the_result_is_printed(
     assert capsys.readouterr().err.startswith("interrupted; ")
 
 
-def test_an_interruption_while_the_commands_are_imported(tmp_path: Path) -> None:
-    code = INTERRUPTED + listing()
+def as_module(name: str) -> str:
+    """Code that is `python -m name engines`."""
+    return f"import runpy, sys; sys.argv[1:] = ['engines']; runpy.run_module('{name}', run_name='__main__')"
+
+
+@pytest.mark.parametrize("run", [listing(), as_module("smooth_rt"), as_module("bench")])
+def test_an_interruption_while_the_commands_are_imported(tmp_path: Path, run: str) -> None:
+    code = INTERRUPTED + run
     ran = process(tmp_path, code, capture_output=True, text=True)
     assert (ran.returncode, ran.stdout) == (130, "")
     assert ran.stderr == "interrupted; nothing half-written is left; run the same command again\n"

@@ -149,6 +149,10 @@ def test_what_a_graph_is_built_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert select.target("onnxruntime-cuda", "SM80, sm89") == "sm80,sm89"
     with pytest.raises(InputError, match="gpu_arch=ada: no architecture; give for example sm89"):
         select.target("onnxruntime-cuda", "ada")
+    for backend, every in (("onnxruntime-cuda", "cuda"), ("tensorrt-rtx", "rtx")):
+        assert select.target(backend, every.upper()) == every
+        with pytest.raises(InputError, match=f"gpu_arch=sm89,{every}: no architecture; .* or {every} alone"):
+            select.target(backend, f"sm89,{every}")
     assert "torch finds none" in str(select.runs_here(select.ANY_GPU))
     monkeypatch.setattr(select, "gpu", lambda: "sm89")
     assert select.target("onnxruntime-cuda") == "sm89"
