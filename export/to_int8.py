@@ -62,7 +62,9 @@ class Calibration(Protocol):
 def check_installed() -> None:
     """Raise EngineError unless NNCF is here: a build asks before its first stage, which may be long before the last."""
     if importlib.util.find_spec("nncf") is None:
-        raise EngineError("precision 'int8': NNCF is not installed; run `pip install 'nncf>=3'`")
+        raise EngineError(
+            "precision 'int8': NNCF is not installed; run `pip install nncf` (in a checkout -c constraints.txt)"
+        )
 
 
 def quantise_openvino(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from engines.providers import PROVIDERS, Provider
 from smooth_rt import SmoothPipeline, cli
 from smooth_rt.build import ensure_engines, prove_engines
 from smooth_rt.cache import Entry, make_room, prune
+from smooth_rt.commands import models
 from smooth_rt.model import load_model
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU: tests/gpu/test_onnxruntime.py")
@@ -62,6 +64,9 @@ def test_it_is_not_used_where_it_cannot_run_nor_before_it_was_proved(
     monkeypatch.setattr(select, "gpu", lambda: "sm89")
     with pytest.raises(BundleError, match=r"nothing proves it yet; run `smooth-rt engines verify --parity .*` here"):
         bundle.engine("unet", "onnxruntime-cuda")
+    said = models._unproved(bundle)
+    assert said is not None
+    assert re.fullmatch(r"onnxruntime-cuda-fp32\S*; run `smooth-rt engines verify --parity \S+` on a machine .*", said)
 
 
 def test_proved_where_it_runs_and_then_used(
@@ -77,6 +82,7 @@ def test_proved_where_it_runs_and_then_used(
     assert len({what for what, *_ in told}) * 2 < told[-1][2] == len(set(done)) - 1
     opened = Bundle.open(bundle.path)
     assert all(one.proved for one in opened.variants)
+    assert models._unproved(opened) is None
     settings: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
     images = []
     for name, provider in (("onnxruntime", "cuda"), ("onnxruntime", None)):

@@ -14,6 +14,7 @@ from smooth_rt.commands.running import Stopwatch, opened_model
 from smooth_rt.errors import InputError
 
 if TYPE_CHECKING:
+    from engines.bundle import Bundle
     from engines.variant import Profile
 
 __all__ = ["build_engine", "fuse", "read_profiles"]
@@ -157,8 +158,17 @@ def build_engine(
         "reused": built.reused,
         "reason": built.reason,
         "seconds": watch.seconds,
+        "unproved": _unproved(built.bundle),
         "parity": parity,
     }
+
+
+def _unproved(bundle: Bundle) -> str | None:
+    """The engines that were built where they cannot run, and what proves them."""
+    names = [built.variant.name for built in bundle.variants if not built.proved]
+    if not names:
+        return None
+    return f"{', '.join(names)}; run `smooth-rt engines verify --parity {bundle.path}` on a machine that they are for"
 
 
 def _backends(backend: str, provider: str | None) -> list[str]:
