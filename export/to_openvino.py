@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -24,6 +25,7 @@ from export.rewrites.winograd import winograd
 __all__ = ["fewer_multiplications", "native_kernels", "rewrite", "save", "to_openvino", "to_winograd"]
 
 _RULES = (exact_timesteps, own_weights)
+_COUNTED = re.compile(r"([A-Z]\w*)_\d+")  # a node's kind, or of a folded one the kind it had
 
 
 def to_openvino(
@@ -118,6 +120,15 @@ def fewer_multiplications(
     return winograd(model, shapes, max(one["batch"][1] for one in bounds), native)
 
 
+def _number(model: openvino.Model) -> None:
+    """Number the nodes without a name of their own by their places: OpenVINO counts them by the process, and the same
+    graph would be another file in each build."""
+    for index, node in enumerate(model.get_ordered_ops()):
+        counted = _COUNTED.fullmatch(node.get_friendly_name())
+        if counted:
+            node.set_friendly_name(f"{counted[1]}.{index}")
+
+
 def save(
     model: openvino.Model,
     path: Path,
@@ -133,6 +144,7 @@ def save(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     hits = rewrite(model) | native_kernels(model, native, whole)
+    _number(model)
     try:
         openvino.save_model(model, str(path), compress_to_fp16=compress)
     except RuntimeError as error:

@@ -33,6 +33,15 @@ def test_the_same_module_gives_the_same_graph(built: Any, networks: Networks, di
         )
 
 
+@pytest.mark.parametrize("name", ["text_encoder", "unet"])
+def test_the_same_graph_is_the_same_file_on_openvino(built: Any, tmp_path: Path, name: NetworkName) -> None:
+    """Whatever the process has made before."""
+    for path in (tmp_path / "one.xml", tmp_path / "two.xml"):
+        to_openvino(built.bundle.path / "onnxruntime-fp32" / name / "model.onnx", path)
+    for suffix in (".xml", ".bin"):
+        assert digest_file(tmp_path / f"one{suffix}") == digest_file(tmp_path / f"two{suffix}")
+
+
 def test_exporting_is_silent(
     networks: Networks, dims: Dims, tmp_path: Path, capfd: pytest.CaptureFixture[str], recwarn: pytest.WarningsRecorder
 ) -> None:
