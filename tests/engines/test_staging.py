@@ -269,7 +269,7 @@ def test_a_bundle_that_is_removed_while_it_is_looked_at_is_nobodys(old: Path, mo
     assert len(looks) > 1
 
 
-@pytest.mark.parametrize("number", [os.getpid(), DEAD])
+@pytest.mark.parametrize("number", [os.getpid(), DEAD], ids=["this", "none"])
 def test_who_is_at_work_in_another_container_is_left_alone(target: Path, number: int) -> None:
     """There its number is another one, or this process's."""
     left = target.with_name(f".bundle.partial-{number}")
