@@ -16,6 +16,7 @@ from engines.bundle import Bundle
 from engines.contract import NetworkName
 from engines.errors import ParityError
 from engines.ort import RUN_GRAPH, plain_graph
+from engines.whole import stamps
 from export.prove import prove
 
 Networks = dict[NetworkName, nn.Module]
@@ -57,6 +58,7 @@ def test_a_plain_graph_that_is_wrong_proves_nothing(bundle: Bundle, networks: Ne
     model.graph.initializer.append(helper.make_tensor("factor", onnx.TensorProto.FLOAT, [], [1.01]))
     model.graph.node.append(helper.make_node("Mul", ["before", "factor"], ["noise_pred"]))
     onnx.save(model, plain)
+    bundle._stamps = stamps(bundle.path, bundle.manifest.files)  # as if it had been opened so
     said = rf"{re.escape(str(bundle.path))}: onnxruntime-fp32: unet: onnxruntime's noise_pred differs .* by 1\.0e-02"
     with pytest.raises(ParityError, match=said):
         prove(bundle, networks, seed=1)
