@@ -168,7 +168,7 @@ def discard(folder: Path) -> None:
 
 def _beside(folder: Path, kind: str) -> Path:
     """A free name of a folder that this process works in; a process of another container may have the same number."""
-    path = folder.with_name(f".{folder.name.lstrip('.')}.{kind}-{os.getpid()}")
+    path = folder.with_name(f".{folder.name}.{kind}-{os.getpid()}")
     return path.with_name(f"{path.name}-{secrets.token_hex(4)}") if os.path.lexists(path) else path
 
 
@@ -214,7 +214,8 @@ def held(folder: Path) -> Iterator[None]:
     The lock is seen from other containers, too, in which the process has another number. Where a disk has no locks, the
     number in the folder's name is all that tells.
     """
-    descriptor = _locked(folder)
+    # Waits for who asks `at_work` at this moment, which is over at once.
+    descriptor = _locked(folder, probe=False)
     try:
         yield
     finally:
@@ -222,11 +223,22 @@ def held(folder: Path) -> Iterator[None]:
             os.close(descriptor)
 
 
-def _locked(folder: Path) -> int | None:
-    """A descriptor that holds the lock of `folder`; None where there are no locks.
+def at_work(folder: Path, pid: int) -> bool:
+    """Whether another process is at work in `folder`, which is named by its number."""
+    try:
+        descriptor = _locked(folder, probe=True)
+    except BlockingIOError:
+        return True
+    if descriptor is not None:
+        os.close(descriptor)
+    return _alive(pid)
+
+
+def _locked(folder: Path, probe: bool) -> int | None:
+    """A descriptor that holds the lock of `folder`, of a `probe` one that others may share; None where there are none.
 
     Raises:
-        BlockingIOError: another one holds it.
+        BlockingIOError: of a probe: somebody holds the lock.
     """
     if os.name == "nt":
         return None
@@ -237,23 +249,13 @@ def _locked(folder: Path) -> int | None:
     except OSError:
         return None
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB if probe else fcntl.LOCK_EX)
+    except BaseException as error:
         os.close(descriptor)
+        if isinstance(error, OSError) and not isinstance(error, BlockingIOError):
+            return None
         raise
-    except OSError:
-        os.close(descriptor)
-        return None
     return descriptor
-
-
-def at_work(folder: Path, pid: int) -> bool:
-    """Whether another process is at work in `folder`, which is named by its number."""
-    try:
-        with held(folder):
-            return _alive(pid)
-    except BlockingIOError:
-        return True
 
 
 def _alive(pid: int) -> bool:

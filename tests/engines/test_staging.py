@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import os
 import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -293,6 +295,40 @@ def test_who_is_at_work_in_another_container_is_left_alone(target: Path, number:
             other.kill()
     publish(target, "newer")
     assert siblings(target) == ["bundle"]
+
+
+def test_who_asks_at_the_moment_a_build_begins_is_waited_for(target: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who lists a cache asks of each folder in it whether somebody is at work there."""
+    asked = []
+    lock = fcntl.flock
+
+    def flock(descriptor: int, how: int) -> None:
+        if not how & fcntl.LOCK_NB and not asked:  # a build's: another process was faster by a moment
+            (partial,) = target.parent.iterdir()
+            other = os.open(partial, os.O_RDONLY)
+            lock(other, fcntl.LOCK_SH)
+            asked.append(threading.Timer(0.2, os.close, (other,)))
+            asked[0].start()
+        lock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    publish(target, "new")
+    assert asked
+    assert content(target) == {"manifest.json": "new"}
+
+
+def test_what_the_dead_left_of_a_hidden_bundle_is_swept_too(tmp_path: Path) -> None:
+    hidden, seen = tmp_path / ".bundle", tmp_path / "bundle"
+    publish(hidden, "old")
+    hidden.rename(tmp_path / f"..bundle.old-{DEAD}")  # a swap that was cut off half-way
+    (tmp_path / f"..bundle.partial-{DEAD}").mkdir()
+    publish(seen, "another")
+    with staging(hidden) as folder:
+        assert folder.name == f"..bundle.partial-{os.getpid()}"
+        assert content(hidden) == {"manifest.json": "old"}
+        (folder / "manifest.json").write_text("new")
+    assert siblings(seen) == [".bundle", "bundle"]
+    assert [content(one) for one in (hidden, seen)] == [{"manifest.json": "new"}, {"manifest.json": "another"}]
 
 
 def test_a_manifest_that_was_half_rewritten_makes_nobodys_folder(old: Path) -> None:
