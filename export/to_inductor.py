@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import re
@@ -145,8 +146,28 @@ def _export(module: nn.Module, network: Network, dims: Dims, path: Path, device:
             program = torch.export.export(laid, inputs, dynamic_shapes=shapes)
     except Exception as error:
         raise EngineError(f"{network.name}: torch.export failed: {reason(error)}") from error
-    with quiet():
-        torch.export.save(program, path)
+    with quiet(), _Archive(io.FileIO(path, "w")) as archive:
+        torch.export.save(program, archive)
+        archive.check()
+
+
+class _Archive(io.BufferedWriter):
+    """What torch writes an archive to. An OSError in the midst would end the process, in C++: it is told afterwards."""
+
+    fault: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        if self.fault is None:
+            try:
+                return super().write(data)
+            except OSError as error:
+                self.fault = error
+        return memoryview(data).nbytes
+
+    def check(self) -> None:
+        """Raise what was met."""
+        if self.fault is not None:
+            raise self.fault
 
 
 @contextlib.contextmanager

@@ -66,7 +66,8 @@ def _read_noise(path: Path, count: int) -> Tensor:
     from safetensors.torch import load_file
 
     if not path.is_file():
-        raise InputError(f"--latents: {path}: no such file; name the noise.safetensors that invert wrote")
+        what = "not a file" if path.exists() else "no such file"
+        raise InputError(f"--latents: {path}: {what}; name the noise.safetensors that invert wrote")
     try:
         found: Tensor | None = load_file(path).get("latents")
     except (OSError, SafetensorError, RuntimeError, TypeError, ValueError, OverflowError) as error:

@@ -135,7 +135,8 @@ def _locate(source: str) -> Path:
             raise ModelError(f"{pickled}: pickles are never loaded; convert it to .safetensors")
         raise ModelError(f"{path}: holds none of {', '.join(WEIGHT_FILES)}; name the file")
     if not HUB_ID.fullmatch(source) or path.suffix == ".safetensors":
-        raise ModelError(f"{source}: no such file or folder; name a .safetensors file, a folder or a hub id")
+        what = "neither file nor folder" if path.exists() else "no such file or folder"
+        raise ModelError(f"{source}: {what}; name a .safetensors file, a folder or a hub id")
     return _locate(str(download(source, [*WEIGHT_FILES, "adapter_config.json"], "pass a file")))
 
 

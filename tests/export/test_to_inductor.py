@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -254,6 +255,21 @@ def test_a_module_that_torch_cannot_export(dims: Dims, tmp_path: Path) -> None:
     with pytest.raises(EngineError, match=r"text_encoder: torch\.export failed") as caught:
         to_inductor(Branches(dims).eval(), contract("text_encoder", dims), dims, tmp_path / "made" / "a.pt2")
     assert "\n" not in str(caught.value)
+    assert os.listdir(tmp_path / "made") == []
+
+
+def test_a_disk_that_fills_as_the_program_is_written(
+    doubled: tuple[nn.Module, Network], dims: Dims, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A limit of this process on the size of a file stands for it. Torch's own writer ends the process there."""
+    monkeypatch.setattr(stage, "cannot_build", lambda *_: None)
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            to_inductor(doubled[0], doubled[1], dims, tmp_path / "made" / "a.pt2")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert os.listdir(tmp_path / "made") == []
 
 
