@@ -138,6 +138,8 @@ def ensure_engines(
     from smooth_rt.model import Model, load_model
     from smooth_rt.schedule import Schedule
 
+    # The LoRA first: what is wrong with it is told before minutes of a large model.
+    given = lora if lora is None or isinstance(lora, Lora) else read_lora(lora)
     loaded = model if isinstance(model, Model) else load_model(model)
     wrt = gradients_named(gradients, loaded.dims.up_blocks)
     for profile in profiles:
@@ -145,7 +147,7 @@ def ensure_engines(
     Schedule.from_config(loaded.scheduler_config, 1)  # which no engine needs, and all that run them do
     if fused_with(loaded.unet) is not None:
         raise InputError(f"{loaded.source}: a LoRA is fused into this model, so its digests do not hold; load it again")
-    adapter = loaded.lora if lora is None else lora if isinstance(lora, Lora) else read_lora(lora)
+    adapter = loaded.lora if given is None else given
     record = None
     if adapter is not None:
         strength = lora_strength if lora_mode == "fused" else None

@@ -31,8 +31,9 @@ def open_model(
     Raises:
         ModelError: the model or the LoRA cannot be read or does not fit.
     """
+    adapter = None if lora is None else read_lora(lora)  # first: it is small, and a model takes minutes
     loaded = model if isinstance(model, Model) else load_model(model, config=config)
-    return loaded if lora is None else _with_lora(loaded, read_lora(lora), lora_strength)
+    return loaded if adapter is None else _with_lora(loaded, adapter, lora_strength)
 
 
 def reopen_model(bundle: Bundle, config: str | Path | None = None) -> Model:
