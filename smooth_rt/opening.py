@@ -47,6 +47,14 @@ def reopen_model(bundle: Bundle, config: str | Path | None = None) -> Model:
         ModelError: it is gone.
     """
     source = bundle.source
+    fused = source.lora
+    if fused is not None:  # first, as in `open_model`
+        adapter = read_lora(fused.source)
+        if adapter.digest != fused.digest:
+            raise BundleError(
+                f"{bundle.path}: the LoRA {fused.source} is not what the bundle was made from; "
+                "run smooth-rt build-engine again, or use another engine"
+            )
     loaded = load_model(source.model, revision=source.revision, config=config)
     changed = [name for name, digest in source.digests.items() if loaded.digests.get(name) != digest]
     if changed:
@@ -54,15 +62,7 @@ def reopen_model(bundle: Bundle, config: str | Path | None = None) -> Model:
             f"{bundle.path}: {source.model} is not what the bundle was made from ({', '.join(changed)} changed); "
             "run smooth-rt build-engine again, or use another engine"
         )
-    if source.lora is not None:
-        lora: Lora = read_lora(source.lora.source)
-        if lora.digest != source.lora.digest:
-            raise BundleError(
-                f"{bundle.path}: the LoRA {source.lora.source} is not what the bundle was made from; "
-                "run smooth-rt build-engine again, or use another engine"
-            )
-        return _with_lora(loaded, lora, source.lora.strength)
-    return loaded
+    return loaded if fused is None else _with_lora(loaded, adapter, fused.strength)
 
 
 def _with_lora(model: Model, lora: Lora, strength: float | None) -> Model:

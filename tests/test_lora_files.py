@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -44,6 +45,12 @@ def test_sources(tmp_path: Path) -> None:
     refusal(lambda: read_lora(cut), "truncated")
     save_file({}, cut)
     refusal(lambda: read_lora(cut), "no tensors")
+
+
+def test_a_pipe_is_no_lora(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(ModelError, match="fifo: neither file nor folder; name a"):
+        read_lora(tmp_path / "fifo")
 
 
 def test_writing_fails_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

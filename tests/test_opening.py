@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Generator
 
+from smooth_rt.build import ensure_engines
 from smooth_rt.commands.options import RunOptions
 from smooth_rt.commands.running import described, open_pipeline
 from smooth_rt.errors import BundleError, InputError, ModelError
@@ -53,6 +54,27 @@ def test_weights_that_have_changed_are_refused(tiny_model: Path, lora: Path, cha
     with pytest.raises(BundleError, match=said) as caught:
         reopen_model(remembered(tiny_model, lora, changed))
     assert "\n" not in str(caught.value)
+
+
+def test_what_is_wrong_with_a_lora_is_said_before_a_model_is_loaded(
+    tiny_model: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bundle = remembered(tiny_model, lora)
+    bundle.source.lora.source = str(tmp_path / "gone.safetensors")
+
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("the model was loaded")
+
+    monkeypatch.setattr("smooth_rt.opening.load_model", load)
+    monkeypatch.setattr("smooth_rt.model.load_model", load)
+    for act in (
+        lambda: open_model(tiny_model, bundle.source.lora.source, 1.0),
+        lambda: reopen_model(bundle),
+        lambda: ensure_engines(tiny_model, bundle.source.lora.source, backends=["onnxruntime"], output=tmp_path / "b"),
+    ):
+        with pytest.raises(ModelError, match=r"gone\.safetensors: no such file or folder; name a"):
+            act()
+    assert not (tmp_path / "b").exists()
 
 
 def test_weights_that_are_gone(tiny_model: Path, lora: Path, tmp_path: Path) -> None:

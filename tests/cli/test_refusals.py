@@ -57,6 +57,7 @@ def png_header(width: int, height: int) -> bytes:
         (["invert", "HUGE", "--prompt", "a"], "too large"),
         (["invert", "PICTURE", "MISSING", "--prompt", "a"], "no such file"),
         ([*GENERATE, "--latents", "MISSING"], "--latents: "),
+        ([*GENERATE, "--latents", "FIFO"], "fifo: not a file; name the noise.safetensors"),
         ([*GENERATE, "--latents", "TEXT"], "no safetensors file"),
         ([*GENERATE, "--latents", "LORA"], "no float32 tensor named latents"),
         (["edit", "PICTURE", "--prompt", "a"], "eq15 needs what each image shows now"),
@@ -73,11 +74,13 @@ def test_bad_input(
 ) -> None:
     (tmp_path / "text.png").write_text("this is no image")
     Image.new("RGB", (1, 1)).save(tmp_path / "dot.png")
+    os.mkfifo(tmp_path / "fifo")
     (tmp_path / "huge.png").write_bytes(png_header(20_000, 20_000))
     paths = {"PICTURE": picture, "MISSING": tmp_path / "missing.png", "TEXT": tmp_path / "text.png"}
     paths |= {
         "DOT": tmp_path / "dot.png",
         "HUGE": tmp_path / "huge.png",
+        "FIFO": tmp_path / "fifo",
         "LORA": examples()[0].path.parents[1] / "smooth_lora.safetensors",
     }
     fast = [] if "--num-inference-steps" in arguments else FAST
