@@ -95,8 +95,7 @@ class Engine(abc.ABC):
             InputError: an input is no CPU tensor or contradicts the contract.
             EngineError: the engine is closed, or the backend failed or returned something else than the contract.
         """
-        if self.closed:
-            raise EngineError(f"{self.network.name}: the {self.backend} engine is closed; open it again")
+        self.check_open()
         for name, tensor in inputs.items():
             if not getattr(tensor, "is_cpu", False):
                 raise InputError(f"{self.network.name}: {name} is not a CPU torch tensor; convert it with .cpu() first")
@@ -220,7 +219,7 @@ class Engine(abc.ABC):
 
     def _lacks(self, what: str, asked: str, found: bool, least: NetworkName) -> str | None:
         if self.closed:
-            return f"{self.network.name}: the {self.backend} engine is closed; open it again"
+            return self._said_closed
         if self.network.name != "unet":
             return f"{self.network.name}: {what} of the UNet; open that"
         mend = self.without_gradient.get(least, "use the engine eager")
@@ -300,7 +299,8 @@ class Engine(abc.ABC):
     def refit(self, weights: Mapping[str, Tensor]) -> None:
         """Put other values into the engine's weights, without a rebuild.
 
-        Hand over every weight that may differ from before: then A, B and A again give A bit for bit.
+        Hand over every weight that may differ from before: then A, B and A again give A bit for bit. One that fails or
+        is interrupted on its way may have replaced some of them: refit again before you run the engine.
 
         Args:
             weights: by the torch parameter's name, in its layout.
@@ -309,8 +309,7 @@ class Engine(abc.ABC):
             EngineError: the engine is closed, or cannot be refitted, or fails at it.
             InputError: it has no such weight.
         """
-        if self.closed:
-            raise EngineError(f"{self.network.name}: the {self.backend} engine is closed; open it again")
+        self.check_open()
         unknown = sorted(set(weights) - set(self.places))
         if unknown:
             raise InputError(
@@ -347,6 +346,15 @@ class Engine(abc.ABC):
                     f"{self.network.name}: the {self.backend} graph's {kind} are {_few(names)}, not {_few(wanted)}; "
                     "rebuild the bundle"
                 )
+
+    def check_open(self) -> None:
+        """Raise EngineError where the engine is closed."""
+        if self.closed:
+            raise EngineError(self._said_closed)
+
+    @property
+    def _said_closed(self) -> str:
+        return f"{self.network.name}: the {self.backend} engine is closed; open it again"
 
     def close(self) -> None:
         """Free what the backend holds. Closing twice is fine."""

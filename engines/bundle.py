@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from engines.command import build_command, outside
+from engines.command import build_command, mend_lacking, outside
 from engines.contract import DERIVED, Dims, NetworkName, said_gradients
 from engines.errors import BundleError, EngineError, InputError, with_command
 from engines.manifest import (
@@ -168,14 +168,8 @@ class Bundle:
             wanted += f" with {' and '.join(forms)}" if forms else ""
             wanted += f" and LoRA mode {lora_mode}" if lora_mode is not None else ""
             there = ", ".join(built.variant.name for built in self.variants)
-            options = [] if precision in (None, "fp32") else ["--precision", str(precision)]
-            options += [] if lora_mode in (None, "fused") else ["--lora-mode", str(lora_mode)]
-            options += [] if kernels in (None, "backend") else ["--kernels", str(kernels)]
-            if convolution == "winograd":  # which is of one size
-                side = str(self.dims.sample_size * self.dims.vae_factor)
-                options += ["--convolution", convolution, "--batch", "1", "--height", side, "--width", side]
-            command = " ".join([build_command(self.path, self.source, [backend]), *options])
-            raise BundleError(f"{self.path}: not built for {wanted} (there is {there}); run `{command}`")
+            mend = mend_lacking(self.path, self.manifest, backend, precision, lora_mode, convolution, kernels)
+            raise BundleError(f"{self.path}: not built for {wanted} (there is {there}); {mend}")
 
         def order(built: VariantRecord) -> tuple[int, int, int]:
             variant = built.variant

@@ -8,10 +8,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from engines.contract import Dims, NetworkName, said_gradients
-from engines.manifest import Source, VariantRecord
-from engines.variant import GUIDED, Profile, Span, Variant
+from engines.errors import InputError
+from engines.manifest import Manifest, Source, VariantRecord
+from engines.recipes import RECIPES, check_convolution, check_kernels, check_lora_mode, check_precision
+from engines.select import ON_GPU, architecture
+from engines.variant import GUIDED, Convolution, Kernels, LoraMode, Precision, Profile, Span, Variant, few_images
 
-__all__ = ["build_command", "outside", "widened"]
+__all__ = ["build_command", "mend_lacking", "outside", "widened"]
 
 
 def build_command(
@@ -37,8 +40,11 @@ def build_command(
         words += ["--model", source.model]
         # Left out, --lora is the shipped one where the model is the default.
         words += ["--lora", "none" if source.lora is None else source.lora.source]
-        if source.lora is not None and source.lora.strength is not None:
+        fused = variant is None or variant.lora_mode == "fused"
+        if source.lora is not None and source.lora.strength is not None and fused:
             words += ["--lora-strength", f"{source.lora.strength:g}"]
+        if source.lora is not None and source.lora.strength is None and variant is None:
+            words += ["--lora-mode", "runtime"]  # which every backend has; a fused one would be another bundle
     if variant is not None:
         backends = [variant.backend]
     if backends:
@@ -58,6 +64,72 @@ def build_command(
     if path is not None:
         words += ["--output", str(path)]
     return shlex.join(words)
+
+
+def mend_lacking(
+    path: Path,
+    manifest: Manifest,
+    backend: str,
+    precision: Precision | None = None,
+    lora_mode: LoraMode | None = None,
+    convolution: Convolution | None = None,
+    kernels: Kernels | None = None,
+) -> str:
+    """What to do about a variant that a bundle lacks: "run" and the command that adds it, everything else in the bundle
+    staying; or, where that cannot be, the one that builds it in a folder beside the bundle's, or why nothing does.
+
+    Args:
+        path: of the bundle.
+        manifest: of it.
+        backend: of the variant; what it shall be like where the rest names nothing.
+        precision: None is the backend's most exact one.
+        lora_mode: None is the bundle's where the backend has it so.
+        convolution: None is direct.
+        kernels: None is the backend's.
+    """
+    like = next((built for built in manifest.variants if built.backend == backend), manifest.variants[0])
+    lora, exact = manifest.source.lora, next(iter(RECIPES[backend])) if precision is None else precision
+    apart = lora is not None and lora.strength is None
+    if lora is None and lora_mode not in (None, "fused"):
+        return "it has no LoRA whose strength could be set; leave the LoRA mode out"
+    own = like.variant.lora_mode
+    modes = [lora_mode] if lora_mode is not None else list(dict.fromkeys([own, "runtime", "fused"] if apart else [own]))
+    try:
+        check_precision(backend, exact)
+        check_kernels(backend, kernels or "backend")
+        able = [mode for mode in modes if _holds(backend, exact, mode)]
+        if not able:
+            check_lora_mode(backend, exact, modes[0])
+        variant = Variant(
+            backend=backend,
+            precision=exact,
+            lora_mode=able[0],
+            # None is named where the bundle has none of the backend: each machine knows its own.
+            architecture=like.variant.architecture if like.backend == backend in ON_GPU else architecture(),
+            convolution=convolution or "direct",
+            kernels=kernels or "backend",
+        )
+        profiles = like.profiles
+        if variant.convolution == "winograd" and profiles[0].height.max is None:  # which is of one size
+            side = few_images(manifest.dims).height
+            profiles = [Profile(batch=Span(min=1, opt=1, max=1), height=side, width=side)]
+        check_convolution(variant, profiles)
+    except InputError as error:
+        return f"nor can it be: {error}"
+    if (variant.lora_mode != "fused") == apart:
+        return f"run `{build_command(path, manifest.source, (), variant, profiles)}`"
+    # A LoRA that is fused and one that is held apart are other weights: the bundle would be replaced.
+    beside = path.with_name(f"{path.name}-{variant.lora_mode}")
+    command = build_command(beside, manifest.source, (), variant, profiles)
+    return f"its LoRA is {'held apart' if apart else 'fused'}; build one beside it with `{command}`"
+
+
+def _holds(backend: str, precision: str, lora_mode: str) -> bool:
+    try:
+        check_lora_mode(backend, precision, lora_mode)
+    except InputError:
+        return False
+    return True
 
 
 def outside(

@@ -15,6 +15,7 @@ from engines.contract import DERIVED, NETWORKS, Dims, NetworkName
 from engines.variant import Bounds, Place, Precision, Profile, Record, Variant
 
 __all__ = [
+    "CALIBRATED_ON",
     "FORMAT",
     "LARGEST_TOLERANCE",
     "EngineRecord",
@@ -30,6 +31,7 @@ __all__ = [
 ]
 
 LARGEST_TOLERANCE = 0.5  # beyond it an error tells nothing: zeros are 1 off
+CALIBRATED_ON = "calibrated_on"  # in an int8 engine's notes: the digest of the prompts
 FORMAT = 4  # 3 knew the features of one block alone, 2 had one precision and one set of sizes a bundle
 
 
@@ -131,6 +133,10 @@ class EngineRecord(Record):
     places: dict[str, Place] = Field(default_factory=dict)
     notes: dict[str, int | str | list[str]] = Field(default_factory=dict)
 
+    def calibrated_on(self, prompts: str | None) -> bool:
+        """Whether it is that of prompts with this digest, as far as prompts count: in int8. None stands for any."""
+        return prompts is None or self.precision != "int8" or self.notes.get(CALIBRATED_ON) == prompts
+
 
 class VariantRecord(Record):
     """One variant that was built, its engines in the contract's order.
@@ -169,6 +175,10 @@ class VariantRecord(Record):
     def gradients(self) -> tuple[NetworkName, ...]:
         """The networks of gradients that it has."""
         return tuple(record.network for record in self.engines if record.network in DERIVED)
+
+    def calibrated_on(self, prompts: str | None) -> bool:
+        """Whether its engines are those of prompts with this digest; see `EngineRecord`."""
+        return all(record.calibrated_on(prompts) for record in self.engines)
 
     def engine(self, network: NetworkName) -> EngineRecord:
         """The record of a network: every variant of a manifest has those of `NETWORKS`, and its `gradients`."""

@@ -116,7 +116,7 @@ def check_precision(backend: str, precision: str) -> None:
     """Raise InputError unless `backend` can be built in `precision`."""
     offered = RECIPES[backend]
     if precision not in offered:
-        others = [name for name, precisions in RECIPES.items() if precision in precisions]
+        others = [name for name, precisions in RECIPES.items() if name != "eager" and precision in precisions]
         has = f"; that is what {', '.join(others)} can" if others else ""
         raise InputError(f"precision {precision!r}: {backend} is built in {', '.join(offered)}{has}")
 
@@ -128,7 +128,7 @@ def check_gradients(backend: str, precision: str, lora_mode: str, gradients: Col
         return
     able = [one for one, networks in RECIPES[backend].items() if set(DERIVED) <= set(networks)]
     if not able:
-        others = [name for name, precisions in RECIPES.items() if set(DERIVED) <= set(precisions.get("fp32", {}))]
+        others = [name for name, has in RECIPES.items() if name != "eager" and set(DERIVED) <= set(has.get("fp32", {}))]
         raise InputError(f"gradients={said}: {backend} is not built with gradients; {', '.join(others)} are")
     if precision not in able:
         raise InputError(f"gradients={said}: {backend} has them in {', '.join(able)}, not in {precision}")

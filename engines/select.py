@@ -6,7 +6,7 @@ import importlib
 import logging
 import platform
 import re
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -247,7 +247,12 @@ def buildable(name: str) -> str | None:
     return None
 
 
-def choose(engine: str, built: Collection[str], unfit: Mapping[str, str] | None = None) -> Choice:
+def choose(
+    engine: str,
+    built: Collection[str],
+    unfit: Mapping[str, str] | None = None,
+    mend: Callable[[str], str] = "run `smooth-rt build-engine --backend {}`".format,
+) -> Choice:
     """The backend to run on, logged once at INFO on the logger "smooth_rt".
 
     Args:
@@ -256,6 +261,7 @@ def choose(engine: str, built: Collection[str], unfit: Mapping[str, str] | None 
             a GPU that it does not name.
         built: the backends there are graphs for. Eager needs none.
         unfit: those of them whose graphs are of another machine, and what this one is: "auto" passes them over.
+        mend: what to do about a backend that is not built, for the message.
 
     Raises:
         EngineError: a named engine is unknown, cannot run here or was not built; the message says how to mend it.
@@ -267,8 +273,7 @@ def choose(engine: str, built: Collection[str], unfit: Mapping[str, str] | None 
         check_runs(engine)
         if engine != "eager" and engine not in built:
             raise EngineError(
-                f"engine {engine!r}: not in the bundle, which holds {', '.join(built) or 'none'}; "
-                f"run `smooth-rt build-engine --backend {engine}`"
+                f"engine {engine!r}: not in the bundle, which holds {', '.join(built) or 'none'}; {mend(engine)}"
             )
         choice = Choice(engine, "asked for")
         LOG.info("engine: %s", choice.backend)  # by the user, or by a command that compares several

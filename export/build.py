@@ -95,7 +95,8 @@ def build_bundle(
     _check(networks, dims, orders, calibration, lora)
     check_memory(networks, dims, orders, memory)
     kept = [] if keep is None else [b for b in keep.variants if b.variant not in [o.variant for o in orders]]
-    before = [_before(keep, order) for order in orders]
+    prompts = None if calibration is None else calibration.prompts_digest
+    before = [_before(keep, order, prompts) for order in orders]
     planned = {}
     for name in (*NETWORKS, *DERIVED):
         lacking = [one for one, has in zip(orders, before, strict=True) if name in one.networks and name not in has]
@@ -289,13 +290,14 @@ class _Build:
         return self.files[path]
 
 
-def _before(keep: Bundle | None, order: Order) -> dict[NetworkName, EngineRecord]:
-    """What a bundle has of an order already, for the same sizes and by the installed version, by network."""
+def _before(keep: Bundle | None, order: Order, prompts: str | None) -> dict[NetworkName, EngineRecord]:
+    """What a bundle has of an order already, by network: for the same sizes, by the installed version and, of int8,
+    calibrated on the prompts of that digest."""
     if keep is None:
         return {}
     same = [built for built in keep.variants if built.variant == order.variant and built.profiles == [*order.profiles]]
     valid = [built for built in same if keep.stale(built, elsewhere=True) is None]
-    return {record.network: record for built in valid for record in built.engines}
+    return {record.network: record for built in valid for record in built.engines if record.calibrated_on(prompts)}
 
 
 def _link_files(bundle: Bundle, record: EngineRecord, folder: Path) -> EngineRecord:

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from engines.contract import Network, NetworkName
 from engines.errors import EngineError, ParityError, reason
+from engines.manifest import CALIBRATED_ON
 from export.quiet import quiet
 
 __all__ = ["ENOUGH_DB", "LADDER", "Calibration", "check_installed", "quantise_at", "quantise_onnx", "quantise_openvino"]
@@ -51,6 +52,10 @@ _LAYERS = ("Conv", "MatMul", "Gemm")
 
 class Calibration(Protocol):
     """What a quantiser asks of real runs of the model."""
+
+    @property
+    def prompts_digest(self) -> str:
+        """What tells the prompts of the runs from others, for the manifest."""
 
     def samples(self, network: NetworkName) -> Sequence[dict[str, Tensor]]:
         """Inputs that the network had, one row each, images and timesteps mixed."""
@@ -235,7 +240,7 @@ def _climb(
         tried.append(f"{what}: {found:.1f} dB")
         LOG.info("%s in int8 for %s, %s", network.name, backend, tried[-1])
         if found >= ENOUGH_DB:
-            return {**notes, "rung": rung, "tried": tried}
+            return {**notes, "rung": rung, "tried": tried, CALIBRATED_ON: calibration.prompts_digest}
     raise ParityError(
         f"{network.name}: {backend} in int8 gives images of {found:.1f} dB to fp32's, under {ENOUGH_DB:g}; not "
         "published, choose bf16 or calibrate on prompts of your own (--calibration-prompts)"

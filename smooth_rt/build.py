@@ -117,7 +117,8 @@ def ensure_engines(
             convolutions are rewritten to take fewer multiplications. The weights take twice the space.
         kernels: "backend"; or "native": on OpenVINO, the UNet computes some of its layers in kernels of this project,
             which a C++ compiler compiles once on the machine that runs them.
-        calibration_prompts: of the images that int8 is calibrated on; none stands for `calibration.PROMPTS`.
+        calibration_prompts: of the images that int8 is calibrated on; engines that were calibrated on others are built
+            anew. None stands for those that ship, and takes engines of int8 that there are.
 
     Raises:
         InputError: no backend, a precision or gradients that one lacks, a profile that is none of the model's, or a
@@ -134,6 +135,7 @@ def ensure_engines(
     most = limit() if output is None else None
     memory = _memory()
     (lora_strength,) = check(lora_strength=lora_strength)
+    from smooth_rt.calibration import digest_prompts
     from smooth_rt.lora import Lora, fused_with, read_lora
     from smooth_rt.model import Model, load_model
     from smooth_rt.schedule import Schedule
@@ -159,7 +161,8 @@ def ensure_engines(
 
     with _alone(target):
         there = _open(target)
-        missing = lacking(there, source, variants, profiles, wrt, loaded.dims)
+        prompts = digest_prompts(calibration_prompts) if calibration_prompts else None
+        missing = lacking(there, source, variants, profiles, wrt, loaded.dims, prompts)
         if not missing:
             reason = f"{target}: verified; made from the same weights by the installed versions"
             LOG.info("reusing engines: %s", reason)

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from engines.contract import NETWORKS, Network, NetworkName, contract
 from engines.eager import EagerEngine, torch_networks
+from engines.manifest import digest_json
 from engines.recipes import RECIPES
 from engines.select import open_engine
 from smooth_rt.evaluation.inputs import read_prompts
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from engines.base import Engine
     from smooth_rt.model import Model
 
-__all__ = ["IMAGES", "STEPS", "Trajectories", "read_prompts"]
+__all__ = ["IMAGES", "STEPS", "Trajectories", "digest_prompts", "read_prompts"]
 
 LOG = logging.getLogger("smooth_rt")
 
@@ -59,12 +60,17 @@ class Trajectories:
         steps: int = STEPS,
     ) -> None:
         self._model = model
-        self._prompts = list(prompts)
+        self._prompts = list(prompts) or read_prompts()
         large = sum(parameter.numel() for parameter in model.unet.parameters()) > LARGE
         self._count = images or (FEW_IMAGES if large else IMAGES)
         self._steps = steps
         self._seen: dict[NetworkName, list[dict[str, Tensor]]] = {}
         self._wanted = torch.empty(0)
+
+    @property
+    def prompts_digest(self) -> str:
+        """What tells the prompts from others; see `digest_prompts`."""
+        return digest_prompts(self._prompts)
 
     def samples(self, network: NetworkName) -> list[dict[str, Tensor]]:
         """The inputs of `network`, one row each, in an order that mixes images and timesteps."""
@@ -100,7 +106,7 @@ class Trajectories:
 
         model = self._model
         pipe = SmoothPipeline(engines, model.config(), model.dims, source=model.source)
-        prompts = self._prompts or read_prompts()
+        prompts = self._prompts
         # Spread over the list, of which neighbours may be alike.
         chosen = [prompts[index * len(prompts) // self._count % len(prompts)] for index in range(self._count)]
         seeds = [torch.Generator().manual_seed(SEED + index) for index in range(self._count)]
@@ -122,6 +128,11 @@ class Trajectories:
             callback_on_step_end=tell,
         ).images
         return torch.as_tensor(made)
+
+
+def digest_prompts(prompts: Sequence[str]) -> str:
+    """What tells prompts that int8 is calibrated on from others; their order counts, as images are spread over it."""
+    return digest_json(list(prompts))
 
 
 class _Listening(EagerEngine):

@@ -7,6 +7,7 @@ gradients is decided here alone.
 from __future__ import annotations
 
 import logging
+import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Self
 
@@ -60,7 +61,7 @@ class Networks:
     def __init__(self, engines: Mapping[NetworkName, Engine], dims: Dims, batch_size: int | str = "auto") -> None:
         self._engines = dict(engines)
         self._eager_unet: EagerEngine | None = None  # of gradients that no engine was built for
-        self._lora_strength = 1.0
+        self._lora_strength: float | None = 1.0  # None where setting it was broken off, so that nobody knows
         self.dims = dims
         self.batch_size = batch_size
         self.bundle: Bundle | None = None
@@ -80,23 +81,33 @@ class Networks:
         It is the pipeline's, not a call's: a call that runs in another thread meanwhile goes on with the new one.
 
         Of engines that were built with `lora_mode="runtime"` it is an input, so that this takes no time; into those
-        with "refit" the weights are put that the base model's become at that strength.
+        with "refit" the weights are put that the base model's become at that strength. Where that fails or is
+        interrupted, nothing runs until a strength is set again.
 
         Raises:
             InputError: the strength is out of its range, or the LoRA is fused into the engines, or there is none.
-            EngineError: the engine cannot take the weights.
+            EngineError: the engine is closed, or cannot take the weights.
         """
         (strength,) = check(lora_strength=strength)
         unet = self._engines["unet"]
-        if self.lora is not None:
-            unet.refit(self.lora.at(strength))
-        elif not _takes_strength(unet):
+        unet.check_open()
+        if self.lora is None and not _takes_strength(unet):
             raise InputError(
                 f"lora_strength={strength:g}: the engines hold their LoRA fused, or none; build with --lora-mode "
                 "runtime or refit to set it at run time"
             )
-        self._lora_strength = strength
-        self.digests = {**self.digests, "lora_strength": repr(strength)}
+        before = self.digests
+        try:
+            if self.lora is not None:
+                weights = self.lora.at(strength)
+                # What another thread keeps meanwhile is of neither strength: a name that nothing is found by again.
+                self.digests = {**before, LORA_STRENGTH: f"being set {uuid.uuid4()}"}
+                unet.refit(weights)
+            self._lora_strength = strength
+            self.digests = {**before, LORA_STRENGTH: repr(strength)}
+        except BaseException:
+            self._lora_strength = None
+            raise
 
     @property
     def batch_size(self) -> int | str:
@@ -274,7 +285,16 @@ class Networks:
         return engine.infer(**inputs, **self._strength(engine))[engine.network.outputs[0].name]
 
     def _strength(self, engine: Engine) -> dict[str, Tensor]:
-        """The LoRA's strength, for a network that takes it."""
+        """The LoRA's strength, for a network that takes it.
+
+        Raises:
+            EngineError: nobody knows the weights that would run.
+        """
+        if self._lora_strength is None:
+            raise EngineError(
+                "lora_strength: setting it failed or was interrupted as weights were replaced, and some may be; set it "
+                "again"
+            )
         return {LORA_STRENGTH: torch.tensor([self._lora_strength])} if _takes_strength(engine) else {}
 
     def close(self) -> None:

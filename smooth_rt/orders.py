@@ -72,8 +72,12 @@ def lacking(
     profiles: Sequence[Profile],
     gradients: tuple[NetworkName, ...],
     dims: Dims,
+    calibrated_on: str | None = None,
 ) -> dict[Order, str]:
-    """What has to be built, and why. A variant that was built for other profiles or gradients keeps those."""
+    """What has to be built, and why. A variant that was built for other profiles or gradients keeps those.
+
+    `calibrated_on` is the digest of the prompts that are named for int8; who names none takes what there is.
+    """
 
     def wanted(variant: Variant) -> list[Profile]:
         return list(profiles) or [few_images(dims) if variant.backend in BOUNDED else every_size(dims)]
@@ -87,8 +91,10 @@ def lacking(
     for variant in variants:
         # Who names no size takes what there is.
         reason = there.misfit(source, variant, profiles, gradients)
+        same = next((built for built in there.variants if built.variant == variant), None)
+        if reason is None and same is not None and not same.calibrated_on(calibrated_on):
+            reason = f"{there.path}: {variant.name} is calibrated on other prompts"
         if reason is not None:
-            same = next((built for built in there.variants if built.variant == variant), None)
             before, has = ([], ()) if same is None else (same.profiles, same.gradients)
             asked = list(profiles) if profiles or before else wanted(variant)
             every = tuple(dict.fromkeys([*has, *gradients]))

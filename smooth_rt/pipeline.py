@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self, cast
 
@@ -18,6 +19,7 @@ from torch import Generator, Tensor
 
 from engines.base import Engine
 from engines.bundle import Bundle
+from engines.command import mend_lacking
 from engines.contract import NETWORKS, Dims, NetworkName, gradients_named
 from engines.lora import LORA_FILE, LoraWeights
 from engines.providers import joined
@@ -203,7 +205,9 @@ class SmoothPipeline(Networks):
         (kernels,) = check(kernels=kernels)
         opened = bundle if isinstance(bundle, Bundle) else Bundle.open(Path(*check(bundle=bundle)))
         check_strength(opened, lora_strength, f"lora_strength={lora_strength}")
-        choice = choose(joined(engine, provider), opened.backends, opened.unfit)
+        asked = {"precision": precision, "lora_mode": lora_mode, "convolution": convolution, "kernels": kernels}
+        lacking = partial(mend_lacking, opened.path, opened.manifest, **cast("dict[str, Any]", asked))
+        choice = choose(joined(engine, provider), opened.backends, opened.unfit, lacking)
         if choice.backend != "eager":
             return cls._open(opened, choice, batch_size, precision, lora_strength, lora_mode, convolution, kernels)
         return cls._eager(reopen_model(opened, config), choice, batch_size, lora_strength)

@@ -6,6 +6,8 @@ from __future__ import annotations
 import itertools
 import json
 import math
+import shlex
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -99,6 +101,69 @@ def test_a_then_b_then_a_again(bundle: Bundle, backend: str, mode: str) -> None:
         assert torch.equal(found[0], found[4])
         assert (found[0] - found[1]).norm() / found[0].norm() > 1e-3
         assert pipe.digests["lora_strength"] == "0.7"
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("no")], ids=["interrupted", "failed"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_nothing_runs_between_two_strengths(
+    bundle: Bundle, backend: str, error: BaseException, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A switch that is broken off may have replaced weights: what ran then would be told, and kept, at another strength
+    than its own."""
+    with SmoothPipeline.from_engines(bundle, backend, lora_strength=0.7, lora_mode="refit") as pipe:
+        first, embeds = images(pipe), pipe.encode_prompt("dog")
+        engine, latents = pipe._engines["unet"], torch.zeros(1, 4, 8, 8)
+        works = engine.refit_impl
+
+        def broken_off(weights: Any) -> None:
+            works(weights)
+            raise error
+
+        with monkeypatch.context() as patch:
+            patch.setattr(engine, "refit_impl", broken_off)
+            with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else EngineError):
+                pipe.set_lora_strength(0.1)
+        calls = (
+            lambda: images(pipe),
+            lambda: pipe.predict(latents, 500, embeds),
+            lambda: pipe.vjp(latents, 500, embeds, "sample", latents),
+            lambda: pipe.features(latents, 500, embeds),
+        )
+        for call in calls:
+            with pytest.raises(
+                EngineError, match=r"lora_strength: setting it failed or was interrupted .* set it again"
+            ):
+                call()
+        assert pipe.digests["lora_strength"] not in ("0.7", "0.1")
+        pipe.set_lora_strength(0.7)
+        assert torch.equal(images(pipe), first)
+        assert pipe.digests["lora_strength"] == "0.7"
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_closed_pipeline_takes_no_strength(bundle: Bundle, mode: str) -> None:
+    pipe = SmoothPipeline.from_engines(bundle, "onnxruntime", lora_mode=mode)
+    pipe.close()
+    with pytest.raises(EngineError, match="unet: the onnxruntime engine is closed; open it again"):
+        pipe.set_lora_strength(0.5)
+
+
+def test_what_the_bundle_lacks_is_added_by_the_command_that_is_told(
+    bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As it stands: before, the command for another precision replaced the whole bundle."""
+    shutil.copytree(bundle.path, tmp_path / "b")
+    copied = Bundle.open(tmp_path / "b")
+    with pytest.raises(BundleError) as caught:
+        SmoothPipeline.from_engines(copied, "openvino", precision="bf16")
+    monkeypatch.setattr("export.reference.Reference.verify", lambda *_: [])  # what is compared is tested elsewhere
+    command = shlex.split(str(caught.value).split("`")[1])
+    assert cli.main(command[1:]) == 0
+    names = {built.variant.name for built in Bundle.open(copied.path).variants}
+    assert names > {built.variant.name for built in bundle.variants}
+    assert len(names) == len(bundle.variants) + 1
+    with pytest.raises(EngineError, match=rf"'inductor': not in the bundle.* run `.*--lora-mode .*{copied.path}`"):
+        SmoothPipeline.from_engines(copied, "inductor")
 
 
 @pytest.mark.parametrize(("backend", "mode"), [*itertools.product(BACKENDS, MODES), ("eager", None)])

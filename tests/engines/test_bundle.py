@@ -380,18 +380,23 @@ def test_what_is_no_folder_is_not_told_to_be_built(tmp_path: Path) -> None:
 def test_convolutions_that_are_not_in_the_bundle(bundle_folder: Path) -> None:
     bundle = Bundle.open(bundle_folder)
     side = bundle.dims.sample_size * bundle.dims.vae_factor
-    said = f"with winograd convolutions .*--convolution winograd --batch 1 --height {side} --width {side}`"
+    sizes = f"--batch 1 --height {side} --width {side}"
+    with pytest.raises(BundleError, match=rf"with winograd convolutions .*--convolution winograd .*{sizes} --output"):
+        bundle.find("openvino", convolution="winograd")
+    said = r"with winograd convolutions and native kernels .*--convolution winograd --kernels native "
     with pytest.raises(BundleError, match=said):
+        bundle.find("openvino", convolution="winograd", kernels="native")
+    with pytest.raises(BundleError, match=r"; nor can it be: convolution=winograd: openvino has it, in fp32, not onn"):
         bundle.find("onnxruntime", convolution="winograd")
-    with pytest.raises(BundleError, match=r"with winograd convolutions and native kernels .*--kernels native --conv"):
-        bundle.find("onnxruntime", convolution="winograd", kernels="native")
 
 
 def test_of_two_kinds_of_kernels_the_backends_are_found_unless_others_are_named(bundle_folder: Path) -> None:
     bundle = Bundle.open(bundle_folder)
     (plain,) = bundle.variants
     native = plain.model_copy(update={"variant": plain.variant.model_copy(update={"kernels": "native"})})
-    with pytest.raises(BundleError, match=r"not built for onnxruntime with native kernels .*--kernels native`"):
+    with pytest.raises(BundleError, match=r"not built for openvino with native kernels .*--kernels native "):
+        bundle.find("openvino", kernels="native")
+    with pytest.raises(BundleError, match=r"nor can it be: kernels=native: openvino has them, not onnxruntime"):
         bundle.find("onnxruntime", kernels="native")
     bundle.manifest = bundle.manifest.model_copy(update={"variants": [native, plain]})
     assert bundle.find("onnxruntime") == bundle.find("onnxruntime", kernels="backend") == plain

@@ -11,11 +11,11 @@ import pytest
 import typer.main
 
 from engines.bundle import Bundle
-from engines.command import outside, widened
+from engines.command import build_command, mend_lacking, outside, widened
 from engines.contract import Dims, NetworkName
 from engines.errors import InputError
-from engines.manifest import Source, VariantRecord
-from engines.variant import Profile, Span, Variant
+from engines.manifest import LoraSource, Manifest, Source, VariantRecord
+from engines.variant import LoraMode, Profile, Span, Variant, every_size
 
 DIMS = Dims(77, 768, 49408, 4, 3, 8, 8, 64)
 SOURCE = Source(model="some model", digests={})
@@ -35,8 +35,9 @@ def parsed(said: str) -> dict[str, Any]:
     _, name, *words = shlex.split(command)
     group: Any = typer.main.get_command(app)
     options: dict[str, Any] = group.commands[name].make_context(name, words).params
-    (options["profile"],) = read_profiles(options["batches"], options["heights"], options["widths"])
-    options["profile"].check(DIMS)
+    if options["batches"]:
+        (options["profile"],) = read_profiles(options["batches"], options["heights"], options["widths"])
+        options["profile"].check(DIMS)
     return options
 
 
@@ -90,6 +91,88 @@ def test_of_several_profiles_the_one_that_grows_least_is_widened() -> None:
     # A command can name no side without an end.
     half_open = Profile(batch=Span(min=1, opt=1, max=2), height=Span(min=64, opt=512, max=None), width=small.width)
     assert widened([half_open], {"batch": 3}) == profile("1:1:3", "64:512:512", "256")
+
+
+def held(lora_mode: LoraMode, strength: float | None, sizes: Profile | None = None) -> Manifest:
+    """Of a bundle with one variant of OpenVINO in fp32."""
+    variant = Variant(backend="openvino", precision="fp32", lora_mode=lora_mode, architecture="cpu-x86_64")
+    built = VariantRecord.model_construct(variant=variant, profiles=[sizes or every_size(DIMS)])
+    source = SOURCE.model_copy(update={"lora": LoraSource(source="l", digest="d", strength=strength)})
+    return Manifest.model_construct(dims=DIMS, source=source, variants=[built], files=[])
+
+
+@pytest.mark.parametrize(
+    ("manifest", "asked", "wanted"),
+    [
+        # As the bundle holds its LoRA, so that what is there stays.
+        (held("runtime", None), {"backend": "onnxruntime"}, ("onnxruntime", "fp32", "runtime", 1.0, "b")),
+        (held("refit", None), {"backend": "openvino", "precision": "bf16"}, ("openvino", "bf16", "refit", 1.0, "b")),
+        (held("refit", None), {"backend": "inductor"}, ("inductor", "fp32", "runtime", 1.0, "b")),  # refits nothing
+        (held("runtime", None), {"backend": "openvino", "lora_mode": "refit"}, ("openvino", "fp32", "refit", 1.0, "b")),
+        (held("fused", 0.5), {"backend": "openvino", "precision": "int8"}, ("openvino", "int8", "fused", 0.5, "b")),
+        # Where that cannot be, in a folder beside it.
+        (
+            held("runtime", None),
+            {"backend": "openvino", "precision": "int8"},
+            ("openvino", "int8", "fused", 1.0, "b-fused"),
+        ),
+        (
+            held("fused", 0.5),
+            {"backend": "openvino", "lora_mode": "runtime"},
+            ("openvino", "fp32", "runtime", 1.0, "b-runtime"),
+        ),
+        # The most exact precision that there is of it.
+        (held("fused", 0.5), {"backend": "onnxruntime-tensorrt"}, ("onnxruntime-tensorrt", "fp16", "fused", 0.5, "b")),
+    ],
+)
+def test_what_a_bundle_lacks_is_added_to_it_or_built_beside_it(
+    manifest: Manifest, asked: dict[str, Any], wanted: tuple[Any, ...]
+) -> None:
+    said = mend_lacking(Path("b"), manifest, **asked)
+    options = parsed(said)
+    found = (options[name] for name in ("backend", "precision", "lora_mode", "lora_strength", "output"))
+    assert tuple(map(str, found)) == tuple(map(str, wanted))
+    assert said.startswith("run `" if wanted[-1] == "b" else "its LoRA is ")
+
+
+def test_what_is_added_to_a_bundle_is_of_its_sizes() -> None:
+    sizes = profile("1:2:4", "512:512:768", "512")
+    assert parsed(mend_lacking(Path("b"), held("fused", 1.0, sizes), "onnxruntime"))["profile"] == sizes
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        ({"backend": "onnxruntime", "precision": "bf16"}, r"nor can it be: precision 'bf16': onnxruntime is built in"),
+        ({"backend": "inductor", "lora_mode": "refit"}, "nor can it be: lora_mode=refit: inductor cannot replace"),
+        (
+            {"backend": "openvino", "precision": "int8", "lora_mode": "refit"},
+            "nor can it be: lora_mode=refit: openvino",
+        ),
+        (
+            {"backend": "openvino", "precision": "bf16", "convolution": "winograd"},
+            "nor can it be: convolution=winograd",
+        ),
+    ],
+)
+def test_what_no_build_can_add_is_told_without_a_command(asked: dict[str, Any], said: str) -> None:
+    told = mend_lacking(Path("b"), held("runtime", None), **asked)
+    assert told.startswith(said)
+    assert "`" not in told
+    assert "eager" not in told
+
+
+def test_without_a_lora_there_is_no_mode_of_it() -> None:
+    manifest = held("fused", 1.0)
+    bare = manifest.model_copy(update={"source": SOURCE})
+    assert mend_lacking(Path("b"), bare, "openvino", lora_mode="runtime").startswith("it has no LoRA")
+    assert parsed(mend_lacking(Path("b"), bare, "onnxruntime"))["lora"] == "none"
+
+
+def test_a_damaged_bundle_is_built_again_with_its_lora_apart() -> None:
+    source = held("runtime", None).source
+    options = parsed(f"`{build_command(Path('b'), source, ['openvino'])}`")
+    assert options["lora_mode"] == "runtime"
 
 
 def test_a_bundles_engine_says_it(bundle_folder: Path, dims: Dims) -> None:
