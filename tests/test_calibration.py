@@ -11,11 +11,21 @@ import pytest
 import torch
 from onnx import numpy_helper
 
-from engines.contract import contract
-from smooth_rt.calibration import Trajectories
+from engines.bundle import Bundle
+from engines.contract import Dims, contract
+from engines.manifest import CALIBRATED_ON, EngineRecord, Manifest, Source, VariantRecord
+from engines.recipes import build_revision
+from engines.select import architecture, backend_version
+from engines.variant import Variant
+from smooth_rt.build import ensure_engines
+from smooth_rt.calibration import Trajectories, digest_prompts
 from smooth_rt.evaluation.fidelity import fidelity
 from smooth_rt.model import Model, load_model
+from smooth_rt.orders import lacking
 from smooth_rt.pipeline import SmoothPipeline
+
+DIMS = Dims(12, 32, 100, 4, 3, 2, 4, 8)
+VARIANT = Variant(backend="openvino", precision="int8", lora_mode="fused", architecture=architecture())
 
 
 @pytest.fixture(scope="module")
@@ -79,3 +89,61 @@ def test_fidelity_is_that_of_each_image(tiny_model: Path) -> None:
     assert min(near.seconds) > 0 < near.seconds_an_image
     ratios = [theirs / ours for ours, theirs in zip(near.seconds, near.reference_seconds, strict=True)]
     assert min(ratios) <= near.speedup <= max(ratios)
+
+
+def int8(calibrated_on: str | None) -> Bundle:
+    """A bundle of one UNet in int8, as far as its manifest tells of its calibration."""
+    notes = {} if calibrated_on is None else {CALIBRATED_ON: calibrated_on}
+    parts: dict[str, Any] = {"bounds": [], "places": {}, "parity": []}
+    unet = EngineRecord.model_construct(network="unet", precision="int8", notes=notes, **parts)
+    encoder = EngineRecord.model_construct(network="text_encoder", precision="fp32", notes={}, **parts)
+    built = VariantRecord.model_construct(
+        variant=VARIANT,
+        profiles=[],
+        engines=[encoder, unet],
+        backend_version=backend_version("openvino"),
+        build_revision=build_revision(VARIANT),
+    )
+    source = Source(model="m", digests={})
+    return Bundle(Path("b"), Manifest.model_construct(dims=DIMS, source=source, variants=[built], files=[]))
+
+
+@pytest.mark.parametrize(
+    ("calibrated_on", "asked", "built_anew"),
+    [
+        ("d", None, False),  # who names no prompts takes what there is
+        ("d", "d", False),
+        ("d", "e", True),
+        (None, "d", True),  # by an earlier version, which did not tell
+        (None, None, False),
+    ],
+)
+def test_int8_on_other_prompts_is_built_anew(calibrated_on: str | None, asked: str | None, built_anew: bool) -> None:
+    there = int8(calibrated_on)
+    missing = lacking(there, there.source, [VARIANT], [], (), DIMS, asked)
+    assert list(missing.values()) == (["b: openvino-int8 is calibrated on other prompts"] if built_anew else [])
+
+
+def test_of_prompts_the_order_counts() -> None:
+    assert digest_prompts(["a", "b"]) == digest_prompts(("a", "b")) != digest_prompts(["b", "a"])
+
+
+@pytest.mark.slow
+def test_naming_other_prompts_quantises_the_unet_again(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("nncf", reason="quantises; pip install 'smooth-rt[int8]'")
+    monkeypatch.setattr("smooth_rt.calibration.IMAGES", 1)
+    monkeypatch.setattr("export.to_int8.ENOUGH_DB", 0.0)  # one image of random weights tells nothing
+    found = []
+    for prompts in (["red apple"], ["red apple"], ["dog"], []):
+        made = ensure_engines(
+            tiny_model, backends=["openvino"], precision="int8", output=tmp_path / "b", calibration_prompts=prompts
+        )
+        (built,) = made.bundle.variants
+        found.append((made.reused, built.engine("unet").notes[CALIBRATED_ON], built.engine("vae_decoder").graph))
+    apple, dog = digest_prompts(["red apple"]), digest_prompts(["dog"])
+    assert [(reused, prompts) for reused, prompts, _ in found] == [
+        (False, apple), (True, apple), (False, dog), (True, dog),
+    ]  # fmt: skip
+    assert len({graph for _, _, graph in found}) == 1  # of fp32 and bf16, they are taken over

@@ -107,7 +107,10 @@ def build_engine(
     calibration_prompts: Annotated[
         Path | None,
         typer.Option(
-            metavar="FILE", help="For int8: a prompt a line. Left out: prompts that ship.", show_default=False
+            metavar="FILE",
+            help="For int8: a prompt a line; an engine that is there on other prompts is built anew. Left out: prompts "
+            "that ship, or those of the engine that is there.",
+            show_default=False,
         ),
     ] = None,
     output: Annotated[
