@@ -172,6 +172,10 @@ def ensure_engines(
         fault = " ".join(dict.fromkeys(missing.values()))
         if _works_in(target):
             raise BundleError(f"{target}: the current folder, which a build replaces; call it from another folder")
+        if any(order.variant.precision == "int8" for order in missing):
+            from export.to_int8 import check_installed
+
+            check_installed()  # before it is said that anything is built
         LOG.info("building engines for %s: %s", ", ".join(order.variant.name for order in missing), fault)
         keep = there if not isinstance(there, str) and there.misfit(source) is None else None
         bundle = _build(loaded, adapter, source, list(missing), target, keep, progress, calibration_prompts, memory)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import logging
 import shutil
@@ -18,7 +19,7 @@ from engines.variant import Order, Profile, Span
 from smooth_rt import cli
 from smooth_rt.build import Built, build_engines, ensure_engines
 from smooth_rt.cache import cache_root
-from smooth_rt.errors import BundleError, InputError, ModelError
+from smooth_rt.errors import BundleError, EngineError, InputError, ModelError
 from smooth_rt.lora import fuse
 from smooth_rt.model import load_model, read_config
 
@@ -318,6 +319,28 @@ def test_a_bundle_of_another_model_at_the_output_is_replaced(
     assert not built.reused
     assert "LoRA" in built.reason
     assert [call["target"] for call in builds] == [output]
+
+
+def test_int8_without_nncf_is_refused_before_a_build_is_said_to_begin(
+    builds: list[dict[str, Any]], tiny_model: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    real = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, *rest: None if name == "nncf" else real(name, *rest))
+    with (
+        caplog.at_level(logging.INFO, "smooth_rt"),
+        pytest.raises(EngineError, match="NNCF is not installed; run `pip install nncf`"),
+    ):
+        ensure_engines(tiny_model, backends=["openvino"], precision="int8")
+    assert not builds
+    assert "building engines" not in caplog.text
+
+
+def test_a_strength_is_told(first: tuple[Path, Built], capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    bundle = first[1].bundle
+    assert bundle.source.lora is not None
+    arguments = ["generate", "--engines", str(bundle.path), "--prompt", "dog", "--num-inference-steps", "2", "--json"]
+    assert cli.main([*arguments, "--output", str(tmp_path / "o")]) == 0
+    assert json.loads(capsys.readouterr().out)["lora_strength"] == bundle.source.lora.strength
 
 
 def test_what_cannot_be_built(builds: list[dict[str, Any]], tiny_model: Path, lora: Path) -> None:

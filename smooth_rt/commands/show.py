@@ -109,7 +109,8 @@ def _text(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.4g}"
     if isinstance(value, Mapping):
-        return ", ".join(f"{name} {_text(item)}" for name, item in value.items() if item is not None)
+        apart = "; " if any(isinstance(item, (Mapping, list, tuple)) for item in value.values()) else ", "
+        return apart.join(f"{name} {_text(item)}" for name, item in value.items() if item is not None)
     if isinstance(value, (list, tuple)):
         return ", ".join("-" if item is None else _text(item) for item in value)
     return str(value)

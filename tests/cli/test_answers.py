@@ -124,6 +124,13 @@ def test_tables_keep_words_whole(capsys: pytest.CaptureFixture[str], monkeypatch
     assert json.loads(capsys.readouterr().out) == {"command": "x", "share": None, "rows": [{"a": None}]}
 
 
+def test_lists_within_a_line_are_told_apart(capsys: pytest.CaptureFixture[str]) -> None:
+    show({"profiles": {"a": ["batch 1, height 8", "batch 2"], "b": ["batch 4"]}, "dims": {"x": 1, "y": 2}}, False)
+    assert capsys.readouterr().out.splitlines() == [
+        "profiles: a batch 1, height 8, batch 2; b batch 4", "dims: x 1, y 2",
+    ]  # fmt: skip
+
+
 def test_a_table_that_is_too_wide_for_a_terminal_is_told_in_lines(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

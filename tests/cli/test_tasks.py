@@ -23,6 +23,7 @@ def test_generate(opened: list[Any], run: Any, tmp_path: Path) -> None:
     assert code == 0
     result = json.loads(out)
     assert result["engine"] == "eager"
+    assert result["lora_strength"] is None  # there is none
     assert [Path(file).name for file in result["files"]] == ["image-001.png", "image-002.png", "sheet.png"]
     assert [iio.imread(file).shape for file in result["files"][:2]] == [(16, 16, 3)] * 2
     assert sorted(path.name for path in (tmp_path / "o").iterdir()) == ["image-001.png", "image-002.png", "sheet.png"]
