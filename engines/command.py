@@ -42,7 +42,7 @@ def build_command(
         words += ["--lora", "none" if source.lora is None else source.lora.source]
         fused = variant is None or variant.lora_mode == "fused"
         if source.lora is not None and source.lora.strength is not None and fused:
-            words += ["--lora-strength", f"{source.lora.strength:g}"]
+            words += ["--lora-strength", repr(source.lora.strength).removesuffix(".0")]  # every digit: it is compared
         if source.lora is not None and source.lora.strength is None and variant is None:
             words += ["--lora-mode", "runtime"]  # which every backend has; a fused one would be another bundle
     if variant is not None:

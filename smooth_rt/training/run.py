@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from smooth_rt.errors import InputError, ModelError, SmoothRTError, reason
 from smooth_rt.training.checkpoints import Checkpoints, NotFiniteError, StateError
+from smooth_rt.training.progress import run_progress
 from smooth_rt.training.settings import check_count, check_rate, check_steps
 from smooth_rt.training.state import State
 from smooth_rt.training.world import World
@@ -146,18 +146,15 @@ class Run:
     def _train(self, step_fn: StepFn, every: Calls, quiet: bool) -> None:
         if self.world.main:
             self._checkpoints.prune()
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
         averages: dict[str, float] = {}
         began, first = time.perf_counter(), self.step
-        with Progress(*columns, TimeRemainingColumn(), disable=quiet) as progress:
-            task = progress.add_task(self.folder.name, total=self.steps, completed=self.step)
+        with run_progress(self.folder.name, first, self.steps, quiet) as show:
             while self.step < self.steps:
                 numbers = self._advance(step_fn)
                 for key, value in numbers.items():
                     averages[key] = value if key not in averages else 0.98 * averages[key] + 0.02 * value
                 rate = (self.step - first) / (time.perf_counter() - began)
-                shown = " ".join([*(f"{key} {value:.4f}" for key, value in averages.items()), f"{rate:.2f} steps/s"])
-                progress.update(task, completed=self.step, description=f"{self.folder.name} {shown}")
+                show(self.step, averages, rate)
                 self.world.report({**numbers, "lr": self.learning_rate(self.step - 1)}, self.step)
                 if self.world.main:
                     self._after(every, {"step": self.step, "steps_per_s": round(rate, 3), **averages})

@@ -169,6 +169,13 @@ def test_without_a_lora_there_is_no_mode_of_it() -> None:
     assert parsed(mend_lacking(Path("b"), bare, "onnxruntime"))["lora"] == "none"
 
 
+@pytest.mark.parametrize("strength", [0.123456789, 1 / 3, 1e-7, -2.0])
+def test_a_strength_is_told_in_every_digit(strength: float) -> None:
+    """Another one, by the last digit, is another bundle: what stands there would be replaced."""
+    options = parsed(mend_lacking(Path("b"), held("fused", strength), "onnxruntime"))
+    assert options["lora_strength"] == strength
+
+
 def test_a_damaged_bundle_is_built_again_with_its_lora_apart() -> None:
     source = held("runtime", None).source
     options = parsed(f"`{build_command(Path('b'), source, ['openvino'])}`")

@@ -163,6 +163,45 @@ def test_a_gradient_is_held_to_what_torch_itself_keeps(dims: Dims, factor: float
             verify(Exact(network), module, network, dims, "fp32", seed=3)
 
 
+class Lucky(nn.Module):
+    """Gradients that come out exactly in float32, by chance: numbers large and short. A rounding of them would show."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.anchor = nn.Parameter(torch.zeros(1))
+        self.layer = nn.Identity()
+
+    def forward(
+        self, sample: Tensor, timestep: Tensor, text: Tensor, cotangent: Tensor, scale: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        return sample, self.layer((256 * text).round() / 256 + 4096) - 4096
+
+
+@pytest.mark.parametrize(("roundings", "fine"), [(0.0, True), (1.0, True), (100.0, False)])
+def test_a_gradient_is_held_to_what_a_rounding_moves_where_torchs_own_is_lucky(
+    dims: Dims, roundings: float, fine: bool
+) -> None:
+    module = Lucky()
+
+    class Other(Engine):
+        """Rounds 4096 and some up."""
+
+        backend = "other"
+
+        def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:
+            sample, grad = module(*inputs.values())
+            return {"noise_pred": sample, "grad_encoder_hidden_states": grad + roundings * 4096 * 2.0**-24}
+
+    network = contract("unet_vjp_text", dims)
+    if fine:
+        _, parity = verify(Other(network), module, network, dims, "fp32", seed=3)
+        assert parity.relative <= parity.tolerance < 1e-2
+        assert (parity.relative > 1e-4) == (roundings > 0)
+    else:
+        with pytest.raises(ParityError, match="other's grad_encoder_hidden_states differs from torch's"):
+            verify(Other(network), module, network, dims, "fp32", seed=3)
+
+
 class Rounded(nn.Module):
     """Gradients that half precision has wrong by more than its tolerance, more so at later timesteps: what is left of
     numbers of which a layer makes larger ones."""

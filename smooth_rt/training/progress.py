@@ -1,0 +1,61 @@
+"""How far a training run is, on stderr: a bar for people, and now and then a line where stderr is no terminal."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
+
+__all__ = ["run_progress"]
+
+BAR_WIDTH = 12
+TIMES_WIDTH = 36  # of 12345/20000, of 12:34:56 and 1:23:45, and of the spaces between
+SAY_EVERY = 30.0  # seconds between lines
+
+log = logging.getLogger("smooth_rt")
+Show = Callable[[int, Mapping[str, float], float], None]
+
+
+@contextmanager
+def run_progress(name: str, step: int, steps: int, quiet: bool = False) -> Iterator[Show]:
+    """Gives a function that shows a run's step, its numbers, and its steps a second.
+
+    Args:
+        name: of the run.
+        step: that it begins at.
+        steps: in all.
+        quiet: nothing is shown.
+    """
+    console, whole = Console(stderr=True), Column(no_wrap=True)
+    bar = Progress(
+        TextColumn("{task.description}", markup=False, table_column=whole),
+        BarColumn(BAR_WIDTH),
+        MofNCompleteColumn(table_column=whole),
+        TimeElapsedColumn(table_column=whole),
+        TimeRemainingColumn(table_column=whole),
+        TextColumn("{task.fields[said]}", markup=False, table_column=whole),
+        console=console,
+        disable=quiet or not console.is_terminal,
+    )
+    told = time.monotonic()
+    with bar:
+        task = bar.add_task(name, total=steps, completed=step, said="")
+
+        def show(step: int, numbers: Mapping[str, float], rate: float) -> None:
+            nonlocal told
+            said = " ".join([*(f"{key} {value:.4f}" for key, value in numbers.items()), f"{rate:.2f} steps/s"])
+            # Of a narrow terminal the numbers give way, and never the steps and the times.
+            room = max(0, console.width - len(name) - BAR_WIDTH - TIMES_WIDTH)
+            bar.update(task, completed=step, said=said if len(said) <= room else f"{said[: room - 1]}…" if room else "")
+            if not quiet and not console.is_terminal and time.monotonic() - told >= SAY_EVERY:
+                told = time.monotonic()
+                left = timedelta(seconds=round((steps - step) / rate)) if rate else "-"
+                log.info("%s: step %d of %d, %s, %s left", name, step, steps, said, left)
+
+        yield show
