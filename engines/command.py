@@ -76,7 +76,7 @@ def mend_lacking(
     kernels: Kernels | None = None,
 ) -> str:
     """What to do about a variant that a bundle lacks: "run" and the command that adds it, everything else in the bundle
-    staying; or, where that cannot be, the one that builds it in a folder beside the bundle's, or why nothing does.
+    staying; or, where that cannot be, the one that builds another bundle in the cache, or why nothing does.
 
     Args:
         path: of the bundle.
@@ -118,10 +118,10 @@ def mend_lacking(
         return f"nor can it be: {error}"
     if (variant.lora_mode != "fused") == apart:
         return f"run `{build_command(path, manifest.source, (), variant, profiles)}`"
-    # A LoRA that is fused and one that is held apart are other weights: the bundle would be replaced.
-    beside = path.with_name(f"{path.name}-{variant.lora_mode}")
-    command = build_command(beside, manifest.source, (), variant, profiles)
-    return f"its LoRA is {'held apart' if apart else 'fused'}; build one beside it with `{command}`"
+    # A LoRA that is fused and one that is held apart are other weights: the bundle would be replaced. In the cache a
+    # folder is named by its weights, so that nothing is.
+    command = build_command(None, manifest.source, (), variant, profiles)
+    return f"its LoRA is {'held apart' if apart else 'fused'}; build another bundle, in the cache, with `{command}`"
 
 
 def _holds(backend: str, precision: str, lora_mode: str) -> bool:

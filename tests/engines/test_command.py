@@ -110,22 +110,22 @@ def held(lora_mode: LoraMode, strength: float | None, sizes: Profile | None = No
         (held("refit", None), {"backend": "inductor"}, ("inductor", "fp32", "runtime", 1.0, "b")),  # refits nothing
         (held("runtime", None), {"backend": "openvino", "lora_mode": "refit"}, ("openvino", "fp32", "refit", 1.0, "b")),
         (held("fused", 0.5), {"backend": "openvino", "precision": "int8"}, ("openvino", "int8", "fused", 0.5, "b")),
-        # Where that cannot be, in a folder beside it.
+        # Where that cannot be, in the cache, whose folders are named by the weights.
         (
             held("runtime", None),
             {"backend": "openvino", "precision": "int8"},
-            ("openvino", "int8", "fused", 1.0, "b-fused"),
+            ("openvino", "int8", "fused", 1.0, None),
         ),
         (
             held("fused", 0.5),
             {"backend": "openvino", "lora_mode": "runtime"},
-            ("openvino", "fp32", "runtime", 1.0, "b-runtime"),
+            ("openvino", "fp32", "runtime", 1.0, None),
         ),
         # The most exact precision that there is of it.
         (held("fused", 0.5), {"backend": "onnxruntime-tensorrt"}, ("onnxruntime-tensorrt", "fp16", "fused", 0.5, "b")),
     ],
 )
-def test_what_a_bundle_lacks_is_added_to_it_or_built_beside_it(
+def test_what_a_bundle_lacks_is_added_to_it_or_built_in_the_cache(
     manifest: Manifest, asked: dict[str, Any], wanted: tuple[Any, ...]
 ) -> None:
     said = mend_lacking(Path("b"), manifest, **asked)
