@@ -24,6 +24,7 @@ from engines.select import architecture
 from engines.variant import Order, Precision, Profile, Variant, every_size
 from export import stages
 from export.build import build_bundle
+from smooth_rt.lora import lora_weights, read_lora
 from smooth_rt.model import load_model
 
 BACKENDS = ("onnxruntime", "openvino")
@@ -132,13 +133,16 @@ def generator() -> torch.Generator:
 
 
 @pytest.fixture(scope="session")
-def default_gradient() -> Callable[[NetworkName], tuple[nn.Module, Dims]]:
-    """A gradient network of the model that ships, in torch, and the model's sizes."""
+def default_gradient() -> Callable[..., tuple[nn.Module, Dims]]:
+    """A gradient network of the model that ships, in torch, and the model's sizes; of `lora_mode` "runtime" with the
+    strength of its LoRA as an input, else without a LoRA."""
 
     @cache
-    def of(name: NetworkName) -> tuple[nn.Module, Dims]:
+    def of(name: NetworkName, lora_mode: str = "fused") -> tuple[nn.Module, Dims]:
         model = load_model("default")
         unet = torch_networks(model.text_encoder, model.unet, model.vae)["unet"]
+        if lora_mode == "runtime":
+            unet = RuntimeUnet(unet, lora_weights(model.unet, read_lora("default")))
         return gradient_networks(unet, [name])[name], model.dims
 
     return of
