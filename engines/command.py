@@ -159,7 +159,8 @@ def outside(
         first = built.profiles[0]
         sides = {name: asked.get(name, getattr(first, name).opt) for name in ("height", "width")}
         spans = {name: Span(min=side, opt=side, max=side) for name, side in sides.items()}
-        beside = path.with_name(f"{path.name}-{sides['height']}x{sides['width']}")
+        named = path.resolve() if path.name in ("", "..") else path
+        beside = named.with_name(f"{named.name}-{sides['height']}x{sides['width']}")
         profile = Profile(batch=_ended(first.batch, asked.get("batch", 1)), **spans)
         mend = f"build another with `{build_command(beside, source, (), built.variant, [profile])}`"
     return (

@@ -31,7 +31,7 @@ __all__ = [
 ]
 
 LARGEST_TOLERANCE = 0.5  # beyond it an error tells nothing: zeros are 1 off
-CALIBRATED_ON = "calibrated_on"  # in an int8 engine's notes: the digest of the prompts
+CALIBRATED_ON = "calibrated_on"  # in an int8 engine's notes: the prompts, one an image
 FORMAT = 4  # 3 knew the features of one block alone, 2 had one precision and one set of sizes a bundle
 
 
@@ -133,9 +133,9 @@ class EngineRecord(Record):
     places: dict[str, Place] = Field(default_factory=dict)
     notes: dict[str, int | str | list[str]] = Field(default_factory=dict)
 
-    def calibrated_on(self, prompts: str | None) -> bool:
-        """Whether it is that of prompts with this digest, as far as prompts count: in int8. None stands for any."""
-        return prompts is None or self.precision != "int8" or self.notes.get(CALIBRATED_ON) == prompts
+    def calibrated_on(self, prompts: Sequence[str] | None) -> bool:
+        """Whether it is of these prompts, as far as prompts count: in int8. None stands for any."""
+        return prompts is None or self.precision != "int8" or self.notes.get(CALIBRATED_ON) == [*prompts]
 
 
 class VariantRecord(Record):
@@ -176,9 +176,15 @@ class VariantRecord(Record):
         """The networks of gradients that it has."""
         return tuple(record.network for record in self.engines if record.network in DERIVED)
 
-    def calibrated_on(self, prompts: str | None) -> bool:
-        """Whether its engines are those of prompts with this digest; see `EngineRecord`."""
+    def calibrated_on(self, prompts: Sequence[str] | None) -> bool:
+        """Whether its engines are of these prompts; see `EngineRecord`."""
         return all(record.calibrated_on(prompts) for record in self.engines)
+
+    @property
+    def prompts(self) -> list[str]:
+        """That its engines were calibrated on; none where they were not, or an earlier version did not tell."""
+        found = (record.notes.get(CALIBRATED_ON) for record in self.engines)
+        return next((said for said in found if isinstance(said, list)), [])
 
     def engine(self, network: NetworkName) -> EngineRecord:
         """The record of a network: every variant of a manifest has those of `NETWORKS`, and its `gradients`."""

@@ -95,7 +95,7 @@ def build_bundle(
     _check(networks, dims, orders, calibration, lora)
     check_memory(networks, dims, orders, memory)
     kept = [] if keep is None else [b for b in keep.variants if b.variant not in [o.variant for o in orders]]
-    prompts = None if calibration is None else calibration.prompts_digest
+    prompts = None if calibration is None else calibration.prompts
     before = [_before(keep, order, prompts) for order in orders]
     planned = {}
     for name in (*NETWORKS, *DERIVED):
@@ -290,9 +290,9 @@ class _Build:
         return self.files[path]
 
 
-def _before(keep: Bundle | None, order: Order, prompts: str | None) -> dict[NetworkName, EngineRecord]:
+def _before(keep: Bundle | None, order: Order, prompts: Sequence[str] | None) -> dict[NetworkName, EngineRecord]:
     """What a bundle has of an order already, by network: for the same sizes, by the installed version and, of int8,
-    calibrated on the prompts of that digest."""
+    calibrated on these prompts."""
     if keep is None:
         return {}
     same = [built for built in keep.variants if built.variant == order.variant and built.profiles == [*order.profiles]]

@@ -54,8 +54,8 @@ class Calibration(Protocol):
     """What a quantiser asks of real runs of the model."""
 
     @property
-    def prompts_digest(self) -> str:
-        """What tells the prompts of the runs from others, for the manifest."""
+    def prompts(self) -> Sequence[str]:
+        """One a run, for the manifest."""
 
     def samples(self, network: NetworkName) -> Sequence[dict[str, Tensor]]:
         """Inputs that the network had, one row each, images and timesteps mixed."""
@@ -240,7 +240,7 @@ def _climb(
         tried.append(f"{what}: {found:.1f} dB")
         LOG.info("%s in int8 for %s, %s", network.name, backend, tried[-1])
         if found >= ENOUGH_DB:
-            return {**notes, "rung": rung, "tried": tried, CALIBRATED_ON: calibration.prompts_digest}
+            return {**notes, "rung": rung, "tried": tried, CALIBRATED_ON: [*calibration.prompts]}
     raise ParityError(
         f"{network.name}: {backend} in int8 gives images of {found:.1f} dB to fp32's, under {ENOUGH_DB:g}; not "
         "published, choose bf16 or calibrate on prompts of your own (--calibration-prompts)"

@@ -118,7 +118,7 @@ def ensure_engines(
         kernels: "backend"; or "native": on OpenVINO, the UNet computes some of its layers in kernels of this project,
             which a C++ compiler compiles once on the machine that runs them.
         calibration_prompts: of the images that int8 is calibrated on; engines that were calibrated on others are built
-            anew. None stands for those that ship, and takes engines of int8 that there are.
+            anew. None stands for those of the engines that are there, or those that ship.
 
     Raises:
         InputError: no backend, a precision or gradients that one lacks, a profile that is none of the model's, or a
@@ -135,7 +135,7 @@ def ensure_engines(
     most = limit() if output is None else None
     memory = _memory()
     (lora_strength,) = check(lora_strength=lora_strength)
-    from smooth_rt.calibration import digest_prompts
+    from smooth_rt.calibration import spread
     from smooth_rt.lora import Lora, fused_with, read_lora
     from smooth_rt.model import Model, load_model
     from smooth_rt.schedule import Schedule
@@ -161,7 +161,7 @@ def ensure_engines(
 
     with _alone(target):
         there = _open(target)
-        prompts = digest_prompts(calibration_prompts) if calibration_prompts else None
+        prompts = spread(calibration_prompts, loaded) if calibration_prompts else None
         missing = lacking(there, source, variants, profiles, wrt, loaded.dims, prompts)
         if not missing:
             reason = f"{target}: verified; made from the same weights by the installed versions"
@@ -178,6 +178,10 @@ def ensure_engines(
             check_installed()  # before it is said that anything is built
         LOG.info("building engines for %s: %s", ", ".join(order.variant.name for order in missing), fault)
         keep = there if not isinstance(there, str) and there.misfit(source) is None else None
+        if keep is not None and not calibration_prompts:
+            # Another size, or another version of a backend, is no reason to calibrate on other prompts.
+            same = (built for built in keep.variants if built.variant in [order.variant for order in missing])
+            calibration_prompts = next((built.prompts for built in same if built.prompts), ())
         bundle = _build(loaded, adapter, source, list(missing), target, keep, progress, calibration_prompts, memory)
         if most is not None:
             make_room(most, keep=target)

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from engines.contract import NETWORKS, Network, NetworkName, contract
 from engines.eager import EagerEngine, torch_networks
-from engines.manifest import digest_json
 from engines.recipes import RECIPES
 from engines.select import open_engine
 from smooth_rt.evaluation.inputs import read_prompts
@@ -28,7 +27,7 @@ if TYPE_CHECKING:
     from engines.base import Engine
     from smooth_rt.model import Model
 
-__all__ = ["IMAGES", "STEPS", "Trajectories", "digest_prompts", "read_prompts"]
+__all__ = ["IMAGES", "STEPS", "Trajectories", "read_prompts", "spread"]
 
 LOG = logging.getLogger("smooth_rt")
 
@@ -50,6 +49,8 @@ class Trajectories:
         images: how many are sampled; None stands for 32, or 6 of a large model. A median over fewer is hardly one: on
             the default model that of 8 was 32 dB where that of 32 was 27.
         steps: of each; all their timesteps are kept, for both halves of guidance.
+
+    Attributes: `prompts`, one an image.
     """
 
     def __init__(
@@ -60,17 +61,10 @@ class Trajectories:
         steps: int = STEPS,
     ) -> None:
         self._model = model
-        self._prompts = list(prompts) or read_prompts()
-        large = sum(parameter.numel() for parameter in model.unet.parameters()) > LARGE
-        self._count = images or (FEW_IMAGES if large else IMAGES)
+        self.prompts = spread(prompts, model, images)
         self._steps = steps
         self._seen: dict[NetworkName, list[dict[str, Tensor]]] = {}
         self._wanted = torch.empty(0)
-
-    @property
-    def prompts_digest(self) -> str:
-        """What tells the prompts from others; see `digest_prompts`."""
-        return digest_prompts(self._prompts)
 
     def samples(self, network: NetworkName) -> list[dict[str, Tensor]]:
         """The inputs of `network`, one row each, in an order that mixes images and timesteps."""
@@ -98,7 +92,7 @@ class Trajectories:
     def _sample(self) -> None:
         self._seen = {name: [] for name in NETWORKS}
         engines = self._engines(lambda name: self._seen[name].append)
-        LOG.info("calibration: sampling %d images in %d steps", self._count, self._steps)
+        LOG.info("calibration: sampling %d images in %d steps", len(self.prompts), self._steps)
         self._wanted = self._images(engines)
 
     def _images(self, engines: Mapping[NetworkName, Engine]) -> Tensor:
@@ -106,10 +100,7 @@ class Trajectories:
 
         model = self._model
         pipe = SmoothPipeline(engines, model.config(), model.dims, source=model.source)
-        prompts = self._prompts
-        # Spread over the list, of which neighbours may be alike.
-        chosen = [prompts[index * len(prompts) // self._count % len(prompts)] for index in range(self._count)]
-        seeds = [torch.Generator().manual_seed(SEED + index) for index in range(self._count)]
+        seeds = [torch.Generator().manual_seed(SEED + index) for index in range(len(self.prompts))]
         told, done = time.monotonic(), 0
 
         def tell(*_: Any) -> None:
@@ -120,7 +111,7 @@ class Trajectories:
                 LOG.info("calibration: %d steps of sampling are done", done)
 
         made = pipe(
-            chosen,
+            self.prompts,
             num_inference_steps=self._steps,
             guidance_scale=GUIDANCE,
             generator=seeds,
@@ -130,9 +121,18 @@ class Trajectories:
         return torch.as_tensor(made)
 
 
-def digest_prompts(prompts: Sequence[str]) -> str:
-    """What tells prompts that int8 is calibrated on from others; their order counts, as images are spread over it."""
-    return digest_json(list(prompts))
+def spread(prompts: Sequence[str], model: Model, images: int | None = None) -> list[str]:
+    """The prompt of each image that is sampled; of the prompts of an earlier `spread`, the same ones.
+
+    Args:
+        prompts: none stands for those that ship. Neighbours may be alike, so the images are spread over all of them.
+        model: of which so many images are sampled.
+        images: how many, if not as many as of such a model.
+    """
+    among = list(prompts) or read_prompts()
+    large = sum(parameter.numel() for parameter in model.unet.parameters()) > LARGE
+    count = images or (FEW_IMAGES if large else IMAGES)
+    return [among[index * len(among) // count % len(among)] for index in range(count)]
 
 
 class _Listening(EagerEngine):

@@ -7,6 +7,7 @@ gradients is decided here alone.
 from __future__ import annotations
 
 import logging
+import threading
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, Self
@@ -62,6 +63,7 @@ class Networks:
         self._engines = dict(engines)
         self._eager_unet: EagerEngine | None = None  # of gradients that no engine was built for
         self._lora_strength: float | None = 1.0  # None where setting it was broken off, so that nobody knows
+        self._setting = threading.Lock()  # of a strength
         self.dims = dims
         self.batch_size = batch_size
         self.bundle: Bundle | None = None
@@ -96,18 +98,19 @@ class Networks:
                 f"lora_strength={strength:g}: the engines hold their LoRA fused, or none; build with --lora-mode "
                 "runtime or refit to set it at run time"
             )
-        before = self.digests
-        try:
-            if self.lora is not None:
-                weights = self.lora.at(strength)
-                # What another thread keeps meanwhile is of neither strength: a name that nothing is found by again.
-                self.digests = {**before, LORA_STRENGTH: f"being set {uuid.uuid4()}"}
-                unet.refit(weights)
-            self._lora_strength = strength
-            self.digests = {**before, LORA_STRENGTH: repr(strength)}
-        except BaseException:
-            self._lora_strength = None
-            raise
+        with self._setting:  # of two that are set at once, the one that is told is the one that runs
+            before = self.digests
+            try:
+                if self.lora is not None:
+                    weights = self.lora.at(strength)
+                    # What another thread keeps meanwhile is of neither strength: a name that nothing is found by again.
+                    self.digests = {**before, LORA_STRENGTH: f"being set {uuid.uuid4()}"}
+                    unet.refit(weights)
+                self._lora_strength = strength
+                self.digests = {**before, LORA_STRENGTH: repr(strength)}
+            except BaseException:
+                self._lora_strength = None
+                raise
 
     @property
     def batch_size(self) -> int | str:

@@ -72,11 +72,11 @@ def lacking(
     profiles: Sequence[Profile],
     gradients: tuple[NetworkName, ...],
     dims: Dims,
-    calibrated_on: str | None = None,
+    calibrated_on: Sequence[str] | None = None,
 ) -> dict[Order, str]:
     """What has to be built, and why. A variant that was built for other profiles or gradients keeps those.
 
-    `calibrated_on` is the digest of the prompts that are named for int8; who names none takes what there is.
+    `calibrated_on` are the prompts that are named for int8, one an image; who names none takes what there is.
     """
 
     def wanted(variant: Variant) -> list[Profile]:

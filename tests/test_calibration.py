@@ -16,15 +16,16 @@ from engines.contract import Dims, contract
 from engines.manifest import CALIBRATED_ON, EngineRecord, Manifest, Source, VariantRecord
 from engines.recipes import build_revision
 from engines.select import architecture, backend_version
-from engines.variant import Variant
+from engines.variant import Profile, Span, Variant
 from smooth_rt.build import ensure_engines
-from smooth_rt.calibration import Trajectories, digest_prompts
+from smooth_rt.calibration import IMAGES, Trajectories, spread
 from smooth_rt.evaluation.fidelity import fidelity
 from smooth_rt.model import Model, load_model
 from smooth_rt.orders import lacking
 from smooth_rt.pipeline import SmoothPipeline
 
 DIMS = Dims(12, 32, 100, 4, 3, 2, 4, 8)
+SIZE = {"batch": "1", "height": "16", "width": "16"}
 VARIANT = Variant(backend="openvino", precision="int8", lora_mode="fused", architecture=architecture())
 
 
@@ -91,9 +92,9 @@ def test_fidelity_is_that_of_each_image(tiny_model: Path) -> None:
     assert min(ratios) <= near.speedup <= max(ratios)
 
 
-def int8(calibrated_on: str | None) -> Bundle:
+def int8(calibrated_on: list[str] | None) -> Bundle:
     """A bundle of one UNet in int8, as far as its manifest tells of its calibration."""
-    notes = {} if calibrated_on is None else {CALIBRATED_ON: calibrated_on}
+    notes: dict[str, Any] = {} if calibrated_on is None else {CALIBRATED_ON: calibrated_on}
     parts: dict[str, Any] = {"bounds": [], "places": {}, "parity": []}
     unet = EngineRecord.model_construct(network="unet", precision="int8", notes=notes, **parts)
     encoder = EngineRecord.model_construct(network="text_encoder", precision="fp32", notes={}, **parts)
@@ -111,21 +112,28 @@ def int8(calibrated_on: str | None) -> Bundle:
 @pytest.mark.parametrize(
     ("calibrated_on", "asked", "built_anew"),
     [
-        ("d", None, False),  # who names no prompts takes what there is
-        ("d", "d", False),
-        ("d", "e", True),
-        (None, "d", True),  # by an earlier version, which did not tell
+        (["d"], None, False),  # who names no prompts takes what there is
+        (["d"], ["d"], False),
+        (["d"], ["e"], True),
+        (["d", "e"], ["e", "d"], True),  # each image has a noise of its own
+        (None, ["d"], True),  # by an earlier version, which did not tell
         (None, None, False),
     ],
 )
-def test_int8_on_other_prompts_is_built_anew(calibrated_on: str | None, asked: str | None, built_anew: bool) -> None:
+def test_int8_on_other_prompts_is_built_anew(
+    calibrated_on: list[str] | None, asked: list[str] | None, built_anew: bool
+) -> None:
     there = int8(calibrated_on)
     missing = lacking(there, there.source, [VARIANT], [], (), DIMS, asked)
     assert list(missing.values()) == (["b: openvino-int8 is calibrated on other prompts"] if built_anew else [])
 
 
-def test_of_prompts_the_order_counts() -> None:
-    assert digest_prompts(["a", "b"]) == digest_prompts(("a", "b")) != digest_prompts(["b", "a"])
+def test_prompts_that_were_spread_stay_as_they_are(model: Model) -> None:
+    many = [f"prompt {index}" for index in range(100)]
+    found = spread(many, model)
+    assert (len(found), found[0], found[-1]) == (IMAGES, "prompt 0", "prompt 96")
+    assert spread(found, model) == found
+    assert spread(["a", "b"], model, images=3) == ["a", "a", "b"]
 
 
 @pytest.mark.slow
@@ -135,15 +143,16 @@ def test_naming_other_prompts_quantises_the_unet_again(
     pytest.importorskip("nncf", reason="quantises; pip install 'smooth-rt[int8]'")
     monkeypatch.setattr("smooth_rt.calibration.IMAGES", 1)
     monkeypatch.setattr("export.to_int8.ENOUGH_DB", 0.0)  # one image of random weights tells nothing
+    size = [Profile(**{name: Span.parse(text, name) for name, text in SIZE.items()})]
     found = []
-    for prompts in (["red apple"], ["red apple"], ["dog"], []):
+    for prompts, profiles in ((["red apple"], []), (["red apple"], []), (["dog"], []), ([], []), ([], size)):
         made = ensure_engines(
-            tiny_model, backends=["openvino"], precision="int8", output=tmp_path / "b", calibration_prompts=prompts
-        )
+            tiny_model, backends=["openvino"], precision="int8", output=tmp_path / "b", calibration_prompts=prompts,
+            profiles=profiles,
+        )  # fmt: skip
         (built,) = made.bundle.variants
-        found.append((made.reused, built.engine("unet").notes[CALIBRATED_ON], built.engine("vae_decoder").graph))
-    apple, dog = digest_prompts(["red apple"]), digest_prompts(["dog"])
+        found.append((made.reused, built.prompts, built.engine("vae_decoder").graph))
     assert [(reused, prompts) for reused, prompts, _ in found] == [
-        (False, apple), (True, apple), (False, dog), (True, dog),
+        (False, ["red apple"]), (True, ["red apple"]), (False, ["dog"]), (True, ["dog"]), (False, ["dog"]),
     ]  # fmt: skip
-    assert len({graph for _, _, graph in found}) == 1  # of fp32 and bf16, they are taken over
+    assert len({graph for _, _, graph in found[:4]}) == 1  # of fp32 and bf16, they are taken over

@@ -8,6 +8,7 @@ import json
 import math
 import shlex
 import shutil
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,22 @@ def test_nothing_runs_between_two_strengths(
         pipe.set_lora_strength(0.7)
         assert torch.equal(images(pipe), first)
         assert pipe.digests["lora_strength"] == "0.7"
+
+
+def test_of_strengths_that_are_set_at_once_the_one_that_is_told_runs(bundle: Bundle) -> None:
+    strengths = (0.3, 0.8, 3.0)
+    with SmoothPipeline.from_engines(bundle, "onnxruntime", lora_mode="refit") as pipe:
+        alone = {}
+        for strength in strengths:
+            pipe.set_lora_strength(strength)
+            alone[repr(strength)] = images(pipe)
+        for _ in range(10):
+            threads = [threading.Thread(target=pipe.set_lora_strength, args=(strength,)) for strength in strengths]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert torch.equal(images(pipe), alone[pipe.digests["lora_strength"]])
 
 
 @pytest.mark.parametrize("mode", MODES)

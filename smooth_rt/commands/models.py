@@ -108,8 +108,8 @@ def build_engine(
         Path | None,
         typer.Option(
             metavar="FILE",
-            help="For int8: a prompt a line; an engine that is there on other prompts is built anew. Left out: prompts "
-            "that ship, or those of the engine that is there.",
+            help="For int8: a prompt a line; an engine that is there on other prompts is built anew. Left out: those "
+            "of the engine that is there, or prompts that ship.",
             show_default=False,
         ),
     ] = None,

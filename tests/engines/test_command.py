@@ -84,6 +84,18 @@ def test_convolutions_of_one_size_get_a_bundle_of_their_own() -> None:
     assert options["kernels"] == "native"
 
 
+def test_a_bundle_in_the_current_folder_has_a_name_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "b" / "config").mkdir(parents=True)
+    variant = Variant(
+        backend="openvino", precision="fp32", lora_mode="fused", architecture="cpu-x86_64", convolution="winograd"
+    )
+    built = VariantRecord(variant=variant, profiles=[profile("1", "512", "512")], backend_version="1", engines=[])
+    for path, folder in ((".", "b"), ("..", "b/config")):
+        monkeypatch.chdir(tmp_path / folder)
+        said = outside(Path(path), SOURCE, DIMS, built, "unet", {"batch": 1, "height": 32, "width": 64})
+        assert parsed(said)["output"] == tmp_path / "b-256x512"
+
+
 def test_of_several_profiles_the_one_that_grows_least_is_widened() -> None:
     small, large = profile("1:1:4", "256", "256"), profile("1", "768", "768")
     assert widened([small, large], {"batch": 1, "height": 768, "width": 1024}) == profile("1", "768", "768:768:1024")

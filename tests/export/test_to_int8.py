@@ -34,7 +34,7 @@ def rows(dims: Dims, count: int = 4) -> list[dict[str, Tensor]]:
 class Judge:
     """Stands for real runs: hands out rows, and says of each graph in turn what it is told to."""
 
-    prompts_digest = "of no prompts"
+    prompts = ("one", "two")
 
     def __init__(self, dims: Dims, verdicts: Sequence[float]) -> None:
         self.verdicts = list(verdicts)
@@ -110,7 +110,7 @@ def test_images_decide_which_rung_is_taken(
     with caplog.at_level(logging.INFO, "smooth_rt"):
         notes = quantise(exported, tmp_path / FILES[backend], contract("unet", dims), judge, told.append)
     assert len(dict.fromkeys(told)) == 5  # the calibration; at each rung, what is quantised and the images
-    assert (notes["rung"], notes["calibrated_on"]) == (1, "of no prompts")
+    assert (notes["rung"], notes["calibrated_on"]) == (1, ["one", "two"])
     assert notes["tried"] == ["all: 26.0 dB", f"{LADDER[1][0]}: 31.0 dB"]
     assert len(judge.judged) == 2
     assert f"unet in int8 for {backend}, all: 26.0 dB" in caplog.text
