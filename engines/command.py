@@ -37,7 +37,7 @@ def build_command(
     """
     words = ["smooth-rt", "build-engine"]
     if source is not None:
-        words += ["--model", source.model]
+        words += ["--model", source.model, *([] if source.config is None else ["--model-config", source.config])]
         # Left out, --lora is the shipped one where the model is the default.
         words += ["--lora", "none" if source.lora is None else source.lora.source]
         fused = variant is None or variant.lora_mode == "fused"

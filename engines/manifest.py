@@ -73,7 +73,8 @@ class LoraSource(Record):
 
 
 class Source(Record):
-    """Where the weights came from: the model as the user named it, and what it was, by digest.
+    """Where the weights came from: the model as the user named it, with the configs that were named for a single-file
+    checkpoint, and what it was, by digest.
 
     `digests` has one entry for each of text_encoder, unet, vae, tokenizer and scheduler, of the pristine model: the
     LoRA stands apart.
@@ -81,6 +82,7 @@ class Source(Record):
 
     model: Annotated[str, AfterValidator(_named)]
     revision: str | None = None
+    config: str | None = None
     digests: dict[str, str]
     lora: LoraSource | None = None
 

@@ -156,7 +156,13 @@ def ensure_engines(
         record = LoraSource(source=adapter.source, digest=adapter.digest, strength=strength)
     elif lora_mode != "fused":
         raise InputError(f"lora_mode={lora_mode}: there is no LoRA whose strength could be set; name one")
-    source = Source(model=loaded.source, revision=loaded.revision, digests=loaded.digests, lora=record)
+    source = Source(
+        model=loaded.source,
+        revision=loaded.revision,
+        config=loaded.config_source,
+        digests=loaded.digests,
+        lora=record,
+    )
     target = bundle_of(source) if output is None else Path(output)
 
     with _alone(target):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -73,6 +73,7 @@ class Model:
             weights as loaded: `smooth_rt.lora.fuse` changes the UNet and leaves them, since a bundle's key holds the
             LoRA's digest beside them.
         lora: one that was not fused, so that its strength can be set as it runs.
+        config_source: of a single-file checkpoint, the configs that the caller named, if any.
     """
 
     source: str
@@ -85,6 +86,7 @@ class Model:
     dims: Dims
     digests: dict[str, str]
     lora: Lora | None = None
+    config_source: str | None = None
 
     def config(self) -> PipelineConfig:
         """What `write_config` writes, without the detour through files."""
@@ -186,7 +188,9 @@ def load_model(
     source = str(model)
     path = Path(source).expanduser()
     if source != "default" and path.is_file():
-        return _assemble(source, read_file(path, config))
+        return replace(
+            _assemble(source, read_file(path, config)), config_source=None if config is None else str(config)
+        )
     if config is not None:
         raise InputError(f"{source}: is no file; --model-config (in Python: config=) is for a .safetensors checkpoint")
     if source == "default":

@@ -40,7 +40,8 @@ def reopen_model(bundle: Bundle, config: str | Path | None = None) -> Model:
     """The model that a bundle was made from, with its LoRA, proved to be the same by digest; fused if it is there.
 
     Args:
-        config: as in `load_model`, where the bundle was made from a single-file checkpoint.
+        config: as in `load_model`, where the bundle was made from a single-file checkpoint; None stands for the one
+            that it was made with.
 
     Raises:
         BundleError: the model or the LoRA has changed since.
@@ -55,7 +56,8 @@ def reopen_model(bundle: Bundle, config: str | Path | None = None) -> Model:
                 f"{bundle.path}: the LoRA {fused.source} is not what the bundle was made from; "
                 "run smooth-rt build-engine again, or use another engine"
             )
-    loaded = load_model(source.model, revision=source.revision, config=config)
+    named = source.config if config is None else config
+    loaded = load_model(source.model, revision=source.revision, config=named)
     changed = [name for name, digest in source.digests.items() if loaded.digests.get(name) != digest]
     if changed:
         raise BundleError(

@@ -28,7 +28,7 @@ def remembered(model: Path, lora: Path, changed: str = "") -> Any:
     if changed:
         digests[changed] = "0"
     fused = SimpleNamespace(source=str(lora), digest=digests.pop("lora"), strength=0.5)
-    source = SimpleNamespace(model=str(model), revision=None, digests=digests, lora=fused)
+    source = SimpleNamespace(model=str(model), revision=None, config=None, digests=digests, lora=fused)
     return SimpleNamespace(path=Path("bundle"), source=source)
 
 

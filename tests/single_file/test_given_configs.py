@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,8 +17,10 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from engines.bundle import Bundle
 from smooth_rt import cli
-from smooth_rt.errors import InputError, ModelError
+from smooth_rt.build import build_engines
+from smooth_rt.errors import EngineError, InputError, ModelError
 from smooth_rt.lora import Lora, LoraLayer, write_lora
 from smooth_rt.model import Model, load_model
 from smooth_rt.opening import reopen_model
@@ -173,8 +176,25 @@ def test_a_bundle_of_a_single_file_finds_its_weights_again(
     path = tmp_path / "model.safetensors"
     save_file(original_checkpoint(tiny_model), path)
     digests = load_model(tiny_model).digests
-    source = SimpleNamespace(model=str(path), revision=None, digests=digests, lora=None)
+    source = SimpleNamespace(model=str(path), revision=None, digests=digests, lora=None, config=None)
     bundle: Any = SimpleNamespace(path=Path("bundle"), source=source)
     with pytest.raises(ModelError, match="--model-config"):
         reopen_model(bundle)
     assert reopen_model(bundle, tiny_model).digests == digests
+    source.config = str(tiny_model)  # as a build notes it
+    assert reopen_model(bundle).digests == digests
+
+
+def test_a_bundle_of_a_single_file_is_added_to_with_its_configs(
+    original_checkpoint: Rename, tiny_model: Path, tmp_path: Path
+) -> None:
+    path, folder = tmp_path / "model.safetensors", tmp_path / "b"
+    save_file(original_checkpoint(tiny_model), path)
+    bundle = build_engines(load_model(path, config=tiny_model), backends=["onnxruntime"], output=folder)
+    assert bundle.source.config == str(tiny_model)
+    with pytest.raises(EngineError, match=f"--model-config {tiny_model} ") as caught:
+        SmoothPipeline.from_engines(folder, "openvino")
+    assert cli.main(shlex.split(str(caught.value).split("`")[1])[1:]) == 0
+    assert Bundle.open(folder).backends == ("onnxruntime", "openvino")
+    with SmoothPipeline.from_engines(folder, "eager") as pipe:
+        assert pipe.digests == load_model(tiny_model).digests
