@@ -199,10 +199,10 @@ def work_folder(work: Path | None) -> Iterator[Path]:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace | None:
-    from bench.options import Parser, folder, json_file
+    from bench.options import A_MODEL, Parser, folder, json_file
 
     parser = Parser(prog="smooth-rt bench engines", description=__doc__)
-    parser.add_argument("--model", default="default", help="as everywhere, or sd15: full size, random weights")
+    parser.add_argument("--model", default="default", help=f"{A_MODEL}, or sd15: full size, random weights")
     parser.add_argument("--side", type=int, help="pixels; default: the model's own")
     parser.add_argument("--batch-size", type=int, default=1, help="images; two rows each")
     parser.add_argument("--apart", action="store_true", help="rows of unlike latents, not guidance's two halves")

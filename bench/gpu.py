@@ -213,10 +213,10 @@ def _subject(model: str) -> Subject:
 
 
 def _parse(arguments: list[str]) -> argparse.Namespace | None:
-    from bench.options import Parser, batch_sizes, folder, json_file
+    from bench.options import A_MODEL, Parser, batch_sizes, folder, json_file
 
     parser = Parser(prog="smooth-rt bench gpu", description=__doc__)
-    parser.add_argument("--model", default="sd15", help="default: SD1.5's shape with random weights; or as everywhere")
+    parser.add_argument("--model", default="sd15", help=f"{A_MODEL}; default: SD1.5's shape with random weights")
     parser.add_argument("--side", type=int, help="pixels; default: the model's own")
     parser.add_argument("--batch-sizes", type=batch_sizes, default=(1, 4, 16), metavar="N[,N…]", help="default: 1,4,16")
     parser.add_argument("--num-inference-steps", dest="steps", type=int, default=50)

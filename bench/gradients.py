@@ -31,7 +31,7 @@ from bench.apart import apart
 from bench.engines import unet, work_folder
 from bench.environment import busy, environment, warn
 from bench.null_text import EAGER, IMAGE, PROMPT, Inverted, check_null_text, null_text, table_of
-from bench.options import Parser, batch_sizes, folder, json_file, names
+from bench.options import A_MODEL, Parser, batch_sizes, folder, json_file, names
 from bench.results import write
 from bench.timing import interleave, summarise
 from engines.base import Engine
@@ -238,15 +238,18 @@ def _job(options: argparse.Namespace) -> int:
 
 def _parse(arguments: list[str]) -> argparse.Namespace | None:
     parser = Parser(prog="smooth-rt bench gradients", description=__doc__)
-    parser.add_argument("--model", default="default", help="as everywhere, or sd15: full size, random weights")
+    parser.add_argument("--model", default="default", help=f"{A_MODEL}, or sd15: full size, random weights")
     parser.add_argument("--engine", type=names(*ABLE), default=("onnxruntime",), help="default: onnxruntime")
     parser.add_argument(
-        "--gradients", type=names(*GRADIENTS, FEATURES), default=("text", "sample", "both"), help="default: these three"
+        "--gradients",
+        type=names(*GRADIENTS, FEATURES),
+        default=("text", "sample", "both"),
+        help="default: text,sample,both",
     )
     parser.add_argument("--task", type=names(*TASKS), default=("vjp",), help="vjp, null-text or both; default: vjp")
     parser.add_argument("--side", type=int, help="pixels; default: the model's own")
     parser.add_argument("--batch-sizes", type=batch_sizes, default=(1, 4), metavar="N[,N…]", help="default: 1,4")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=10, help="calls of each; default: 10")
     parser.add_argument("--num-inference-steps", dest="steps", type=int, default=50, help="of null-text; default: 50")
     parser.add_argument("--inversions", type=int, default=3, help="of null-text on each engine; default: 3")
     parser.add_argument("--image", default=str(IMAGE), help="of null-text; default: one that ships")

@@ -12,10 +12,11 @@ from engines.select import BACKENDS
 from smooth_rt.errors import InputError
 from smooth_rt.ranges import MOST_IMAGES, check, check_count, check_text, seeds_from
 
-__all__ = ["Options", "Parser", "batch_sizes", "folder", "json_file", "names", "parse"]
+__all__ = ["A_MODEL", "Options", "Parser", "batch_sizes", "folder", "json_file", "names", "parse"]
 
 REPORTS = ("bench.json", "bench.md")
 PROMPT = "red apple on blue background"
+A_MODEL = "a hub id, a diffusers folder or a .safetensors checkpoint"
 
 
 @dataclass(frozen=True)
@@ -104,11 +105,11 @@ def _parser() -> Parser:
         prog="smooth-rt bench",
         description="Parity, times, memory and the distance to the floor of every engine, beside diffusers.",
     )
-    parser.add_argument("--model", default="default", help="as everywhere (default: the shipped one)")
+    parser.add_argument("--model", default="default", help=f"{A_MODEL}; default: the shipped one")
     parser.add_argument(
         "--model-config", dest="config", metavar="FOLDER_OR_HUB_ID", help="for a .safetensors checkpoint, as everywhere"
     )
-    parser.add_argument("--lora", help="a Smooth-LoRA to fuse; 'none': none (default: as everywhere)")
+    parser.add_argument("--lora", help="a Smooth-LoRA to fuse; none: none; default: the shipped one, of its model")
     parser.add_argument("--lora-strength", type=float, default=1.0, help="default: 1.0")
     parser.add_argument(
         "--engine", dest="engines", type=names("auto", *BACKENDS), metavar="E[,E…]",

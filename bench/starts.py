@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 from bench.apart import apart
-from bench.options import Parser, json_file, names
+from bench.options import A_MODEL, Parser, json_file, names
 from bench.results import write
 from engines.recipes import SETTABLE
 from engines.select import check_runs
@@ -44,13 +44,16 @@ def main(argv: Sequence[str] | None = None) -> None:
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
     parser = Parser(prog="smooth-rt bench starts", description=__doc__)
-    parser.add_argument("--model", default="default", help="as everywhere")
-    parser.add_argument("--lora", default="default", help="as everywhere")
+    parser.add_argument("--model", default="default", help=f"{A_MODEL}; default: the shipped one")
+    parser.add_argument("--lora", default="default", help="a hub id, a folder or a file; default: the shipped one")
     able = [name for name, precisions in SETTABLE["refit"][1].items() if "fp32" in precisions]
     parser.add_argument(
-        "--engine", type=names(*able), default=("onnxruntime", "openvino"), help="backends that can replace weights"
+        "--engine",
+        type=names(*able),
+        default=("onnxruntime", "openvino"),
+        help=f"of {', '.join(able)}; default: onnxruntime,openvino",
     )
-    parser.add_argument("--num-inference-steps", dest="steps", type=int, default=10)
+    parser.add_argument("--num-inference-steps", dest="steps", type=int, default=10, help="default: 10")
     parser.add_argument("--output", type=json_file, help="a JSON file of the figures")
     parser.add_argument("--job", choices=JOBS, help=argparse.SUPPRESS)  # one of them, in this process
     parser.add_argument("--cache", type=Path, help=argparse.SUPPRESS)

@@ -96,8 +96,8 @@ class _Comparison:
     def __init__(self, engine: Engine, module: nn.Module, network: Network, precision: str) -> None:
         self._engine, self._network, self._precision = engine, network, precision
         self._reference = EagerEngine(network, module)
-        self._conditioning = Conditioning(module, network, precision)
         self._gradients = [spec.name for spec in network.outputs[1:]] if network.name in WRT else []
+        self._conditioning = Conditioning(module, network, precision) if self._gradients else None
         self._worst: dict[str, Parity] = {}
         self._judged = dict.fromkeys((spec.name for spec in network.outputs), 0)
         self._items = self._cases = 0
@@ -112,7 +112,8 @@ class _Comparison:
         limits = {name: torch.full_like(found, tolerance) for name, found in errors.items()}
         # What is over is held against what the precision keeps; and what is still over, against more draws of that.
         for draws in (DRAWS, MORE_DRAWS):
-            if any(bool(self._over(errors[name], limits[name]).any()) for name in self._gradients):
+            over = any(bool(self._over(errors[name], limits[name]).any()) for name in self._gradients)
+            if over and self._conditioning is not None:
                 allowed = self._conditioning.allowance(inputs, wanted, each, draws)
                 limits |= {name: limits[name].maximum(allowed[name]) for name in self._gradients}
         for name, found in errors.items():

@@ -77,6 +77,14 @@ class Networks:
         backend = self._engines["unet"].backend
         return backend if self.bundle is None else f"{backend}, {self.bundle.path}"
 
+    @property
+    def lora_strength(self) -> float | None:
+        """The strength that the LoRA runs at, fused or set; None without one, and where setting it was broken off."""
+        try:
+            return float(self.digests[LORA_STRENGTH])
+        except (KeyError, ValueError):  # a name that is no number stands for one that is being set
+            return None
+
     def set_lora_strength(self, strength: float) -> None:
         """Set the LoRA's strength: 1 is as trained, 0 is none. A, B and A again gives the same images bit for bit.
 

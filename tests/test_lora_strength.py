@@ -101,7 +101,7 @@ def test_a_then_b_then_a_again(bundle: Bundle, backend: str, mode: str) -> None:
         assert torch.equal(found[0], found[2])
         assert torch.equal(found[0], found[4])
         assert (found[0] - found[1]).norm() / found[0].norm() > 1e-3
-        assert pipe.digests["lora_strength"] == "0.7"
+        assert (pipe.digests["lora_strength"], pipe.lora_strength) == ("0.7", 0.7)
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt(), OSError("no")], ids=["interrupted", "failed"])
@@ -135,6 +135,7 @@ def test_nothing_runs_between_two_strengths(
                 EngineError, match=r"lora_strength: setting it failed or was interrupted .* set it again"
             ):
                 call()
+        assert pipe.lora_strength is None
         assert pipe.digests["lora_strength"] not in ("0.7", "0.1")
         pipe.set_lora_strength(0.7)
         assert torch.equal(images(pipe), first)

@@ -221,11 +221,10 @@ def described(pipe: SmoothPipeline, options: ModelOptions) -> dict[str, Any]:
         bundle = Bundle.open(find(options.engines), verify=False)
     if bundle is not None:
         named = bundle.source.lora.source if bundle.source.lora is not None else None
-    strength = pipe.digests.get("lora_strength")
     return {
         "model": pipe.source,
         "lora": named,
-        "lora_strength": None if strength is None else float(strength),
+        "lora_strength": pipe.lora_strength,
         "engine": pipe.engine,
         "precision": pipe.precision,
         "reason": pipe.reason,

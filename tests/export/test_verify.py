@@ -128,6 +128,13 @@ def test_a_damaged_model_is_not_the_engines_fault(networks: Networks, dims: Dims
         check("vae_decoder", {**networks, "vae_decoder": module}, dims, lambda _: None)
 
 
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_a_right_graph_passes_in_each_precision(networks: Networks, dims: Dims, precision: str) -> None:
+    engine = Altered("unet", networks, dims, lambda _: None)
+    (parity,) = verify(engine, networks["unet"], engine.network, dims, precision, seed=0)
+    assert (parity.relative, parity.tolerance) == (0, TOLERANCES[precision])
+
+
 def test_an_unknown_precision(networks: Networks, dims: Dims) -> None:
     engine = Altered("unet", networks, dims, lambda _: None)
     with pytest.raises(InputError, match="'fp8': unknown; choose from fp32"):
