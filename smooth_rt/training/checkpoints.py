@@ -129,7 +129,8 @@ class Checkpoints:
             raise self._damaged(path, f"no {error.args[0]} in its metadata") from error
         if changed := differences(settings, found):
             names = ", ".join(changed)
-            raise InputError(f"{path}: made with another {names}; give the same, or name another --output")
+            said = " (the folder may be the same: a picture or a caption is not)" if "data" in changed else ""
+            raise InputError(f"{path}: made with another {names}; give the same, or name another --output{said}")
         wanted = dict(shapes)
         for group in together:
             if any(key in tensors for key in group):

@@ -53,7 +53,8 @@ def run_progress(name: str, step: int, steps: int, quiet: bool = False) -> Itera
             # Of a narrow terminal the numbers give way, and never the steps and the times.
             room = max(0, console.width - len(name) - BAR_WIDTH - TIMES_WIDTH)
             bar.update(task, completed=step, said=said if len(said) <= room else f"{said[: room - 1]}…" if room else "")
-            if not quiet and not console.is_terminal and time.monotonic() - told >= SAY_EVERY:
+            due = time.monotonic() - told >= SAY_EVERY or step == steps
+            if due and not quiet and not console.is_terminal:
                 told = time.monotonic()
                 left = timedelta(seconds=round((steps - step) / rate)) if rate else "-"
                 log.info("%s: step %d of %d, %s, %s left", name, step, steps, said, left)

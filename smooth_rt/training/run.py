@@ -148,6 +148,8 @@ class Run:
             self._checkpoints.prune()
         averages: dict[str, float] = {}
         began, first = time.perf_counter(), self.step
+        if first and not quiet:
+            log.info("%s: going on at step %d of %d", self.folder.name, first, self.steps)
         with run_progress(self.folder.name, first, self.steps, quiet) as show:
             while self.step < self.steps:
                 numbers = self._advance(step_fn)

@@ -40,11 +40,13 @@ def test_a_log_gets_a_line_now_and_then(
             now[0] += 10
             show(step, NUMBERS, 0.1)
     lines = [record.getMessage() for record in caplog.records]
-    assert len(lines) == 16
+    assert len(lines) == 17  # the last step's, too
+    assert lines[-1].startswith("run: step 60 of 60, loss 0.2070 ")
     assert lines[0] == "run: step 13 of 60, loss 0.2070 base 0.1563 reg 0.0507 norm 0.1872 0.10 steps/s, 0:07:50 left"
     assert capsys.readouterr() == ("", "")
     caplog.clear()
     with caplog.at_level(logging.INFO, "smooth_rt"), progress.run_progress("run", 0, 60, quiet=True) as show:
         now[0] += 100
         show(1, NUMBERS, 0.1)
+        show(60, NUMBERS, 0.1)
     assert not caplog.records
