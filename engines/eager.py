@@ -203,30 +203,30 @@ class EagerEngine(Engine):
             self.gradients = {name: partial(_derived, one, module) for name, one in derived.items()}
 
     def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:  # noqa: ARG002
-        if self._module is None:
-            raise EngineError(f"{self.network.name}: the eager engine is closed; open it again")
+        module = self._opened()
         # Not inference_mode: its tensors could take no part in a caller's own autograd or in-place work.
         # Callers hand over and receive CPU tensors, as on every engine; a module being trained may live on a GPU.
-        device = next(self._module.parameters()).device
+        device = next(module.parameters()).device
         with torch.no_grad():
-            outputs = self._module(*(inputs[spec.name].to(device) for spec in self.network.inputs))
+            outputs = module(*(inputs[spec.name].to(device) for spec in self.network.inputs))
         return {
             spec.name: output.cpu().contiguous() for spec, output in zip(self.network.outputs, outputs, strict=True)
         }
 
     def attentions(self) -> list[Any]:
-        if self._module is None:
-            raise EngineError(f"{self.network.name}: the eager engine is closed; open it again")
-        found = [module for name, module in self._module.named_modules() if name.endswith(".attn1")]
+        found = [module for name, module in self._opened().named_modules() if name.endswith(".attn1")]
         if not found:
             raise EngineError(f"{self.network.name}: this UNet has no self-attention; leave out what asks for it")
         return found
 
     def refit(self, weights: Mapping[str, Tensor]) -> None:
         """Write weights into the module's parameters, in place; see `Engine.refit`."""
+        put(self._opened(), weights)
+
+    def _opened(self) -> nn.Module:
         if self._module is None:
-            raise EngineError(f"{self.network.name}: the eager engine is closed; open it again")
-        put(self._module, weights)
+            raise EngineError(self._said_closed)
+        return self._module
 
     def close(self) -> None:
         """Let go of the module; its owner may still hold it."""

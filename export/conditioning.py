@@ -22,7 +22,7 @@ __all__ = ["DRAWS", "MORE_DRAWS", "Conditioning", "item_errors"]
 # Of what is inherent in an item this many times is let pass: of the largest of six draws. In half precision torch's own
 # autograd in fp16 was at most 1.9 times as far off, in 144 items of the default model. In fp32 a layer's sums, which
 # each engine takes in an order of its own, are off by more than the one rounding of a draw; torch's own error, by
-# float64, is one draw more, which may be a lucky one: OpenVINO was 18 times as far off as that, and 4 times as far as
+# float64, is one draw more, which may be a lucky one: OpenVINO was 15 times as far off as that, and 4 times as far as
 # the largest of six.
 ROUNDING = 10
 HALF_ROUNDING = 4
@@ -46,7 +46,7 @@ class Conditioning:
     def __init__(self, module: nn.Module, network: Network, precision: str) -> None:
         self._module, self._network = module, network
         self._unit = UNITS[precision]
-        self._factor = ROUNDING if precision == "fp32" else HALF_ROUNDING
+        self._single = precision == "fp32"
         self._double: nn.Module | None = None
 
     def allowance(
@@ -70,11 +70,11 @@ class Conditioning:
             generator = torch.Generator().manual_seed(SEED)
             given = [inputs[spec.name][rows] for spec in self._network.inputs]
             moved = [self._disturbed(given, generator) for _ in range(draws)]
-            if self._factor == ROUNDING:
+            if self._single:
                 moved.append(self._exact(given))
             for name, of in wanted.items():
                 errors = [item_errors(one[name], of[rows]) for one in moved]
-                found[name].append(self._factor * torch.stack(errors).amax(0))
+                found[name].append((ROUNDING if self._single else HALF_ROUNDING) * torch.stack(errors).amax(0))
         return {name: torch.cat(parts) for name, parts in found.items()}
 
     def _exact(self, given: list[Tensor]) -> dict[str, Tensor]:

@@ -135,7 +135,6 @@ def ensure_engines(
     most = limit() if output is None else None
     memory = _memory()
     (lora_strength,) = check(lora_strength=lora_strength)
-    from smooth_rt.calibration import spread
     from smooth_rt.lora import Lora, fused_with, read_lora
     from smooth_rt.model import Model, load_model
     from smooth_rt.schedule import Schedule
@@ -167,7 +166,11 @@ def ensure_engines(
 
     with _alone(target):
         there = _open(target)
-        prompts = spread(calibration_prompts, loaded) if calibration_prompts else None
+        prompts = None
+        if calibration_prompts:
+            from smooth_rt.calibration import spread
+
+            prompts = spread(calibration_prompts, loaded)
         missing = lacking(there, source, variants, profiles, wrt, loaded.dims, prompts)
         if not missing:
             reason = f"{target}: verified; made from the same weights by the installed versions"

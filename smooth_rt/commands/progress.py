@@ -9,16 +9,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from rich.progress import Progress
+from smooth_rt.bar import BAR_WIDTH, SAY_EVERY, bar, cut
 
+if TYPE_CHECKING:
     from smooth_rt.loop import StepCallback
 
 __all__ = ["TimeLeft", "build_progress", "item_progress", "step_progress"]
 
-SAY_EVERY = 30.0  # seconds
 SAY_ANOTHER = 5.0  # seconds before another stage is told of, which may be a long one
-BAR_WIDTH = 12
 LEAST_DONE = 0.05  # of a job, before the time that is left is guessed from it
 TIMES_WIDTH = 24  # of 0:12:34 and 1:23:45 left, with the spaces between
 
@@ -69,27 +67,6 @@ class TimeLeft:
         )
 
 
-def _bar(after: str | None = None) -> Progress:
-    """A bar with what is done of how much and the time that it took; `after`, if given, in the place of the count."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-    from rich.table import Column
-
-    whole = Column(no_wrap=True)
-    elapsed = TimeElapsedColumn(table_column=whole)
-    count = MofNCompleteColumn(table_column=whole) if after is None else TextColumn(after, table_column=whole)
-    console = Console(stderr=True)
-    # A bar is for people: it goes when it is done, and does not appear in a log.
-    return Progress(
-        TextColumn("{task.description}", markup=False, table_column=whole),
-        BarColumn(BAR_WIDTH),
-        *((count, elapsed) if after is None else (elapsed, count)),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )
-
-
 @contextmanager
 def step_progress(description: str, steps: int) -> Iterator[StepCallback]:
     """A progress bar on stderr for `steps` denoising steps in all, as a `callback_on_step_end`.
@@ -110,7 +87,9 @@ def step_progress(description: str, steps: int) -> Iterator[StepCallback]:
 @contextmanager
 def item_progress(description: str, total: int | None = None) -> Iterator[Callable[[int, int], None]]:
     """A progress bar on stderr for items done and in all; a line now and then where stderr is no terminal."""
-    with _bar() as progress:
+    from rich.console import Console
+
+    with bar("count", "elapsed", console=Console(stderr=True)) as progress:
         task = progress.add_task(description, total=total)
         said = time.monotonic()
 
@@ -130,8 +109,10 @@ def build_progress(prefix: str = "building: ") -> Iterator[Callable[[str, int, i
 
     It tells the time that is left, too. Where stderr is no terminal there is a line now and then.
     """
+    from rich.console import Console
+
     left = TimeLeft()
-    with _bar("{task.fields[left]}") as progress:
+    with bar("elapsed", "{task.fields[left]}", console=Console(stderr=True)) as progress:
         task = progress.add_task("checking engines", total=None, left=left)
         said, told = time.monotonic(), ""
 
@@ -140,9 +121,7 @@ def build_progress(prefix: str = "building: ") -> Iterator[Callable[[str, int, i
             left.update(done, total)
             # Of a narrow terminal the text gives way, and never the times.
             room = max(0, progress.console.width - BAR_WIDTH - TIMES_WIDTH)
-            what = f"{prefix}{stage}"
-            what = what if len(what) <= room else f"{what[: room - 1]}…"
-            progress.update(task, description=what, completed=done, total=total)
+            progress.update(task, description=cut(f"{prefix}{stage}", room), completed=done, total=total)
             pause = SAY_EVERY if stage == told else SAY_ANOTHER
             if not progress.console.is_terminal and time.monotonic() - said >= pause:
                 said, told = time.monotonic(), stage

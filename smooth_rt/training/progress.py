@@ -9,14 +9,12 @@ from contextlib import contextmanager
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column
+
+from smooth_rt.bar import BAR_WIDTH, SAY_EVERY, bar, cut
 
 __all__ = ["run_progress"]
 
-BAR_WIDTH = 12
 TIMES_WIDTH = 36  # of 12345/20000, of 12:34:56 and 1:23:45, and of the spaces between
-SAY_EVERY = 30.0  # seconds between lines
 
 log = logging.getLogger("smooth_rt")
 Show = Callable[[int, Mapping[str, float], float], None]
@@ -32,27 +30,17 @@ def run_progress(name: str, step: int, steps: int, quiet: bool = False) -> Itera
         steps: in all.
         quiet: nothing is shown.
     """
-    console, whole = Console(stderr=True), Column(no_wrap=True)
-    bar = Progress(
-        TextColumn("{task.description}", markup=False, table_column=whole),
-        BarColumn(BAR_WIDTH),
-        MofNCompleteColumn(table_column=whole),
-        TimeElapsedColumn(table_column=whole),
-        TimeRemainingColumn(table_column=whole),
-        TextColumn("{task.fields[said]}", markup=False, table_column=whole),
-        console=console,
-        disable=quiet or not console.is_terminal,
-    )
-    told = time.monotonic()
-    with bar:
-        task = bar.add_task(name, total=steps, completed=step, said="")
+    console, told = Console(stderr=True), time.monotonic()
+    columns = ("count", "elapsed", "remaining", "{task.fields[said]}")
+    with bar(*columns, console=console, transient=False, quiet=quiet) as progress:
+        task = progress.add_task(name, total=steps, completed=step, said="")
 
         def show(step: int, numbers: Mapping[str, float], rate: float) -> None:
             nonlocal told
             said = " ".join([*(f"{key} {value:.4f}" for key, value in numbers.items()), f"{rate:.2f} steps/s"])
             # Of a narrow terminal the numbers give way, and never the steps and the times.
             room = max(0, console.width - len(name) - BAR_WIDTH - TIMES_WIDTH)
-            bar.update(task, completed=step, said=said if len(said) <= room else f"{said[: room - 1]}…" if room else "")
+            progress.update(task, completed=step, said=cut(said, room))
             due = time.monotonic() - told >= SAY_EVERY or step == steps
             if due and not quiet and not console.is_terminal:
                 told = time.monotonic()
