@@ -24,7 +24,7 @@ def run(arguments: list[str]) -> None:
     Raises:
         SmoothRTError: an option is wrong, or the model, the LoRA or an engine does not work.
     """
-    if arguments[:1] in (["engines"], ["gpu"], ["gradients"], ["starts"]):
+    if arguments[:1] in (["engines"], ["gpu"], ["gradients"], ["starts"], ["threads"]):
         import_module(f"bench.{arguments[0]}").main(arguments[1:])
         return
     options = parse(arguments)

@@ -7,8 +7,11 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, ClassVar, NoReturn, Self
 
+from engines import forks
 from engines.contract import BLOCKS, FEATURES, OF, WRT, Network, NetworkName
 from engines.errors import EngineError, InputError, reason, with_command
+from engines.locks import ReadWriteLock
+from engines.torch_modes import default_modes
 from engines.variant import Bounds, Place, fitting
 
 if TYPE_CHECKING:
@@ -21,6 +24,9 @@ MOST_NAMES = 4  # in a message
 
 class Engine(abc.ABC):
     """One network on one backend. `infer` checks, a backend's `infer_impl` works.
+
+    It may be called from several threads. `refit` and `close` wait for the calls that run, and later calls wait for
+    them, so each call runs on one set of weights.
 
     Use it as a context manager or call `close`; a closed engine refuses to run.
 
@@ -49,7 +55,19 @@ class Engine(abc.ABC):
         self.without_gradient: Mapping[NetworkName, str] = {}
         self._gradient_engines: dict[NetworkName, Engine] = {}
         self._replaced_weights: dict[str, Tensor] = {}
+        self._lock = ReadWriteLock()  # calls read, changes of what they run on write
+        self._opening = ReadWriteLock()  # of a gradient network
+        self._unusable: str | None = None  # why it cannot run, in a forked process
         self.closed = False
+        forks.watch(self)
+
+    def after_fork(self) -> None:
+        """Start afresh in a forked process, or refuse to run there; see `engines.forks`."""
+        self._unusable = self.after_fork_impl()
+
+    def after_fork_impl(self) -> str | None:
+        """Abandon what depends on threads; it is opened again at the next call. Return why it cannot be, if so."""
+        return None
 
     def most_rows(self, **sides: int) -> int | None:
         """The greatest batch of one call on latents of `height` and `width`; None is any.
@@ -95,7 +113,11 @@ class Engine(abc.ABC):
             InputError: an input is no CPU tensor or contradicts the contract.
             EngineError: the engine is closed, or the backend failed or returned something else than the contract.
         """
-        self.check_open()
+        with self._lock.read(), default_modes():
+            self.check_open()
+            return self._infer(inputs)
+
+    def _infer(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         for name, tensor in inputs.items():
             if not getattr(tensor, "is_cpu", False):
                 raise InputError(f"{self.network.name}: {name} is not a CPU torch tensor; convert it with .cpu() first")
@@ -106,7 +128,7 @@ class Engine(abc.ABC):
                 inputs[spec.name] = row.expand(len(first), *row.shape[1:])
         sizes = self.network.bind(inputs)
         profile = self._profile(sizes)
-        ready = {spec.name: inputs[spec.name].detach().contiguous() for spec in self.network.inputs}
+        ready = {spec.name: _ordinary(inputs[spec.name]).contiguous() for spec in self.network.inputs}
         rows = sizes["batch"]
         missing = 0 if profile is None else max(0, self.bounds[profile]["batch"][0] - rows)
         if missing:
@@ -170,7 +192,7 @@ class Engine(abc.ABC):
         """
         import torch
 
-        scale = torch.zeros(1) if cotangent_scale is None else cotangent_scale
+        scale = torch.zeros(1, dtype=torch.float32) if cotangent_scale is None else cotangent_scale
         outputs = self.gradient(wrt, of).infer(**inputs, cotangent=cotangent, cotangent_scale=scale)
         grads = {name: outputs[f"grad_{name}"] for name in WRT["unet_vjp"] if name in wrt}
         return {of: outputs[self._ends_at(of)]}, grads
@@ -282,12 +304,14 @@ class Engine(abc.ABC):
 
     def _derived(self, name: NetworkName) -> Engine:
         """The engine of a network of `gradients`; it is opened once."""
-        if name not in self._gradient_engines:
-            engine = self.gradients[name]()
-            if self._replaced_weights:
-                engine.refit(self._replaced_weights)
-            self._gradient_engines[name] = engine
-        return self._gradient_engines[name]
+        with self._lock.read(), self._opening.write():
+            self.check_open()
+            if name not in self._gradient_engines:
+                engine = self.gradients[name]()
+                if self._replaced_weights:
+                    engine.refit(self._replaced_weights)
+                self._gradient_engines[name] = engine
+            return self._gradient_engines[name]
 
     def _mended(self, error: EngineError) -> NoReturn:
         """Raise `error`, with the command that mends it where one does."""
@@ -309,7 +333,11 @@ class Engine(abc.ABC):
             EngineError: the engine is closed, or cannot be refitted, or fails at it.
             InputError: it has no such weight.
         """
-        self.check_open()
+        with self._lock.write():
+            self.check_open()
+            self._refit(weights)
+
+    def _refit(self, weights: Mapping[str, Tensor]) -> None:
         unknown = sorted(set(weights) - set(self.places))
         if unknown:
             raise InputError(
@@ -348,20 +376,28 @@ class Engine(abc.ABC):
                 )
 
     def check_open(self) -> None:
-        """Raise EngineError where the engine is closed."""
+        """Raise EngineError where the engine is closed, or cannot run in this process."""
         if self.closed:
             raise EngineError(self._said_closed)
+        if self._unusable is not None:
+            raise EngineError(f"{self.network.name}: {self._unusable}")
 
     @property
     def _said_closed(self) -> str:
         return f"{self.network.name}: the {self.backend} engine is closed; open it again"
 
     def close(self) -> None:
-        """Free what the backend holds. Closing twice is fine."""
-        for engine in self._gradient_engines.values():
-            engine.close()
-        self._gradient_engines.clear()
-        self.closed = True
+        """Free what the backend holds, once the calls that run have ended. Closing twice is fine."""
+        with self._lock.write():
+            for engine in self._gradient_engines.values():
+                engine.close()
+            self._gradient_engines.clear()
+            if self._unusable is None:
+                self.close_impl()
+            self.closed = True
+
+    def close_impl(self) -> None:  # noqa: B027 - a backend may hold nothing
+        """Free what the backend holds; the engine runs no call then."""
 
     def __enter__(self) -> Self:
         return self
@@ -376,6 +412,11 @@ def _few(names: Collection[str]) -> str:
     """Names in a message: a UNet's text part has one for each layer."""
     first, left = sorted(names)[:MOST_NAMES], len(names) - MOST_NAMES
     return ", ".join([*first, f"{left} more"] if left > 0 else first)
+
+
+def _ordinary(tensor: Tensor) -> Tensor:
+    """Detach a tensor; copy one that was made in inference mode, which autograd refuses outside of it."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
 def _filled(tensor: Tensor, rows: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Collection, Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import Any, ClassVar
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from engines.base import Engine
 from engines.contract import BLOCKS, OF, WRT, Network, NetworkName, derived_contract
 from engines.errors import EngineError
+from engines.locks import ReadWriteLock
 from engines.lora import put
 
 __all__ = [
@@ -197,17 +199,20 @@ class EagerEngine(Engine):
     def __init__(self, network: Network, module: nn.Module) -> None:
         super().__init__(network)
         self._module: nn.Module | None = module
+        self._differentiating = ReadWriteLock()
         if network.name == "unet":
             known = {spec.name for spec in (*network.outputs, *network.within)}
             derived = {name: derived_contract(network, name) for name in OF if OF[name] in known}
-            self.gradients = {name: partial(_derived, one, module) for name, one in derived.items()}
+            self.gradients = {name: partial(self._differentiated, one, module) for name, one in derived.items()}
 
     def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:  # noqa: ARG002
         module = self._opened()
         # Not inference_mode: its tensors could take no part in a caller's own autograd or in-place work.
         # Callers hand over and receive CPU tensors, as on every engine; a module being trained may live on a GPU.
         device = next(module.parameters()).device
-        with torch.no_grad():
+        # `functional_call` swaps the module's weights while it runs, so two gradients of one module take turns.
+        turn = self._differentiating.write() if self.network.name in WRT else nullcontext()
+        with torch.no_grad(), turn:
             outputs = module(*(inputs[spec.name].to(device) for spec in self.network.inputs))
         return {
             spec.name: output.cpu().contiguous() for spec, output in zip(self.network.outputs, outputs, strict=True)
@@ -221,19 +226,20 @@ class EagerEngine(Engine):
 
     def refit(self, weights: Mapping[str, Tensor]) -> None:
         """Write weights into the module's parameters, in place; see `Engine.refit`."""
-        put(self._opened(), weights)
+        with self._lock.write():
+            put(self._opened(), weights)
+
+    def _differentiated(self, network: Network, unet: nn.Module) -> EagerEngine:
+        """The engine of a network of `gradient_networks`; its weights are this engine's, and so are its locks."""
+        engine = EagerEngine(network, gradient_networks(unet, [network.name])[network.name])
+        engine._lock, engine._differentiating = self._lock, self._differentiating
+        return engine
 
     def _opened(self) -> nn.Module:
         if self._module is None:
             raise EngineError(self._said_closed)
         return self._module
 
-    def close(self) -> None:
+    def close_impl(self) -> None:
         """Let go of the module; its owner may still hold it."""
         self._module, self.gradients = None, {}
-        super().close()
-
-
-def _derived(network: Network, unet: nn.Module) -> EagerEngine:
-    """The engine of a network of `gradient_networks`."""
-    return EagerEngine(network, gradient_networks(unet, [network.name])[network.name])

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
+from engines import forks
 from engines.base import Engine
 from engines.contract import Axis, Network
 from engines.errors import EngineError, InputError, reason
@@ -61,7 +62,7 @@ class InductorEngine(Engine):
         self._path = path
         self._opened: dict[int, _Opened] = {}
         self._lock = threading.Lock()
-        self._package(0)
+        self._device = self._package(0).package.device
 
     @property
     def package(self) -> Package:
@@ -117,10 +118,13 @@ class InductorEngine(Engine):
                         "was compiled for; rebuild with wider bounds"
                     )
 
-    def close(self) -> None:
+    def after_fork_impl(self) -> str:
+        forks.abandon(self._opened)
+        return forks.NO_OPENMP if self._device == "cpu" else forks.NO_CUDA
+
+    def close_impl(self) -> None:
         """Free the libraries and what torch unpacked of them."""
         self._opened.clear()
-        super().close()
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import onnxruntime
 import torch
 from torch import Tensor
 
+from engines import forks
 from engines.base import Engine
 from engines.contract import Network
 from engines.device import OnDevice
@@ -41,7 +42,7 @@ def text_graph(path: Path) -> Path:
 
 
 class OrtEngine(Engine):
-    """One ONNX file in ONNX Runtime. `infer` may be called from several threads; on a device they wait for each other.
+    """One ONNX file in ONNX Runtime. Calls from several threads run side by side; on a device they wait for each other.
 
     Bounds of one size get a session of their own in which that size is fixed, opened at the first call of that size;
     every other call runs in a session of free sizes. On the processor it takes as many threads as torch has when it is
@@ -119,7 +120,7 @@ class OrtEngine(Engine):
         options.log_severity_level = _FATAL
         # As many threads as torch has. By itself ONNX Runtime takes a thread a core and binds each to its own, and the
         # default model's gradient took 1.2 to 1.5 times as long on the two cores of a virtual machine.
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = forks.threads()
         # Each session has threads of its own, which would go on spinning for a while beside those of the next one.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         if sizes is not None:
@@ -208,10 +209,20 @@ class OrtEngine(Engine):
             self._text.clear()
         self._sessions.clear()
 
-    def close(self) -> None:
+    def after_fork_impl(self) -> str | None:
+        if self._device is not None:
+            forks.abandon(self._device)
+            if self._device.stream is not None:
+                return forks.NO_CUDA
+            self._device = OnDevice(self._device.device, self._bound)
+        self._sessions.abandon()
+        if self._text is not None:
+            self._text.abandon()
+        return None
+
+    def close_impl(self) -> None:
         """Free the sessions and their buffers."""
         self._clear()
-        super().close()
 
 
 class _Bound:

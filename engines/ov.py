@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -13,11 +14,12 @@ import openvino
 import torch
 from torch import Tensor
 
-from engines import kernels
+from engines import forks, kernels
 from engines.base import Engine
 from engines.contract import DERIVED, Network
 from engines.errors import EngineError, reason
 from engines.halves import first_half, shared
+from engines.request_pool import RequestPool
 from engines.rounds import Rounds
 from engines.specialised import Specialised, one_size
 from engines.variant import Bounds
@@ -37,7 +39,9 @@ BY_TEXT = "unet_vjp_text"  # the gradients that come in rounds
 LOOPED = ("unet", *DERIVED)  # the networks that tasks call again and again
 
 
-@cache
+_OPENING = threading.Lock()  # of the Core: `cache` alone lets two threads make one each
+
+
 def core() -> openvino.Core:
     """The one Core of the process, never given up.
 
@@ -46,6 +50,12 @@ def core() -> openvino.Core:
     one's stack back, which is unmapped by then, and the next signal, Ctrl-C too, is a segmentation fault (seen with
     openvino 2026.4).
     """
+    with _OPENING:
+        return _core()
+
+
+@cache
+def _core() -> openvino.Core:
     return openvino.Core()
 
 
@@ -55,7 +65,9 @@ def _say_no_bf16() -> None:
 
 
 class OvEngine(Engine):
-    """One IR file compiled for the CPU, for as many threads as torch has then. `infer` serves one caller at a time.
+    """One IR file compiled for the CPU, for as many threads as torch has then.
+
+    Calls from several threads have an infer request each (`engines.request_pool`).
 
     Bounds of one size get a compilation of their own in which that size is fixed, made at the first call of that size.
     So do, of a UNet of less than `OWN_BELOW`, the first `OWN_SIZES` sizes that calls come with. Every other call runs
@@ -114,7 +126,7 @@ class OvEngine(Engine):
         if sizes is None or self.network.name != BY_TEXT:
             return self._compiled(model)
         with self._reading():
-            return Rounds(model, self._compiled)
+            return RequestPool(Rounds(model, self._compile))
 
     def _open_halved(self, sizes: Mapping[str, int] | None) -> Any:
         """None for free sizes, which say nothing of what a half is."""
@@ -125,6 +137,11 @@ class OvEngine(Engine):
             graph = shared(half, whole)
         return self._compiled(graph)
 
+    def _compiled(self, model: Any) -> RequestPool:
+        compiled = self._compile(model)
+        with self._reading():
+            return RequestPool(compiled)
+
     def _fixed(self, sizes: Mapping[str, int] | None) -> Any:
         model = self._read()
         if sizes is not None:
@@ -132,13 +149,13 @@ class OvEngine(Engine):
                 model.reshape({spec.name: list(spec.shape(sizes)) for spec in self.network.inputs})
         return model
 
-    def _compiled(self, model: Any) -> Any:
+    def _compile(self, model: Any) -> Any:
         with self._reading():
-            settings = {"INFERENCE_PRECISION_HINT": self.hint, "INFERENCE_NUM_THREADS": torch.get_num_threads()}
+            settings = {"INFERENCE_PRECISION_HINT": self.hint, "INFERENCE_NUM_THREADS": forks.threads()}
             compiled = core().compile_model(model, "CPU", settings)
         if self.hint == "bf16" and compiled.get_property("INFERENCE_PRECISION_HINT") != openvino.Type.bf16:
             _say_no_bf16()
-        return compiled.create_infer_request()
+        return compiled
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -151,11 +168,10 @@ class OvEngine(Engine):
             raise EngineError(f"{self._path}: openvino cannot open it ({reason(error, -1)}); rebuild") from error
 
     def infer_impl(self, inputs: dict[str, Tensor], profile: int | None) -> dict[str, Tensor]:
-        request, given = self._form(profile, inputs)
+        requests, given = self._form(profile, inputs)
         arrays = {name: tensor.numpy() for name, tensor in given.items()}
-        # Outputs are copied out of the request, which writes over its own buffers at the next call.
-        results = request.infer(arrays, share_inputs=True, share_outputs=False)
-        return {spec.name: torch.from_numpy(results[spec.name]) for spec in self.network.outputs}
+        outputs = requests.infer(arrays, [spec.name for spec in self.network.outputs])
+        return {name: torch.from_numpy(output) for name, output in outputs.items()}
 
     def _form(self, profile: int | None, inputs: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor]]:
         """What computes a call, and what it takes of the inputs."""
@@ -181,11 +197,14 @@ class OvEngine(Engine):
     def _all(self) -> list[Specialised]:
         return [forms for forms in (self._requests, self._halved) if forms is not None]
 
-    def close(self) -> None:
+    def after_fork_impl(self) -> None:
+        for forms in self._all():
+            forms.abandon()
+
+    def close_impl(self) -> None:
         """Free the compiled graphs."""
         for forms in self._all():
             forms.clear()
-        super().close()
 
 
 def _replace(model: Any, weights: Mapping[str, Any]) -> None:

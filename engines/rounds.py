@@ -19,25 +19,40 @@ HELD = ("sample", "timestep")
 
 
 class Rounds:
-    """A graph in two: what follows from `HELD` alone, which is computed where they change, and the rest.
+    """A compiled graph in two parts: one that depends on `HELD` alone and runs when they change, and the rest.
 
     Args:
         model: the graph, at a fixed size; it is used up.
-        compiled: makes the infer request of a graph.
+        compiled: compiles a graph.
     """
 
     def __init__(self, model: Model, compiled: Callable[[Model], Any]) -> None:
-        first, rest = split(model)
-        self._first, self._rest = compiled(first), compiled(rest)
+        self._parts = [compiled(part) for part in split(model)]
+
+    def create_infer_request(self) -> _Request:
+        """Make a request that caches the first part's outputs for itself."""
+        first, rest = (part.create_infer_request() for part in self._parts)
+        return _Request(first, rest)
+
+
+class _Request:
+    """An infer request of each part. It serves one call at a time."""
+
+    def __init__(self, first: Any, rest: Any) -> None:
+        self._first, self._rest = first, rest
         self._held: dict[str, Any] = {}
-        # What the one leaves lies where the other reads it.
-        for number, port in enumerate(self._first.model_outputs):
-            self._rest.set_tensor(_between(number), self._first.get_tensor(port))
+        # The second part reads the first one's outputs in place.
+        for number, port in enumerate(first.model_outputs):
+            rest.set_tensor(_between(number), first.get_tensor(port))
+
+    def fits(self, arrays: Mapping[str, Any]) -> bool:
+        """Check that the first part's outputs are those of these inputs."""
+        return bool(self._held) and all(np.array_equal(arrays[name], self._held[name]) for name in HELD)
 
     def infer(self, arrays: Mapping[str, Any], **how: bool) -> Any:
-        """As of an infer request, by the names of the inputs."""
-        held = {name: arrays[name] for name in HELD}
-        if not self._held or not all(np.array_equal(held[name], self._held[name]) for name in HELD):
+        """Run on inputs by name, as `openvino.InferRequest.infer` does."""
+        if not self.fits(arrays):
+            held = {name: arrays[name] for name in HELD}
             self._held = {}  # where the computation fails, nothing is kept
             self._first.infer(held)
             self._held = {name: array.copy() for name, array in held.items()}

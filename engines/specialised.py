@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from engines import forks
+from engines.locks import ReadWriteLock
 from engines.variant import Bounds
 
 __all__ = ["Specialised", "one_size"]
@@ -31,7 +32,7 @@ class Specialised:
         self._own: set[_Key] = set()
         self._opened: dict[_Key, Any] = {}
         self._last: _Key = None
-        self._lock = threading.Lock()
+        self._lock = ReadWriteLock()
 
     def any(self) -> Any:
         """The form that serves the first bounds: opening an engine opens it, so that a damaged file shows at once."""
@@ -39,7 +40,7 @@ class Specialised:
 
     def of(self, profile: int | None, sizes: Mapping[str, int] | None = None) -> Any:
         """The form for the bounds of index `profile`, or one of its own for a call of `sizes` within them."""
-        with self._lock:
+        with self._lock.write():
             self._last = self._key(None if profile is None else self._fixed[profile], sizes)
             return self._form(self._last)
 
@@ -58,22 +59,28 @@ class Specialised:
 
     def drop(self, profile: int | None, sizes: Mapping[str, int]) -> None:
         """Let go of the form that a call of `sizes` would have, if it is one of fixed sizes."""
-        with self._lock:
+        with self._lock.write():
             key = self._key(None if profile is None else self._fixed[profile], sizes)
             if key is not None:
                 self._opened.pop(key, None)
 
     def renew(self) -> None:
         """Let go of all of them, and open the one that was used last anew; sizes keep having forms of their own."""
-        with self._lock:
+        with self._lock.write():
             used = bool(self._opened)
             self._opened.clear()
             if used:
                 self._form(self._last)
 
+    def abandon(self) -> None:
+        """Open all of them again, in a forked process; see `engines.forks`."""
+        forks.abandon(self._opened)
+        self._opened = {}
+
     def clear(self) -> None:
         """Let go of all of them."""
-        self._opened.clear()
+        with self._lock.write():
+            self._opened.clear()
 
 
 def one_size(bounds: Bounds) -> dict[str, int] | None:

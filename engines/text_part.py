@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections import OrderedDict
 from collections.abc import Collection, Mapping
 from typing import Any
 
 import numpy as np
 
+from engines.locks import ReadWriteLock
 from engines.specialised import Specialised
 
 __all__ = ["KEPT_BYTES", "TextPart"]
@@ -40,7 +40,7 @@ class TextPart:
         self._sessions = sessions
         self._taken = frozenset(taken)
         self._kept: OrderedDict[tuple[Any, ...], _Arrays] = OrderedDict()
-        self._lock = threading.Lock()
+        self._lock = ReadWriteLock()
 
     def put(self, given: Mapping[str, np.ndarray], profile: int | None) -> _Arrays:
         """`given`, by name, with what is made of the text in the text's place."""
@@ -50,21 +50,25 @@ class TextPart:
 
     def _of(self, mine: _Arrays, profile: int | None) -> _Arrays:
         key = tuple((array.shape, hashlib.sha256(array.data).digest()) for array in mine.values())
-        with self._lock:
+        with self._lock.write():
             if key in self._kept:
                 self._kept.move_to_end(key)
                 return self._kept[key]
         names = sorted(self.outputs)
         found = dict(zip(names, self._sessions.of(profile).run(names, mine), strict=True))
-        with self._lock:
+        with self._lock.write():
             self._kept[key] = found
             while len(self._kept) > 1 and sum(map(_size, self._kept.values())) > KEPT_BYTES:
                 self._kept.popitem(last=False)
         return found
 
+    def abandon(self) -> None:
+        """Open the sessions again, in a forked process; see `engines.forks`."""
+        self._sessions.abandon()
+
     def clear(self) -> None:
         """Let go of the sessions, and of what they gave."""
-        with self._lock:
+        with self._lock.write():
             self._kept.clear()
         self._sessions.clear()
 

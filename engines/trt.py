@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from engines import forks
 from engines.base import Engine
 from engines.contract import Network
 from engines.device import OnDevice
@@ -193,13 +194,16 @@ class TrtEngine(Engine):
     def _dtype(self, name: str) -> torch.dtype:
         return _TORCH_TYPES[self._engine.get_tensor_dtype(name).name]
 
-    def close(self) -> None:
+    def after_fork_impl(self) -> str:
+        forks.abandon(self.__dict__)
+        return forks.NO_CUDA
+
+    def close_impl(self) -> None:
         """Free the engine and its buffers; keep the kernels that were compiled."""
         if self._kernels is not None:
             self._kernels.save()
         self._device.clear()
         self._kernels = self._memory = self._config = self._engine = None
-        super().close()
 
 
 _TORCH_TYPES = {

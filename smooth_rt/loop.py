@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias, cast
 import torch
 from torch import Tensor
 
+from smooth_rt.calls import one_call
 from smooth_rt.errors import EngineError, InputError
 from smooth_rt.ranges import check
 from smooth_rt.schedule import PredictionType, Step, ddim_step
@@ -26,6 +27,7 @@ Move: TypeAlias = Callable[[Tensor, int, Step], Tensor]
 StepCallback: TypeAlias = Callable[["SmoothPipeline", int, int, dict[str, Tensor]], Mapping[str, Tensor] | None]
 
 
+@one_call
 def denoise(
     pipe: SmoothPipeline,
     latents: Tensor,
@@ -54,6 +56,7 @@ def denoise(
     return pipe.walk(latents, steps, move, callback_on_step_end, trajectory)
 
 
+@one_call
 def walk(
     pipe: SmoothPipeline,
     latents: Tensor,

@@ -7,9 +7,10 @@ gradients is decided here alone.
 from __future__ import annotations
 
 import logging
-import threading
 import uuid
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
 from typing import Any, Self
 
 import torch
@@ -19,8 +20,10 @@ from engines.base import Engine
 from engines.bundle import Bundle
 from engines.contract import DERIVED, FEATURES, LORA_STRENGTH, NETWORKS, WRT, Dims, NetworkName, contract
 from engines.eager import EagerEngine, torch_networks
+from engines.locks import ReadWriteLock
 from engines.lora import LoraWeights
 from engines.runtime_lora import RuntimeUnet
+from smooth_rt.calls import Call, Calls, Weights, one_call
 from smooth_rt.errors import EngineError, InputError, SmoothRTError
 from smooth_rt.lora import lora_weights
 from smooth_rt.model import Model
@@ -49,27 +52,48 @@ ROWS_PER_CALL = 62
 class Networks:
     """The networks of one model; a context manager that closes their engines.
 
+    It may be called from several threads; see `call`.
+
     Args:
         engines: one for each network.
         dims: the model's sizes.
         batch_size: images in one call of a network (both halves of guidance go along), or "auto": CELLS_PER_CALL.
 
-    Attributes: `bundle` is what the engines are from (None for eager), `lora` the LoRA of engines that are refitted,
-    `digests` what tells the weights that run from others, the LoRA and its strength among them, `evaluations` those of
-    the UNet so far, by kind, a row of a call each; `dims` and `batch_size` are as given.
+    Attributes: `bundle` is what the engines are from (None for eager), `lora` the LoRA of engines that are refitted;
+    `dims` and `batch_size` are as given.
     """
 
     def __init__(self, engines: Mapping[NetworkName, Engine], dims: Dims, batch_size: int | str = "auto") -> None:
         self._engines = dict(engines)
         self._eager_unet: EagerEngine | None = None  # of gradients that no engine was built for
-        self._lora_strength: float | None = 1.0  # None where setting it was broken off, so that nobody knows
-        self._setting = threading.Lock()  # of a strength
+        self._opening = ReadWriteLock()  # of `_eager_unet`
+        self._calls = Calls()
         self.dims = dims
         self.batch_size = batch_size
         self.bundle: Bundle | None = None
         self.lora: LoraWeights | None = None
-        self.digests: Mapping[str, str] = {}
-        self.evaluations = {"forward": 0, "gradient": 0}
+
+    def call(self) -> AbstractContextManager[Call]:
+        """Run what this thread does with the pipeline in the body as one call.
+
+        Each method that computes is a call of its own outside of one. A call runs on one set of weights: a strength
+        that another thread sets meanwhile holds for later calls. It is in torch's default modes (`engines.torch_modes`).
+        """
+        return self._calls.one(exclusive=self.lora is not None)
+
+    @property
+    def evaluations(self) -> Mapping[str, int]:
+        """Rows that went through the UNet so far, in all calls, by kind."""
+        return self._calls.evaluations
+
+    @property
+    def digests(self) -> Mapping[str, str]:
+        """What distinguishes the weights that run from others, the LoRA and its strength included."""
+        return self._calls.weights.digests
+
+    @digests.setter
+    def digests(self, value: Mapping[str, str]) -> None:
+        self._calls.weights = replace(self._calls.weights, digests=value)
 
     @property
     def runs_on(self) -> str:
@@ -88,10 +112,11 @@ class Networks:
     def set_lora_strength(self, strength: float) -> None:
         """Set the LoRA's strength: 1 is as trained, 0 is none. A, B and A again gives the same images bit for bit.
 
-        It is the pipeline's, not a call's: a call that runs in another thread meanwhile goes on with the new one.
+        It holds for later calls, and for the rest of the call whose callback sets it. A call that runs in another
+        thread goes on at the strength that it began with.
 
-        Of engines that were built with `lora_mode="runtime"` it is an input, so that this takes no time; into those
-        with "refit" the weights are put that the base model's become at that strength. Where that fails or is
+        If the engines were built with `lora_mode="runtime"`, the strength is an input and this takes no time. If they
+        were built with "refit", this waits until no other call runs, and replaces their weights. If that fails or is
         interrupted, nothing runs until a strength is set again.
 
         Raises:
@@ -106,19 +131,14 @@ class Networks:
                 f"lora_strength={strength:g}: the engines hold their LoRA fused, or none; build with --lora-mode "
                 "runtime or refit to set it at run time"
             )
-        with self._setting:  # of two that are set at once, the one that is told is the one that runs
-            before = self.digests
-            try:
-                if self.lora is not None:
-                    weights = self.lora.at(strength)
-                    # What another thread keeps meanwhile is of neither strength: a name that nothing is found by again.
-                    self.digests = {**before, LORA_STRENGTH: f"being set {uuid.uuid4()}"}
-                    unet.refit(weights)
-                self._lora_strength = strength
-                self.digests = {**before, LORA_STRENGTH: repr(strength)}
-            except BaseException:
-                self._lora_strength = None
-                raise
+        with self._calls.setting(exclusive=self.lora is not None):
+            digests = {**self.digests, LORA_STRENGTH: repr(strength)}
+            if self.lora is not None:
+                weights = self.lora.at(strength)
+                # Until all weights are replaced they are of neither strength: a digest that nothing is found by.
+                self._calls.weights = Weights(None, {**digests, LORA_STRENGTH: f"being set {uuid.uuid4()}"})
+                unet.refit(weights)
+            self._calls.weights = Weights(strength, digests)
 
     @property
     def batch_size(self) -> int | str:
@@ -129,6 +149,7 @@ class Networks:
     def batch_size(self, value: int | str) -> None:
         self._batch_size: int | str = check(batch_size=value)[0]
 
+    @one_call
     def predict(
         self,
         latents: Tensor,
@@ -159,13 +180,14 @@ class Networks:
                 sample, text = torch.cat([sample, sample]), torch.cat([negative[part], text])
             when = torch.full((len(sample),), timestep, dtype=torch.int64)
             output = self._run("unet", sample=sample, timestep=when, encoder_hidden_states=text)
-            self.evaluations["forward"] += len(sample)
+            self._calls.count("forward", len(sample))
             if negative is not None:
                 uncond, cond = output.chunk(2)
                 output = uncond + guidance_scale * (cond - uncond)
             outputs.append(output)
         return torch.cat(outputs)
 
+    @one_call
     def vjp(
         self,
         latents: Tensor,
@@ -198,7 +220,7 @@ class Networks:
         """
         count = checks.rows(self.dims, latents=latents, prompt_embeds=prompt_embeds, cotangent=cotangent)
         timestep, wrt = _whole(timestep), _names(wrt)
-        scale = torch.zeros(1) if cotangent_scale is None else cotangent_scale
+        scale = torch.zeros(1, dtype=torch.float32) if cotangent_scale is None else cotangent_scale
         checks.rows(self.dims, cotangent_scale=scale)
         if scale.shape not in ((1,), (count,)):
             raise InputError(
@@ -218,11 +240,12 @@ class Networks:
                 encoder_hidden_states=prompt_embeds[part],
                 **self._strength(engine),
             )
-            self.evaluations["gradient"] += len(sample)
+            self._calls.count("gradient", len(sample))
             outputs.append(output[of])
             grads.append(grad)
         return torch.cat(outputs), {name: torch.cat([grad[name] for grad in grads]) for name in grads[0]}
 
+    @one_call
     def features(self, latents: Tensor, timestep: int, prompt_embeds: Tensor, block: str = FEATURES) -> Tensor:
         """The UNet's features of N images that drag editing follows, [N, F, h / d, w / d]; see `Engine.features`.
 
@@ -245,7 +268,7 @@ class Networks:
             when = torch.full((len(sample),), timestep, dtype=torch.int64)
             inputs = {"sample": sample, "timestep": when, "encoder_hidden_states": text}
             found.append(engine.features(block, **inputs, **self._strength(engine)))
-            self.evaluations["forward"] += len(sample)
+            self._calls.count("forward", len(sample))
         return torch.cat(found)
 
     def _differentiable(self, fault: str | None) -> Engine:
@@ -253,16 +276,17 @@ class Networks:
         it was made from."""
         if fault is None:
             return self._engines["unet"]
-        if self._eager_unet is None:
-            if self.bundle is None:
-                raise EngineError(fault)
-            try:
-                model = reopen_model(self.bundle)
-            except SmoothRTError as error:
-                raise EngineError(f"{fault} (nor can eager autograd take it: {error})") from error
-            LOG.warning("gradients: taken by eager autograd, not by the engine (%s)", fault)
-            self._eager_unet = eager_engines(model)["unet"]
-        return self._eager_unet
+        with self._opening.write():
+            if self._eager_unet is None:
+                if self.bundle is None:
+                    raise EngineError(fault)
+                try:
+                    model = reopen_model(self.bundle)
+                except SmoothRTError as error:
+                    raise EngineError(f"{fault} (nor can eager autograd take it: {error})") from error
+                LOG.warning("gradients: taken by eager autograd, not by the engine (%s)", fault)
+                self._eager_unet = eager_engines(model)["unet"]
+            return self._eager_unet
 
     def attentions(self) -> list[Any]:
         """The UNet's self-attention layers; see `Engine.attentions`."""
@@ -301,12 +325,13 @@ class Networks:
         Raises:
             EngineError: nobody knows the weights that would run.
         """
-        if self._lora_strength is None:
+        strength = self._calls.weights.lora_strength
+        if strength is None:
             raise EngineError(
                 "lora_strength: setting it failed or was interrupted as weights were replaced, and some may be; set it "
                 "again"
             )
-        return {LORA_STRENGTH: torch.tensor([self._lora_strength])} if _takes_strength(engine) else {}
+        return {LORA_STRENGTH: torch.tensor([strength], dtype=torch.float32)} if _takes_strength(engine) else {}
 
     def close(self) -> None:
         """Free the engines. Closing twice is fine."""

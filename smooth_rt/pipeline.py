@@ -8,7 +8,6 @@ differs, are its methods.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -21,10 +20,13 @@ from engines.base import Engine
 from engines.bundle import Bundle
 from engines.command import mend_lacking
 from engines.contract import NETWORKS, Dims, NetworkName, gradients_named
+from engines.locks import ReadWriteLock
 from engines.lora import LORA_FILE, LoraWeights
 from engines.providers import joined
 from engines.recipes import NATIVE, RECIPES, check_gradients, check_kernels, check_lora_mode, check_precision
 from engines.select import BACKENDS, BOUNDED, Choice, choose
+from engines.torch_modes import default_modes
+from smooth_rt.calls import one_call
 from smooth_rt.errors import BundleError, EngineError, InputError
 from smooth_rt.images import ImageLike, Images, OutputType, read, to_images
 from smooth_rt.loop import denoise, walk
@@ -77,7 +79,7 @@ class SmoothPipeline(Networks):
     ) -> None:
         super().__init__(engines, dims, batch_size)
         self.tokenizer: Any = config.tokenizer
-        self._tokenizing = threading.Lock()
+        self._tokenizing = ReadWriteLock()
         self.scheduler_config = config.sampling_config
         self.scaling_factor = config.scaling_factor
         self._decoder_channels = config.decoder_channels
@@ -95,6 +97,7 @@ class SmoothPipeline(Networks):
     edit = edit
 
     @classmethod
+    @default_modes()
     def from_pretrained(
         cls,
         model: str | Path | Model = "default",
@@ -167,6 +170,7 @@ class SmoothPipeline(Networks):
         return cls._eager(opened, choice, batch_size, lora_strength)
 
     @classmethod
+    @default_modes()
     def from_engines(
         cls,
         bundle: str | Path | Bundle,
@@ -270,11 +274,12 @@ class SmoothPipeline(Networks):
         """The model's DDIM schedule in so many steps."""
         return Schedule.from_config(self.scheduler_config, num_inference_steps)
 
+    @one_call
     def encode_prompt(self, prompts: str | Sequence[str]) -> Tensor:
         """Text embeddings [N, L, D] of N prompts. What does not fit into L tokens is cut off, with a logged warning."""
         prompts = checks.as_prompts(prompts)
         distinct = list(dict.fromkeys(prompts))
-        with self._tokenizing:  # a tokenizer keeps the padding and the cut of its last call as its state
+        with self._tokenizing.write():  # a tokenizer keeps the padding and the cut of its last call as its state
             tokens = self.tokenizer(
                 distinct, padding="max_length", max_length=self.dims.tokens, truncation=True, return_tensors="pt"
             )
@@ -287,6 +292,7 @@ class SmoothPipeline(Networks):
         embeds = torch.cat([self._run("text_encoder", input_ids=tokens.input_ids[part].int()) for part in parts])
         return embeds[[distinct.index(prompt) for prompt in prompts]]
 
+    @one_call
     def encode_image(
         self, images: ImageLike | Sequence[ImageLike], height: int | None = None, width: int | None = None
     ) -> Tensor:
@@ -296,6 +302,7 @@ class SmoothPipeline(Networks):
         parts = self.calls("vae_encoder", len(pixels), (height // self.dims.vae_factor, width // self.dims.vae_factor))
         return torch.cat([self._run("vae_encoder", sample=pixels[part]) for part in parts]) * self.scaling_factor
 
+    @one_call
     def decode(self, latents: Tensor, output_type: OutputType = "pil") -> Images:
         """Images of latents [N, C, h, w]; "latent" hands these back.
 
@@ -314,6 +321,7 @@ class SmoothPipeline(Networks):
             raise EngineError(f"decode: the VAE's images are not finite on {self.runs_on}; its weights may be damaged")
         return to_images((pixels / 2 + 0.5).clamp(0, 1), output_type)
 
+    @one_call
     def draw_noise(
         self, count: int, height: int | None, width: int | None, generator: Generator | Sequence[Generator] | None
     ) -> Tensor:

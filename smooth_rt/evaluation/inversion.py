@@ -52,22 +52,23 @@ class InversionTask:
         and of its gradients, and seconds, by image."""
         batch = [self.images[item] for item in items]
         pictures = [example.path for example in batch]
-        before, began = dict(pipe.evaluations), time.perf_counter()
-        made = pipe.invert(
-            pictures,
-            [example.caption for example in batch],
-            method=self.method,
-            height=self.height,
-            width=self.width,
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            keep=False,
-            output_type="np",
-        )
+        began = time.perf_counter()
+        with pipe.call() as call:
+            made = pipe.invert(
+                pictures,
+                [example.caption for example in batch],
+                method=self.method,
+                height=self.height,
+                width=self.width,
+                num_inference_steps=self.num_inference_steps,
+                guidance_scale=self.guidance_scale,
+                keep=False,
+                output_type="np",
+            )
         count = len(items)
         took = {
-            "evaluations": (pipe.evaluations["forward"] - before["forward"]) / count,
-            "gradient_evaluations": (pipe.evaluations["gradient"] - before["gradient"]) / count,
+            "evaluations": call.evaluations["forward"] / count,
+            "gradient_evaluations": call.evaluations["gradient"] / count,
             "seconds": (time.perf_counter() - began) / count,
         }
         assert made.final_latents is not None

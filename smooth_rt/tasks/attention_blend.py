@@ -17,11 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from engines.locks import ReadWriteLock
 from smooth_rt.tasks.inversion.base import Noise
 
 if TYPE_CHECKING:
@@ -44,6 +46,10 @@ class _Blend:
         self.kept: dict[tuple[int, int], Tensor] = {}  # by layer and end: [1 or 2 halves of guidance, tokens, width]
 
 
+_BLENDING: ContextVar[_Blend | None] = ContextVar("attention_blend", default=None)
+_INSTALLING = ReadWriteLock()  # one blend at a time: a layer has one processor
+
+
 class _Processor:
     """In the place of a layer's own processor, which goes on computing: what it is told to look at is widened."""
 
@@ -61,6 +67,9 @@ class _Processor:
         **rest: Any,
     ) -> Tensor:
         blend = self.blend
+        if _BLENDING.get() is not blend:  # another thread's call, or an inner blend
+            other: Tensor = self.own(attention, hidden_states, encoder_hidden_states, attention_mask, **rest)
+            return other
 
         def attended(seen: Tensor | None) -> Tensor:
             found: Tensor = self.own(attention, hidden_states, seen, attention_mask, **rest)
@@ -84,19 +93,22 @@ class _Processor:
 
 @contextmanager
 def blending(layers: Sequence[Any]) -> Iterator[_Blend]:
-    """While it lasts, the layers' processors are ours.
+    """Replace the layers' processors in the body. Calls of other threads go on as without.
 
     Args:
         layers: diffusers' `Attention` modules.
     """
-    blend, own = _Blend(), [layer.processor for layer in layers]
-    try:
-        for index, layer in enumerate(layers):
-            layer.set_processor(_Processor(index, layer.processor, blend))
-        yield blend
-    finally:
-        for layer, processor in zip(layers, own, strict=True):
-            layer.set_processor(processor)
+    with _INSTALLING.write():
+        blend, own = _Blend(), [layer.processor for layer in layers]
+        token = _BLENDING.set(blend)
+        try:
+            for index, layer in enumerate(layers):
+                layer.set_processor(_Processor(index, layer.processor, blend))
+            yield blend
+        finally:
+            _BLENDING.reset(token)
+            for layer, processor in zip(layers, own, strict=True):
+                layer.set_processor(processor)
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 from torch import Generator, Tensor
 
+from smooth_rt.calls import one_call
 from smooth_rt.errors import InputError
 from smooth_rt.images import ImageLike, Images, OutputType, as_list
 from smooth_rt.ranges import check, choice
@@ -41,6 +42,7 @@ class Edit:
     latents: Tensor
 
 
+@one_call
 def edit(
     pipe: SmoothPipeline,
     images: ImageLike | Sequence[ImageLike],

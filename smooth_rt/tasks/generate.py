@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Generator, Tensor
 
+from smooth_rt.calls import one_call
 from smooth_rt.errors import InputError
 from smooth_rt.images import Images, OutputType
 from smooth_rt.ranges import check, check_images
@@ -31,6 +32,7 @@ class Generation:
     latents: Tensor
 
 
+@one_call
 def generate(
     pipe: SmoothPipeline,
     prompt: str | Sequence[str] | None = None,

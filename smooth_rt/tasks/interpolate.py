@@ -18,6 +18,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Generator, Tensor
 
+from smooth_rt.calls import one_call
 from smooth_rt.errors import InputError
 from smooth_rt.images import ImageLike, Images, OutputType, as_list
 from smooth_rt.ranges import check, choice
@@ -50,6 +51,7 @@ class Interpolation:
     alphas: tuple[float, ...]
 
 
+@one_call
 def interpolate(
     pipe: SmoothPipeline,
     prompts: str | Sequence[str] | None = None,

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from smooth_rt.calls import one_call
 from smooth_rt.errors import InputError
 from smooth_rt.images import ImageLike, Images, OutputType, as_list, read
 from smooth_rt.ranges import check, choice, shown
@@ -113,6 +114,7 @@ def source_texts(method: str, prompts: str | Sequence[str] | None, count: int, n
     return checks.one_each(prompts, count, name, "images")
 
 
+@one_call
 def invert(
     pipe: SmoothPipeline,
     images: ImageLike | Sequence[ImageLike],
