@@ -90,7 +90,8 @@ def null_text(options: Namespace, say: Callable[[str], None]) -> list[Inverted]:
 
         for of, pipe in pipes.items():
             invert(of, 1)  # opens the engine of the gradients
-            pipe.within, pipe.evaluations["gradient"] = 0.0, 0
+            pipe.within = 0.0
+        before = {of: pipe.evaluations["gradient"] for of, pipe in pipes.items()}
         runs = {of: partial(invert, of, options.steps) for of in pipes}
         seconds = interleave(runs, options.inversions, 0)
         return [
@@ -98,7 +99,7 @@ def null_text(options: Namespace, say: Callable[[str], None]) -> list[Inverted]:
                 of,
                 summarise(seconds[of]).median_s,
                 pipe.within / options.inversions,
-                pipe.evaluations["gradient"] // options.inversions,
+                (pipe.evaluations["gradient"] - before[of]) // options.inversions,
                 psnr(pixels[0], back[of]),
             )
             for of, pipe in pipes.items()

@@ -23,9 +23,8 @@ from torch import Tensor
 
 from bench.options import A_MODEL, Parser, json_file, names
 from bench.results import write
-from engines.variant import LORA_MODES
 from engines.select import check_runs
-from smooth_rt.errors import InputError
+from engines.variant import LORA_MODES
 
 if TYPE_CHECKING:
     from smooth_rt.pipeline import SmoothPipeline
@@ -60,9 +59,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--threads", type=int, default=8, help="default: 8")
     parser.add_argument("--calls", type=int, default=300, help="of each thread; default: 300")
     parser.add_argument("--output", type=json_file, help="a JSON file of the figures")
-    options = parser.asked(
-        list(sys.argv[1:] if argv is None else argv), ("threads", "calls"), ("model", "lora")
-    )
+    options = parser.asked(list(sys.argv[1:] if argv is None else argv), ("threads", "calls"), ("model", "lora"))
     if options is None:
         return
     for backend in options.engine:

@@ -17,6 +17,7 @@ from engines import forks
 from engines.base import Engine
 from engines.contract import Axis, Network
 from engines.errors import EngineError, InputError, reason
+from engines.locks import ReadWriteLock
 from engines.pt2 import Package, read_package
 from engines.tf32 import no_tf32
 from engines.variant import Bounds
@@ -61,7 +62,7 @@ class InductorEngine(Engine):
         super().__init__(network, bounds)
         self._path = path
         self._opened: dict[int, _Opened] = {}
-        self._lock = threading.Lock()
+        self._loading = ReadWriteLock()
         self._device = self._package(0).package.device
 
     @property
@@ -70,7 +71,7 @@ class InductorEngine(Engine):
         return self._package(0).package
 
     def _package(self, index: int) -> _Opened:
-        with self._lock:
+        with self._loading.write():
             if index not in self._opened:
                 self._opened[index] = self._open(package_of(self._path, index))
             return self._opened[index]

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from engines.bundle import Bundle, LoraSource, Source, digest_json
 from engines.contract import gradients_named
+from engines.torch_modes import default_modes
 from smooth_rt.cache import bundle_of, cache_root, compiled, limit, make_room, parse_size, timings, used
 from smooth_rt.errors import BundleError, InputError
 from smooth_rt.orders import lacking, variants_of
@@ -41,6 +42,7 @@ class Built:
     reason: str
 
 
+@default_modes()
 def build_engines(
     model: str | Path | Model = "default",
     lora: str | Path | Lora | None = None,
@@ -70,6 +72,7 @@ def build_engines(
     ).bundle
 
 
+@default_modes()
 def ensure_engines(
     model: str | Path | Model = "default",
     lora: str | Path | Lora | None = None,

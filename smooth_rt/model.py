@@ -17,6 +17,7 @@ from torch import nn
 
 from engines.bundle import digest_json, staging
 from engines.contract import Dims, NetworkName
+from engines.torch_modes import default_modes
 from smooth_rt.checkpoint import (
     HUB_ID,
     NETWORK_PARTS,
@@ -169,6 +170,7 @@ def default_lora() -> Path:
     return Path(__file__).parent / "assets" / "smooth_lora.safetensors"
 
 
+@default_modes()
 def load_model(
     model: str | Path = "default", *, revision: str | None = None, config: str | Path | None = None
 ) -> Model:

@@ -77,7 +77,8 @@ class Networks:
         """Run what this thread does with the pipeline in the body as one call.
 
         Each method that computes is a call of its own outside of one. A call runs on one set of weights: a strength
-        that another thread sets meanwhile holds for later calls. It is in torch's default modes (`engines.torch_modes`).
+        that another thread sets meanwhile holds for later calls. It runs in torch's default modes
+        (`engines.torch_modes`).
         """
         return self._calls.one(exclusive=self.lora is not None)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from engines.lora import LoraWeights
+from engines.torch_modes import default_modes
 from smooth_rt.errors import ModelError
 from smooth_rt.lora.read import Lora, LoraLayer
 from smooth_rt.ranges import check
@@ -21,6 +22,7 @@ __all__ = ["fuse", "fuse_to_folder", "fused_with", "lora_weights"]
 MARK = "smooth_rt_fused"
 
 
+@default_modes()
 def fuse(unet: nn.Module, lora: Lora, strength: float = 1.0) -> None:
     """Add `lora` to the weights of `unet` in place, once: a second LoRA needs a freshly loaded model.
 
@@ -52,6 +54,7 @@ def fuse(unet: nn.Module, lora: Lora, strength: float = 1.0) -> None:
     setattr(unet, MARK, (lora.digest, strength))
 
 
+@default_modes()
 def lora_weights(unet: nn.Module, lora: Lora) -> LoraWeights:
     """The base weights of the layers that `lora` changes, and its factors, for engines whose weights are replaced.
 

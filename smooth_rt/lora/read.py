@@ -25,6 +25,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engines.lora import LoraWeights
+from engines.torch_modes import default_modes
 from smooth_rt.checkpoint import HUB_ID, download
 from smooth_rt.errors import ModelError, reason
 from smooth_rt.model import default_lora
@@ -75,6 +76,7 @@ class Lora:
     digest: str
 
 
+@default_modes()
 def read_lora(source: str | Path = "default") -> Lora:
     """Read a LoRA and check that it is whole; whether it fits a UNet is seen by `fuse`.
 

@@ -8,6 +8,9 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+import torch
+
+from engines.torch_modes import default_modes
 from smooth_rt.errors import InputError
 from smooth_rt.lora import LoraFormat, write_lora
 from smooth_rt.model import Model
@@ -24,6 +27,8 @@ from smooth_rt.training.world import World
 __all__ = ["train_smooth_lora"]
 
 
+@default_modes()
+@torch.enable_grad()
 def train_smooth_lora(
     model: Model,
     pictures: Pictures,

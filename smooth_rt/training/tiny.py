@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTokenizer
 
+from engines.torch_modes import default_modes
 from smooth_rt.errors import InputError, SmoothRTError, reason
 from smooth_rt.training.assets import need, write_assets
 from smooth_rt.training.attributes import train_attributes, write_reference
@@ -55,6 +56,8 @@ GRID_PROMPTS = (
 )  # fmt: skip
 
 
+@default_modes()
+@torch.enable_grad()
 def train_tiny(
     output: Path,
     data: Path,

@@ -75,9 +75,7 @@ def bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("onnxruntime", "busy"),
     ],
 )
-def test_forked_process_runs_a_pipeline_of_its_parent(
-    bundle: Path, tiny_model: Path, backend: str, after: str
-) -> None:
+def test_forked_process_runs_a_pipeline_of_its_parent(bundle: Path, tiny_model: Path, backend: str, after: str) -> None:
     arguments = [sys.executable, "-W", "ignore", "-c", PROGRAM, backend, str(tiny_model), str(bundle), after]
     process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,29 @@ from smooth_rt.build import ensure_engines
 from smooth_rt.pipeline import SmoothPipeline
 
 BACKENDS = ("onnxruntime", "openvino")
+
+
+@pytest.fixture(scope="module")
+def tiny_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with a UNet of one cross-attention block: tracing its gradient graph takes seconds."""
+    from diffusers import UNet2DConditionModel
+
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("small") / "model")
+    torch.manual_seed(1)
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        layers_per_block=1,
+        block_out_channels=(16, 32),
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("UpBlock2D", "UpBlock2D"),
+        cross_attention_dim=32,
+        attention_head_dim=4,
+        norm_num_groups=8,
+    )
+    for parameter in unet.parameters():
+        parameter.data += 0.05 * torch.randn_like(parameter)
+    unet.save_pretrained(folder / "unet")
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +186,5 @@ def test_attention_blend_leaves_other_threads_calls_alone(tiny_model: Path) -> N
 
 def image(pipe: SmoothPipeline, callback: Any = None) -> torch.Tensor:
     generator = torch.Generator().manual_seed(0)
-    made = pipe(
-        "dog", num_inference_steps=3, generator=generator, output_type="latent", callback_on_step_end=callback
-    )
+    made = pipe("dog", num_inference_steps=3, generator=generator, output_type="latent", callback_on_step_end=callback)
     return made.latents
