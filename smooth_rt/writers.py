@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import av
+import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from PIL import Image
 
@@ -296,7 +297,7 @@ def encode_mp4(frames: Sequence[Image.Image], fps: int = 12) -> bytes:
         converter = VideoReformatter()
         for number, frame in enumerate(frames):
             picture = converter.reformat(
-                av.VideoFrame.from_image(_enlarged(frame, size)),
+                av.VideoFrame.from_ndarray(np.asarray(_enlarged(frame, size)), format="rgb24"),
                 format="yuv420p",
                 src_colorspace=Colorspace.ITU709,
                 dst_colorspace=Colorspace.ITU709,

@@ -402,10 +402,16 @@ def test_read_lora_header_of_a_plain_lora_is_accepted(tmp_path: Path, arguments:
     assert list(read_lora(tmp_path / "lora.safetensors").layers) == [LAYER]
 
 
-@pytest.mark.parametrize("stored", ["[]", "3", "{", '{"unet.r": "four"}', '{"unet.target_modules": 3}'])
+@pytest.mark.parametrize("stored", ["[]", "3", "{", '{"unet.r": "four"}'])
 def test_read_lora_unreadable_header_is_refused(tmp_path: Path, stored: str) -> None:
     save_file(PAIR, tmp_path / "lora.safetensors", {"lora_adapter_metadata": stored})
     assert "its PEFT configuration is unreadable" in refused(tmp_path / "lora.safetensors")
+
+
+def test_read_lora_targets_of_a_header_are_unused(tmp_path: Path) -> None:
+    stored = {"unet.r": 2, "unet.lora_alpha": 1, "unet.target_modules": ["to_k"], "unet.exclude_modules": ["to_q"]}
+    save_file(PAIR, tmp_path / "lora.safetensors", {"lora_adapter_metadata": json.dumps(stored)})
+    assert read_lora(tmp_path / "lora.safetensors").layers[LAYER].scale == 0.5
 
 
 def test_read_lora_header_of_the_text_encoder_alone_is_unused(tmp_path: Path) -> None:

@@ -191,6 +191,8 @@ def read_stored_config(text: str, path: Path) -> AdapterConfig | None:
         stored = json.loads(text)
         of_unet = {key.removeprefix("unet."): value for key, value in stored.items() if key.startswith("unet.")}
         settings = of_unet or {key: value for key, value in stored.items() if "." not in key}
+        # diffusers gives a LoRA to each module that the file has tensors for.
+        settings = {key: value for key, value in settings.items() if key not in TARGETS}
     except (ValueError, AttributeError, RecursionError) as error:
         raise _unreadable(path, error) from error
     return _checked(settings, path, merge) if settings else None
