@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 from pathlib import Path
 
+import av
 import imageio.v3 as iio
 import numpy as np
 import pytest
+from av.video.reformatter import ColorPrimaries, ColorRange, ColorTrc, Interpolation
 from PIL import Image
+from skimage.data import astronaut, cat
 
 from smooth_rt import writers
 from smooth_rt.errors import InputError, SmoothRTError
@@ -206,6 +210,63 @@ def test_mp4_shows_the_frames_in_order() -> None:
     greys = [Image.new("RGB", (64, 64), (value,) * 3) for value in (0, 60, 120, 180, 240)]
     film = iio.imread(writers.encode_mp4(greys), extension=".mp4", plugin="pyav")
     assert film.mean(axis=(1, 2, 3)) == pytest.approx([0, 60, 120, 180, 240], abs=4)
+
+
+def shown(film: bytes) -> list[np.ndarray]:
+    """Decode a film as a player does: by the matrix and the range that it is tagged with. Frames of [H, W, 3]."""
+    flags = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
+    with av.open(io.BytesIO(film)) as container:
+        return [
+            picture.reformat(format="rgb24", interpolation=flags).to_ndarray().astype(float)
+            for picture in container.decode(video=0)
+        ]
+
+
+def photographs(size: tuple[int, int], count: int) -> list[Image.Image]:
+    """Two photographs that fade into each other."""
+    ends = [Image.fromarray(data()).convert("RGB").resize(size, Image.Resampling.LANCZOS) for data in (astronaut, cat)]
+    return [Image.blend(*ends, share) for share in np.linspace(0, 1, count)]
+
+
+@pytest.mark.parametrize("size", [(64, 64), (512, 512), (768, 768), (640, 360), (1280, 720), (65, 33), (1, 1)])
+def test_encode_mp4_solid_colours_within_two_levels(size: tuple[int, int]) -> None:
+    colours = [(255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 0, 255), (200, 60, 40), (99, 224, 34), (128,) * 3, (0,) * 3]
+    film = shown(writers.encode_mp4([Image.new("RGB", size, colour) for colour in colours]))
+    for frame, colour in zip(film, colours, strict=True):
+        assert np.abs(frame - colour).max() <= 2
+
+
+def test_encode_mp4_photographs_within_two_levels() -> None:
+    photos = photographs((512, 512), 5)
+    for frame, photo in zip(shown(writers.encode_mp4(photos)), photos, strict=True):
+        difference = frame - np.asarray(photo)
+        assert np.abs(difference).mean() <= 2
+        assert np.abs(difference.mean(axis=(0, 1))).max() <= 2
+
+
+@pytest.mark.parametrize("size", [(64, 64), (768, 768), (33, 21), (1, 1)])
+def test_encode_mp4_tags_bt709_and_starts_fast(size: tuple[int, int]) -> None:
+    content = writers.encode_mp4(frames(3, size))
+    with av.open(io.BytesIO(content)) as container:
+        codec = container.streams.video[0].codec_context
+        tags = (codec.colorspace, codec.color_range, codec.color_primaries, codec.color_trc)
+        picture = next(container.decode(video=0))
+    assert tags == (1, ColorRange.MPEG, ColorPrimaries.BT709, ColorTrc.BT709)
+    assert (picture.colorspace, picture.color_range) == (1, ColorRange.MPEG)
+    assert b"colr" in content
+    assert 0 < content.index(b"moov") < content.index(b"mdat")
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 25])
+def test_encode_mp4_keeps_count_and_rate(count: int) -> None:
+    with av.open(io.BytesIO(writers.encode_mp4(frames(count, (32, 32)), fps=10))) as container:
+        stream = container.streams.video[0]
+        assert (stream.average_rate, float(stream.duration * stream.time_base)) == (10, pytest.approx(count / 10))
+        assert sum(1 for _ in container.decode(video=0)) == count
+
+
+def test_encode_mp4_repeats_bit_for_bit() -> None:
+    assert writers.encode_mp4(frames(9)) == writers.encode_mp4(frames(9))
 
 
 def test_webp_plays(tmp_path: Path) -> None:

@@ -6,19 +6,18 @@
 
 `down` (A) is [r, in], `up` (B) is [out, r]; for a convolution [r, in, kh, kw] and [out, r, 1, 1]. A weight changes by
 `alpha / r * up @ down`. Alpha is read from `.alpha` keys, from diffusers' metadata in the file or from PEFT's
-adapter_config.json beside it; where none of them speaks, alpha is r.
+adapter_config.json beside it; where none of them speaks, alpha is r. Files that mean more than that are refused by
+`adapter_config` and `foreign`.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,15 +27,25 @@ from engines.lora import LoraWeights
 from engines.torch_modes import default_modes
 from smooth_rt.checkpoint import HUB_ID, download
 from smooth_rt.errors import ModelError, reason
+from smooth_rt.lora.adapter_config import (
+    CONFIG_FILE,
+    LARGEST_ALPHA,
+    AdapterConfig,
+    read_adapter_config,
+    read_stored_config,
+)
+from smooth_rt.lora.foreign import check_header, check_keys, is_ignored
 from smooth_rt.model import default_lora
 
 __all__ = ["METADATA_KEY", "Lora", "LoraLayer", "digest_weights", "read_lora"]
 
 METADATA_KEY = "lora_adapter_metadata"  # where diffusers' save_lora_weights puts PEFT's configuration
-WEIGHT_FILES = ("smooth_lora.safetensors", "pytorch_lora_weights.safetensors", "adapter_model.safetensors")
+PEFT_FILE = "adapter_model.safetensors"
+WEIGHT_FILES = ("smooth_lora.safetensors", "pytorch_lora_weights.safetensors", PEFT_FILE)
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
-LARGEST_ALPHA = 1e6  # far over any rank: more overflows in half precision, if not before
+ALPHA_TOLERANCE = 1e-2  # of an alpha that is stored in bf16
+PEFT_PREFIX = "base_model.model."
 PREFIX = re.compile(r"(?:(?:base_model\.model|unet)\.)*")
 AUTHORS = re.compile(r"(?P<path>.+?)(?:\.processor)?\.(?P<projection>to_(?:q|k|v|out))_lora\.(?P<part>.+)")
 PAIR = re.compile(r"(?P<path>.+)\.lora_(?P<side>[AB])(?:\.[^.]+)?\.weight")
@@ -85,8 +94,9 @@ def read_lora(source: str | Path = "default") -> Lora:
             smooth_lora.safetensors, pytorch_lora_weights.safetensors or adapter_model.safetensors.
 
     Raises:
-        ModelError: nothing is there, it is a pickle or damaged, or it holds a key that is not understood, half of a
-            pair, a pair of two ranks or a value that is not finite. The line names the key.
+        ModelError: nothing is there, it is a pickle or damaged, its settings make it more than a plain LoRA (DoRA,
+            PiSSA, ...), or it holds a key that is not understood, half of a pair, a pair of two ranks or a value that
+            is not finite. The line names the setting or the key.
     """
     path = _locate(str(source))
     try:
@@ -95,13 +105,17 @@ def read_lora(source: str | Path = "default") -> Lora:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: truncated or no safetensors file ({reason(error)}); download it again") from error
-    return parse(tensors, str(source), str(path), _adapter_config(path, metadata))
+    check_header(metadata, str(path))
+    return parse(tensors, str(source), str(path), _adapter_config(path, tensors, metadata))
 
 
-def parse(tensors: dict[str, Tensor], source: str, shown: str, config: dict[str, Any] | None = None) -> Lora:
+def parse(tensors: dict[str, Tensor], source: str, shown: str, config: AdapterConfig | None = None) -> Lora:
     """A LoRA from a state dict; `shown` is its name in messages, `config` PEFT's configuration where there is one."""
+    check_keys(tensors, shown)
     found: dict[str, dict[str, tuple[str, Tensor]]] = {}
     for key, tensor in tensors.items():
+        if is_ignored(key):
+            continue
         path, part = _split(key, shown)
         parts = found.setdefault(path, {})
         if part in parts:
@@ -135,18 +149,18 @@ def _locate(source: str) -> Path:
         pickled = next((file for file in sorted(path.iterdir()) if file.suffix in PICKLES), None)
         if pickled is not None:
             raise ModelError(f"{pickled}: pickles are never loaded; convert it to .safetensors")
+        if (path / CONFIG_FILE).is_file():  # of another method, such as X-LoRA, whose weights have other names
+            read_adapter_config(path / CONFIG_FILE)
         raise ModelError(f"{path}: holds none of {', '.join(WEIGHT_FILES)}; name the file")
     if not HUB_ID.fullmatch(source) or path.suffix == ".safetensors":
         what = "neither file nor folder" if path.exists() else "no such file or folder"
         raise ModelError(f"{source}: {what}; name a .safetensors file, a folder or a hub id")
-    return _locate(str(download(source, [*WEIGHT_FILES, "adapter_config.json"], "pass a file")))
+    return _locate(str(download(source, [*WEIGHT_FILES, CONFIG_FILE], "pass a file")))
 
 
 def _split(key: str, shown: str) -> tuple[str, str]:
     """A key's module path in the UNet and its part: down, up or alpha."""
     bare = PREFIX.sub("", key, count=1)
-    if bare.startswith(("text_encoder.", "text_encoder_2.", "lora_te")):
-        raise ModelError(f"{shown}: {key} changes the text encoder; only LoRAs of the UNet are supported")
     if (match := AUTHORS.fullmatch(bare)) and match["part"] in PARTS:
         projection = "to_out.0" if match["projection"] == "to_out" else match["projection"]
         return f"{match['path']}.{projection}", PARTS[match["part"]]
@@ -159,7 +173,7 @@ def _split(key: str, shown: str) -> tuple[str, str]:
     raise ModelError(f"{shown}: {key} is not a LoRA key of the authors', diffusers' or PEFT's format; convert the file")
 
 
-def _layer(path: str, parts: dict[str, tuple[str, Tensor]], shown: str, config: dict[str, Any] | None) -> LoraLayer:
+def _layer(path: str, parts: dict[str, tuple[str, Tensor]], shown: str, config: AdapterConfig | None) -> LoraLayer:
     for part, other in (("down", "up"), ("up", "down")):
         if part not in parts:
             key = parts[other][0] if other in parts else parts["alpha"][0]
@@ -168,56 +182,44 @@ def _layer(path: str, parts: dict[str, tuple[str, Tensor]], shown: str, config: 
     for name, tensor in (parts["down"], parts["up"]):
         if tensor.ndim not in (2, 4) or 0 in tensor.shape:
             raise ModelError(f"{shown}: {name} has shape {list(tensor.shape)}, not a matrix or a convolution")
-    if down.shape[0] != up.shape[1]:
-        raise ModelError(f"{shown}: {key} has rank {down.shape[0]} and {up_key} {up.shape[1]}; the pair does not match")
-    alpha: float | None
+    rank = int(down.shape[0])
+    if rank != up.shape[1]:
+        raise ModelError(f"{shown}: {key} has rank {rank} and {up_key} {up.shape[1]}; the pair does not match")
+    alpha: float | None = None
+    if config is not None:
+        config.check_layer(path, key, rank, down.ndim)
+        alpha = config.alpha_of(path, rank)
     if "alpha" in parts:
-        alpha_key, value = parts["alpha"]
-        if value.numel() != 1:
-            raise ModelError(f"{shown}: {alpha_key} has shape {list(value.shape)}; alpha is one number")
-        alpha = float(value)
-        if abs(alpha) > LARGEST_ALPHA:
-            raise ModelError(f"{shown}: {alpha_key} is {alpha:g}, and {LARGEST_ALPHA:g} is the most; repair it")
-    else:
-        alpha = _configured_alpha(path, int(down.shape[0]), config)
+        alpha = _stored_alpha(*parts["alpha"], shown, alpha)
     return LoraLayer(down, up, alpha, key)
 
 
-def _adapter_config(path: Path, metadata: dict[str, str]) -> dict[str, Any] | None:
-    """PEFT's configuration, from the file's metadata or from the file that PEFT writes beside its weights."""
-    beside = path.parent / "adapter_config.json"
-    try:
-        if METADATA_KEY in metadata:
-            stored = json.loads(metadata[METADATA_KEY])
-            config = {PREFIX.sub("", key, count=1): value for key, value in stored.items()}
-        elif path.name == "adapter_model.safetensors" and beside.is_file():
-            config = json.loads(beside.read_text(encoding="utf-8"))
-        else:
-            return None
-        patterns = config.get("alpha_pattern") or {}
-        for name, alpha in (("lora_alpha", config.get("lora_alpha")), *patterns.items()):
-            # A bool is an int to Python; by the comparison NaN is refused too.
-            number = isinstance(alpha, (int, float)) and not isinstance(alpha, bool)
-            if not (number and abs(alpha) <= LARGEST_ALPHA) and (name, alpha) != ("lora_alpha", None):
-                raise ValueError(f"{name}: no number from -{LARGEST_ALPHA:g} to {LARGEST_ALPHA:g}")
-        for name in patterns:
-            re.compile(name)  # as PEFT reads them
-    except (OSError, ValueError, TypeError, AttributeError, RecursionError, re.error) as error:
-        raise ModelError(f"{path}: its PEFT configuration is unreadable ({reason(error)}); repair it") from error
-    if config.get("use_dora"):
-        raise ModelError(f"{path}: is a DoRA; only plain LoRAs are supported")
-    return config
+def _stored_alpha(key: str, value: Tensor, shown: str, configured: float | None) -> float:
+    """Return the alpha that the file holds as a tensor; PEFT's configuration, where there is one, must agree."""
+    if value.numel() != 1:
+        raise ModelError(f"{shown}: {key} has shape {list(value.shape)}; alpha is one number")
+    alpha = float(value)
+    if abs(alpha) > LARGEST_ALPHA:
+        raise ModelError(f"{shown}: {key} is {alpha:g}, and {LARGEST_ALPHA:g} is the most; repair it")
+    if configured is not None and not math.isclose(alpha, configured, rel_tol=ALPHA_TOLERANCE):
+        raise ModelError(
+            f"{shown}: {key} is {alpha:g}, and its PEFT configuration gives {configured:g}; keep one of them"
+        )
+    return alpha if configured is None else configured
 
 
-def _configured_alpha(path: str, rank: int, config: dict[str, Any] | None) -> float | None:
-    if config is None or config.get("lora_alpha") is None:
-        return None
-    from peft.utils.other import get_pattern_key
-
-    patterns = config.get("alpha_pattern") or {}
-    alpha = float(patterns.get(get_pattern_key(list(patterns), path), config["lora_alpha"]))
-    # rsLoRA scales by alpha / sqrt(r).
-    return alpha * math.sqrt(rank) if config.get("use_rslora") else alpha
+def _adapter_config(path: Path, keys: Collection[str], metadata: dict[str, str]) -> AdapterConfig | None:
+    """Read PEFT's configuration: from the file that PEFT writes beside its weights, or from the file's metadata."""
+    beside = path.parent / CONFIG_FILE
+    prefixed = any(key.startswith(PEFT_PREFIX) for key in keys)
+    # As PEFT, which reads no other place.
+    if (path.name == PEFT_FILE or prefixed) and beside.is_file():
+        return read_adapter_config(beside)
+    if METADATA_KEY in metadata:
+        return read_stored_config(metadata[METADATA_KEY], path)
+    if path.name == PEFT_FILE and prefixed:
+        raise ModelError(f"{path}: {CONFIG_FILE} is missing beside it, which holds its alpha; copy it there, too")
+    return None
 
 
 def _digest(layers: dict[str, LoraLayer]) -> str:
