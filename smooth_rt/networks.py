@@ -272,6 +272,14 @@ class Networks:
             self._calls.count("forward", len(sample))
         return torch.cat(found)
 
+    def has_gradient(self, wrt: Collection[str], of: str = "noise_pred") -> bool:
+        """Check that the engine itself takes a gradient, which `vjp` else leaves to eager.
+
+        Raises:
+            InputError: as `vjp`.
+        """
+        return self._engines["unet"].lacks_gradient(_names(wrt), of) is None
+
     def _differentiable(self, fault: str | None) -> Engine:
         """The engine that takes gradients: the UNet's own unless it has that fault, or else eager on the weights that
         it was made from."""

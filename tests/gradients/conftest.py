@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
-import torch
 
 from engines.bundle import Bundle
 from smooth_rt.build import Built, ensure_engines
@@ -24,29 +22,6 @@ class Grown:
     nodes: dict[str, int]
     built: Built
     steps: list[tuple[str, int, int]]
-
-
-@pytest.fixture(scope="module")
-def small_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model with a UNet of half the blocks: a gradient graph takes its time to trace."""
-    from diffusers import UNet2DConditionModel
-
-    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("small") / "model")
-    torch.manual_seed(1)
-    unet = UNet2DConditionModel(
-        sample_size=8,
-        layers_per_block=1,
-        block_out_channels=(16, 32),
-        down_block_types=("DownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "UpBlock2D"),
-        cross_attention_dim=32,
-        attention_head_dim=4,
-        norm_num_groups=8,
-    )
-    for parameter in unet.parameters():
-        parameter.data += 0.05 * torch.randn_like(parameter)
-    unet.save_pretrained(folder / "unet")
-    return folder
 
 
 @pytest.fixture(scope="module")
