@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
 
 from smooth_rt.errors import EngineError, InputError
 from smooth_rt.ranges import check
-from smooth_rt.schedule import PredictionType, Step, ddim_step
+from smooth_rt.schedule import Step, ddim_step
 from smooth_rt.tasks import checks
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ def denoise(
     Raises:
         InputError, EngineError: as `walk`.
     """
-    kind = cast("PredictionType", pipe.scheduler_config.get("prediction_type", "epsilon"))
+    kind = pipe.prediction_type
 
     def move(latents: Tensor, i: int, step: Step) -> Tensor:
         return ddim_step(latents, predict(latents, i, step.timestep), step.alpha_from, step.alpha_to, kind)
