@@ -98,7 +98,8 @@ def graphs(
 
     def quantise(path: Path, backend: str, native: str | None = None) -> None:
         # Of random weights nothing can be learnt; a few rows set the scales.
-        sizes = {"batch": 1, "height": dims.sample_size, "width": dims.sample_size}
+        height, width = dims.supported_latent_size
+        sizes = {"batch": 1, "height": height, "width": width}
         generator = torch.Generator().manual_seed(1)
         samples = [random_inputs(network, dims, Case(sizes, 1.0), generator) for _ in range(options.samples)]
         quantise_at(options.rung, onnx, path, network, backend, samples, native)

@@ -64,7 +64,7 @@ def measure(options: Options, here: Environment, started: str, start: float, say
 
 def _settings(options: Options, model: Model, engines: tuple[str, ...]) -> Settings:
     height, width = checks.image_size(options.height, options.width, model.dims)
-    Schedule.from_config(model.config().sampling_config, options.steps)
+    Schedule.from_scheduler(model.config().scheduler(), options.steps)
     return Settings(
         model=options.model,
         revision=model.revision,

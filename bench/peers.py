@@ -13,6 +13,7 @@ from torch import Tensor
 from smooth_rt.checkpoint import quiet
 from smooth_rt.errors import EngineError, reason
 from smooth_rt.model import Model
+from smooth_rt.scheduler_config import read_scheduler
 
 __all__ = ["diffusers_images", "diffusers_pipeline", "genai_images", "genai_pipeline", "worst_psnr"]
 
@@ -21,14 +22,14 @@ def diffusers_pipeline(model: Model) -> Any:
     """diffusers' pipeline with DDIM on `model`'s modules; a LoRA that is fused into them is fused here too, which is
     the faster of diffusers' two ways."""
     with quiet():  # what importing it says of torchvision concerns other models
-        from diffusers import DDIMScheduler, StableDiffusionPipeline
+        from diffusers import StableDiffusionPipeline
 
     pipe = StableDiffusionPipeline(
         vae=model.vae,
         text_encoder=model.text_encoder,
         tokenizer=model.tokenizer,
         unet=model.unet,
-        scheduler=DDIMScheduler.from_config({**model.scheduler_config, "clip_sample": False, "steps_offset": 1}),
+        scheduler=read_scheduler(model.scheduler_config),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,

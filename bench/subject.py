@@ -91,7 +91,7 @@ def check_steps(model: str, steps: int) -> None:
     Raises:
         InputError: it has not. ModelError: the model cannot be read.
     """
-    Schedule.from_config(load_model(model).config().sampling_config, steps)
+    Schedule.from_scheduler(load_model(model).config().scheduler(), steps)
 
 
 def open_subject(

@@ -111,8 +111,8 @@ def mend_lacking(
         )
         profiles = like.profiles
         if variant.convolution == "winograd" and profiles[0].height.max is None:  # which is of one size
-            side = few_images(manifest.dims).height
-            profiles = [Profile(batch=Span(min=1, opt=1, max=1), height=side, width=side)]
+            trained = few_images(manifest.dims)
+            profiles = [Profile(batch=Span(min=1, opt=1, max=1), height=trained.height, width=trained.width)]
         check_convolution(variant, profiles)
     except InputError as error:
         return f"nor can it be: {error}"

@@ -111,9 +111,10 @@ class Dims:
         image_channels: channels of the image (3).
         vae_factor: f, pixels of the image a side of a latent cell.
         latent_multiple: the UNet halves the latent this many-fold, so latent sides are multiples of it.
-        sample_size: the latent side that the model was trained at; the default.
+        sample_size: the latent height that the model was trained at, and the width unless `sample_width` is another.
         up_channels: of the output of each of the UNet's up blocks, in order: 1280, 1280, 640 and 320 for SD1.x. None
             where they are not known.
+        sample_width: the latent width that the model was trained at. None where it is that of a square.
     """
 
     tokens: int
@@ -125,6 +126,7 @@ class Dims:
     latent_multiple: int
     sample_size: int
     up_channels: tuple[int, ...] | None = None
+    sample_width: int | None = None
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -136,6 +138,24 @@ class Dims:
     def image_multiple(self) -> int:
         """Image sides are multiples of this number of pixels."""
         return self.vae_factor * self.latent_multiple
+
+    @property
+    def latent_size(self) -> tuple[int, int]:
+        """Height and width of the latents that the model was trained at."""
+        return self.sample_size, self.sample_width or self.sample_size
+
+    @property
+    def image_size(self) -> tuple[int, int]:
+        """Height and width in pixels of the images that the model was trained at: the default of a request."""
+        height, width = self.latent_size
+        return height * self.vae_factor, width * self.vae_factor
+
+    @property
+    def supported_latent_size(self) -> tuple[int, int]:
+        """`latent_size` rounded down to multiples of `latent_multiple`, at least one of them: 60x80 becomes 56x80."""
+        unit = self.latent_multiple
+        height, width = (max(1, side // unit) * unit for side in self.latent_size)
+        return height, width
 
     @property
     def up_blocks(self) -> int:

@@ -204,16 +204,16 @@ class Profile(Record):
 
 def every_size(dims: Dims) -> Profile:
     """Every request that the model takes; of no size in particular, one image of the size it was trained at."""
-    side, unit = dims.sample_size * dims.vae_factor, dims.image_multiple
-    sides = Span(min=unit, opt=max(side, unit), max=None)
-    return Profile(batch=Span(min=1, opt=1, max=None), height=sides, width=sides)
+    unit = dims.image_multiple
+    height, width = (Span(min=unit, opt=side * dims.vae_factor, max=None) for side in dims.supported_latent_size)
+    return Profile(batch=Span(min=1, opt=1, max=None), height=height, width=width)
 
 
 def few_images(dims: Dims) -> Profile:
     """Up to four images of the size that the model was trained at: for backends that need an end to every size."""
-    side = dims.sample_size * dims.vae_factor
-    sides = Span(min=side, opt=side, max=side)
-    return Profile(batch=Span(min=1, opt=1, max=4), height=sides, width=sides)
+    sides = [side * dims.vae_factor for side in dims.supported_latent_size]
+    height, width = (Span(min=side, opt=side, max=side) for side in sides)
+    return Profile(batch=Span(min=1, opt=1, max=4), height=height, width=width)
 
 
 class Variant(Record):

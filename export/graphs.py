@@ -79,7 +79,8 @@ def example_inputs(network: Network, dims: Dims) -> tuple[Tensor, ...]:
     graph, and of a full batch of rows it makes the same rows.
     """
     unit = _unit(network)
-    sizes = {"batch": 2, "height": dims.sample_size + unit, "width": dims.sample_size + 2 * unit}
+    side = dims.supported_latent_size[0]
+    sizes = {"batch": 2, "height": side + unit, "width": side + 2 * unit}
     inputs = random_inputs(network, dims, Case(sizes, 1.0), torch.Generator().manual_seed(0))
     return tuple(inputs[spec.name][:1] if spec.shared else inputs[spec.name] for spec in network.inputs)
 
@@ -124,16 +125,16 @@ def _between(least: int, best: int, most: int, unit: int) -> int:
 
 
 def _spread(network: Network, dims: Dims) -> list[Case]:
-    side, unit = dims.sample_size, _unit(network)
-    other = (side + unit, side + 2 * unit)
+    (height, width), unit = dims.supported_latent_size, _unit(network)
+    other = (height + unit, width + 2 * unit)
     if network.name in WRT and 2 * math.prod(other) > GRADIENT_CELLS:
-        side = max(unit, min(side, math.isqrt(GRADIENT_CELLS // 2) // unit * unit))
-        other = (max(unit, side - unit), side)
-    smaller = max(unit, side // (2 * unit) * unit)
+        height = width = max(unit, min(height, width, math.isqrt(GRADIENT_CELLS // 2) // unit * unit))
+        other = (max(unit, height - unit), width)
+    smaller = max(unit, width // (2 * unit) * unit)
     sizes = [
-        {"batch": 1, "height": side, "width": side},
+        {"batch": 1, "height": height, "width": width},
         {"batch": 2, "height": other[0], "width": other[1]},
-        {"batch": 3, "height": side, "width": smaller},
+        {"batch": 3, "height": height, "width": smaller},
     ]
     return [Case(size, scale) for size, scale in zip(sizes, LATENT_SCALES, strict=True)]
 

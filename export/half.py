@@ -161,15 +161,16 @@ def _error(module: nn.Module, inputs: Sequence[Tensor], wanted: Sequence[Tensor]
 
 def _inputs(network: Network, dims: Dims) -> dict[str, Tensor]:
     """Two rows at the model's own size; a VAE's latents as large as those of SD1.x."""
-    return _drawn(network, dims, 2, dims.sample_size)
+    return _drawn(network, dims, 2, dims.supported_latent_size)
 
 
 def _rows(network: Network, dims: Dims) -> dict[str, Tensor]:
     """More rows of half the size, for a gradient: it takes more memory, and its error differs more from row to row."""
     unit = dims.latent_multiple
-    return _drawn(network, dims, 8, max(unit, dims.sample_size // 2 // unit * unit))
+    height, width = (max(unit, side // 2 // unit * unit) for side in dims.supported_latent_size)
+    return _drawn(network, dims, 8, (height, width))
 
 
-def _drawn(network: Network, dims: Dims, rows: int, side: int) -> dict[str, Tensor]:
-    sizes = {"batch": rows, "height": side, "width": side}
+def _drawn(network: Network, dims: Dims, rows: int, size: tuple[int, int]) -> dict[str, Tensor]:
+    sizes = {"batch": rows, "height": size[0], "width": size[1]}
     return random_inputs(network, dims, Case(sizes, 5.5), torch.Generator().manual_seed(SEED))

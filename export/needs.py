@@ -250,7 +250,7 @@ def _what(order: Order, need: Need) -> str:
 
 def _smaller(need: Need, dims: Dims) -> Iterator[Profile]:
     """Profiles that take less than what takes most, the largest first: of half the images and so on down to one, then
-    of one size, down to a quarter of the side that the model was trained at."""
+    of one size, down to a quarter of the sides that the model was trained at."""
     asked = need.profile
     if asked is not None and asked.height.max is not None and asked.batch.max is not None:
         most = asked.batch.max // 2
@@ -258,10 +258,10 @@ def _smaller(need: Need, dims: Dims) -> Iterator[Profile]:
             batch = Span(min=min(asked.batch.min, most), opt=min(asked.batch.opt, most), max=most)
             yield Profile(batch=batch, height=asked.height, width=asked.width)
             most //= 2
-    trained, unit = dims.sample_size * dims.vae_factor, dims.image_multiple
-    for side in dict.fromkeys(max(unit, trained // part // unit * unit) for part in (1, 2, 4)):
-        span = Span(min=side, opt=side, max=side)
-        yield Profile(batch=Span(min=1, opt=1, max=1), height=span, width=span)
+    trained, unit = dims.image_size, dims.image_multiple
+    for size in dict.fromkeys(tuple(max(unit, side // part // unit * unit) for side in trained) for part in (1, 2, 4)):
+        height, width = (Span(min=side, opt=side, max=side) for side in size)
+        yield Profile(batch=Span(min=1, opt=1, max=1), height=height, width=width)
 
 
 def _options(profile: Profile) -> str:

@@ -190,7 +190,8 @@ def _traced(network: Network, dims: Dims, bounds: Bounds) -> tuple[tuple[Tensor,
     one. Height and width are unlike.
     """
     unit = max(network.multiples.values(), default=1)
-    wanted = {"batch": 2, "height": dims.sample_size + unit, "width": dims.sample_size + 2 * unit}
+    side = dims.supported_latent_size[0]
+    wanted = {"batch": 2, "height": side + unit, "width": side + 2 * unit}
     sizes: dict[str, int] = {}
     roots: dict[str, Any] = {}
     for symbol, (low, high) in bounds.items():

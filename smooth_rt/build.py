@@ -140,7 +140,7 @@ def ensure_engines(
     (lora_strength,) = check(lora_strength=lora_strength)
     from smooth_rt.lora import Lora, fused_with, read_lora
     from smooth_rt.model import Model, load_model
-    from smooth_rt.schedule import Schedule
+    from smooth_rt.scheduler_config import read_scheduler
 
     # The LoRA first: what is wrong with it is told before minutes of a large model.
     given = lora if lora is None or isinstance(lora, Lora) else read_lora(lora)
@@ -148,7 +148,7 @@ def ensure_engines(
     wrt = gradients_named(gradients, loaded.dims.up_blocks)
     for profile in profiles:
         profile.check(loaded.dims)
-    Schedule.from_config(loaded.scheduler_config, 1)  # which no engine needs, and all that run them do
+    read_scheduler(loaded.scheduler_config)  # engines do not need it, but every pipeline on them does
     if fused_with(loaded.unet) is not None:
         raise InputError(f"{loaded.source}: a LoRA is fused into this model, so its digests do not hold; load it again")
     adapter = loaded.lora if given is None else given
@@ -259,6 +259,7 @@ def _build(
     from engines.machine import available_memory
     from export.build import Configs, build_bundle
     from smooth_rt.lora import fuse, lora_weights
+    from smooth_rt.scheduler_config import finite_config
 
     weights = None
     if lora is not None and source.lora is not None:
@@ -279,7 +280,7 @@ def _build(
         orders,
         target,
         model.write_config,
-        configs=Configs(model.network_configs(), model.config().sampling_config),
+        configs=Configs(model.network_configs(), finite_config(model.config().sampling_config)),
         keep=keep,
         calibration=calibration,
         lora=weights,

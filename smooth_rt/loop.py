@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, TypeAlias, cast
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -11,7 +11,7 @@ from torch import Tensor
 from smooth_rt.calls import one_call
 from smooth_rt.errors import EngineError, InputError
 from smooth_rt.ranges import check
-from smooth_rt.schedule import PredictionType, Step, ddim_step
+from smooth_rt.schedule import Step, ddim_step
 from smooth_rt.tasks import checks
 
 if TYPE_CHECKING:
@@ -48,7 +48,7 @@ def denoise(
     Raises:
         InputError, EngineError: as `walk`.
     """
-    kind = cast("PredictionType", pipe.scheduler_config.get("prediction_type", "epsilon"))
+    kind = pipe.prediction_type
 
     def move(latents: Tensor, i: int, step: Step) -> Tensor:
         return ddim_step(latents, predict(latents, i, step.timestep), step.alpha_from, step.alpha_to, kind)

@@ -29,10 +29,12 @@ from smooth_rt.checkpoint import (
 )
 from smooth_rt.digests import digest_tensors
 from smooth_rt.errors import BundleError, InputError, ModelError, reason
+from smooth_rt.sample_size import correct_sample_size, latent_size
+from smooth_rt.scheduler_config import corrected_config, finite_config, read_scheduler
 from smooth_rt.single_file import read_file
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
     from transformers import CLIPTextModel, CLIPTokenizer
 
     from smooth_rt.lora.read import Lora
@@ -58,8 +60,12 @@ class PipelineConfig:
 
     @property
     def sampling_config(self) -> dict[str, Any]:
-        """`scheduler_config` as diffusers' StableDiffusionPipeline corrects it: x0 is not clipped, the offset is 1."""
-        return {**self.scheduler_config, "clip_sample": False, "steps_offset": 1}
+        """`scheduler_config` as diffusers' StableDiffusionPipeline corrects it; see `corrected_config`."""
+        return corrected_config(self.scheduler_config)
+
+    def scheduler(self) -> DDIMScheduler:
+        """Return the scheduler that the model is sampled with; see `read_scheduler`."""
+        return read_scheduler(self.scheduler_config)
 
 
 @dataclass
@@ -104,7 +110,7 @@ class Model:
         """Write what a bundle needs to run without the model; `read_config` reads it back."""
         folder.mkdir(parents=True, exist_ok=True)
         _save_tokenizer(self.tokenizer, folder / "tokenizer")
-        _write_json(folder / "scheduler_config.json", self.scheduler_config)
+        _write_json(folder / "scheduler_config.json", finite_config(self.scheduler_config))
         _write_json(folder / "model.json", self._vae_facts())
 
     def network_configs(self) -> dict[NetworkName, dict[str, Any]]:
@@ -231,6 +237,8 @@ def read_config(folder: Path) -> PipelineConfig:
 
 def _assemble(source: str, parts: Parts) -> Model:
     tokenizer, scheduler = parts.tokenizer, parts.scheduler_config
+    read_scheduler(scheduler)  # a model that cannot be sampled is refused before anything is made of it
+    correct_sample_size(source, parts.networks["unet"])
     dims = _dims(source, tokenizer, parts.networks)
     digests = {}
     for name, module in parts.networks.items():
@@ -240,7 +248,7 @@ def _assemble(source: str, parts: Parts) -> Model:
     state = {**json.loads(tokenizer.backend_tokenizer.to_str()), "padding": None, "truncation": None}
     specials = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
     digests["tokenizer"] = digest_json([state, specials, tokenizer.model_max_length])
-    digests["scheduler"] = digest_json({k: v for k, v in scheduler.items() if not k.startswith("_")})
+    digests["scheduler"] = digest_json({k: v for k, v in finite_config(scheduler).items() if not k.startswith("_")})
     return Model(
         source=source,
         revision=parts.revision,
@@ -274,7 +282,7 @@ def _dims(source: str, tokenizer: CLIPTokenizer, networks: dict[str, Any]) -> Di
     if not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
         raise ModelError(f"{source}: the VAE's scaling_factor is {factor}; give a number above 0; {SUPPORTED}")
     vae_factor = 2 ** (len(vae.block_out_channels) - 1)
-    side = unet.sample_size or vae.sample_size // vae_factor
+    height, width = latent_size(source, unet, vae, vae_factor)
     return Dims(
         tokens=tokenizer.model_max_length,
         text_width=text.hidden_size,
@@ -283,8 +291,9 @@ def _dims(source: str, tokenizer: CLIPTokenizer, networks: dict[str, Any]) -> Di
         image_channels=vae.in_channels,
         vae_factor=vae_factor,
         latent_multiple=2 ** (len(unet.block_out_channels) - 1),
-        sample_size=side if isinstance(side, int) else max(side),
+        sample_size=height,
         up_channels=tuple(reversed(unet.block_out_channels)),
+        sample_width=None if width == height else width,
     )
 
 

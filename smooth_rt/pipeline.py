@@ -36,6 +36,7 @@ from smooth_rt.networks import Networks, eager_engines
 from smooth_rt.opening import check_strength, open_model, reopen_model
 from smooth_rt.ranges import check, shown
 from smooth_rt.schedule import Schedule
+from smooth_rt.scheduler_config import read_scheduler
 from smooth_rt.tasks import checks
 from smooth_rt.tasks.edit import edit
 from smooth_rt.tasks.generate import generate
@@ -44,6 +45,7 @@ from smooth_rt.tasks.inversion import invert
 
 if TYPE_CHECKING:
     from engines.variant import Convolution, Kernels, LoraMode, Precision
+    from smooth_rt.scheduler_config import PredictionType
 
 __all__ = ["SmoothPipeline"]
 
@@ -81,11 +83,12 @@ class SmoothPipeline(Networks):
         self.tokenizer: Any = config.tokenizer
         self._tokenizing = ReadWriteLock()
         self.scheduler_config = config.sampling_config
+        config.scheduler()  # refuses what cannot be sampled, before a request does
         self.scaling_factor = config.scaling_factor
         self._decoder_channels = config.decoder_channels
         self.source = source
         self.engine, self.reason = (choice.backend, choice.reason) if choice else (engines["unet"].backend, "given")
-        self.size = size or (dims.sample_size * dims.vae_factor,) * 2
+        self.size = size or dims.image_size
         self.precision = "fp32"
 
     # Each task takes the pipeline first, so it is a method as it stands; and so does the loop through time.
@@ -241,7 +244,9 @@ class SmoothPipeline(Networks):
 
             bundle.caches = compiled()
         engines = {name: bundle.open_network(name, built) for name in NETWORKS}
-        size = built.profiles[0].height.opt, built.profiles[0].width.opt
+        first = built.profiles[0]
+        # A profile without an end is of no size in particular: the model's own is the default then.
+        size = (first.height.opt, first.width.opt) if first.height.max else None
         named: dict[str, Any] = {"source": bundle.source.model, "choice": choice, "batch_size": batch_size}
         pipe = cls(engines, config, bundle.dims, size=size, **named)
         pipe.bundle = bundle
@@ -273,6 +278,11 @@ class SmoothPipeline(Networks):
     def schedule(self, num_inference_steps: int) -> Schedule:
         """The model's DDIM schedule in so many steps."""
         return Schedule.from_config(self.scheduler_config, num_inference_steps)
+
+    @property
+    def prediction_type(self) -> PredictionType:
+        """The UNet's output: "epsilon", "v_prediction" or "sample"."""
+        return cast("PredictionType", read_scheduler(self.scheduler_config).config["prediction_type"])
 
     @one_call
     def encode_prompt(self, prompts: str | Sequence[str]) -> Tensor:

@@ -10,20 +10,23 @@ same formula removes noise (alpha grows) and adds it back (alpha falls: DDIM inv
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, cast, get_args
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
 
 from smooth_rt.errors import InputError, ModelError
 from smooth_rt.ranges import as_whole, shown
+from smooth_rt.scheduler_config import PredictionType, read_scheduler
+
+if TYPE_CHECKING:
+    from diffusers import DDIMScheduler
 
 __all__ = ["PredictionType", "Schedule", "Step", "add_noise", "ddim_coefficients", "ddim_step", "noise_of"]
-
-PredictionType = Literal["epsilon", "v_prediction", "sample"]
 
 
 class Step(NamedTuple):
@@ -48,57 +51,61 @@ class Schedule:
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], num_inference_steps: int) -> Schedule:
-        """The schedule that diffusers' DDIMScheduler makes of `config` (any diffusers scheduler's configuration).
+        """Return the schedule that diffusers' StableDiffusionPipeline samples along with DDIM.
 
-        Betas, timestep spacing, steps offset, the last alpha-bar and the rescaling to zero terminal SNR are all
-        computed by diffusers itself.
+        Args:
+            config: of any diffusers scheduler, as in scheduler_config.json; see `read_scheduler`.
+            num_inference_steps: see `from_scheduler`.
 
         Raises:
-            InputError: `num_inference_steps` is not a whole number in 1..num_train_timesteps (less steps_offset where
-                timestep_spacing is "leading").
-            ModelError: the configuration clips or thresholds x0 (made for pixels, not for latents), or diffusers
-                cannot read it.
+            InputError: as `from_scheduler`.
+            ModelError: as `read_scheduler` and `from_scheduler`.
         """
-        from diffusers import DDIMScheduler
+        return cls.from_scheduler(read_scheduler(config), num_inference_steps)
 
-        try:
-            scheduler = DDIMScheduler.from_config(dict(config))
-        except (IndexError, NotImplementedError, RuntimeError, TypeError, ValueError) as error:
-            raise ModelError(f"scheduler_config: {error}; give one that diffusers' DDIMScheduler reads") from error
+    @classmethod
+    def from_scheduler(cls, scheduler: DDIMScheduler, num_inference_steps: int) -> Schedule:
+        """Return the steps of diffusers' DDIMScheduler; betas and timesteps are all computed by diffusers itself.
+
+        Args:
+            scheduler: as `read_scheduler` returns it; it is left as it is.
+            num_inference_steps: number of steps, in 1..num_train_timesteps, or one less where timestep_spacing is
+                "leading".
+
+        Raises:
+            InputError: `num_inference_steps` is out of range, or diffusers rounds its timesteps to one below 0.
+            ModelError: the model predicts noise, and the first step starts at zero SNR.
+        """
         read = scheduler.config
-        for name in ("clip_sample", "thresholding"):
-            if read[name]:
-                raise ModelError(f"scheduler_config: {name} is for models of pixels; set it to false for latents")
-        if read["prediction_type"] not in get_args(PredictionType):
-            raise ModelError(
-                f"scheduler_config: unknown prediction_type {read['prediction_type']!r}; "
-                f"it is one of {', '.join(get_args(PredictionType))}"
-            )
         train = int(read["num_train_timesteps"])
-        if train < 1:
-            raise ModelError(f"scheduler_config: num_train_timesteps is {train}; give the number of training steps")
         count = as_whole(num_inference_steps)
-        # "leading" spacing adds the offset to every timestep: with a step for each, the first would be none.
-        offset = read["steps_offset"] if read["timestep_spacing"] == "leading" else 0
-        most = max(1, train - max(0, offset))
+        # "leading" spacing moves every timestep up by one: with a step for each, the first would be beyond the last.
+        most = train - 1 if read["timestep_spacing"] == "leading" else train
         if count is None or not 1 <= count <= most:
             raise InputError(
                 f"num_inference_steps={shown(num_inference_steps)}: give a whole number from 1 to {most}, "
                 "as the model allows"
             )
-        scheduler.set_timesteps(count)
-        timesteps = [int(t) for t in scheduler.timesteps]
-        if timesteps[0] >= train:
+        timesteps = _timesteps(scheduler, count)
+        if timesteps[-1] < 0:
+            # With "trailing" spacing, float rounding adds a step at timestep -1 to some counts (61, 103 of 1000).
+            fewer = next(fewer for fewer in range(count - 1, 0, -1) if _timesteps(scheduler, fewer)[-1] >= 0)
             raise InputError(
-                f"num_inference_steps={count}: with steps_offset {read['steps_offset']} the first timestep would be "
-                f"{timesteps[0]}, beyond {train - 1}; give fewer steps"
+                f"num_inference_steps={count}: diffusers' trailing timesteps end at {timesteps[-1]}, which no model is "
+                f"trained for; give another number, such as {fewer}"
             )
         # As in DDIMScheduler.step: the level below is one stride down, or the final one.
         stride = train // count
         alphas = scheduler.alphas_cumprod
         final = float(scheduler.final_alpha_cumprod)
         steps = tuple(Step(t, float(alphas[t]), float(alphas[t - stride]) if t >= stride else final) for t in timesteps)
-        return cls(steps, cast(PredictionType, read["prediction_type"]))
+        kind = cast(PredictionType, read["prediction_type"])
+        if kind == "epsilon" and any(step.alpha_from == 0 for step in steps):
+            raise ModelError(
+                f"scheduler_config: sampling starts at timestep {steps[0].timestep}, which has zero SNR, and noise "
+                "prediction says nothing there; set prediction_type to v_prediction, or rescale_betas_zero_snr to false"
+            )
+        return cls(steps, kind)
 
     @property
     def timesteps(self) -> tuple[int, ...]:
@@ -113,6 +120,13 @@ class Schedule:
         null-text inversion (arXiv 2211.09794).
         """
         return tuple(Step(s.timestep, s.alpha_to, s.alpha_from) for s in reversed(self.steps))
+
+
+def _timesteps(scheduler: DDIMScheduler, count: int) -> list[int]:
+    """The timesteps of so many steps, falling, without changing `scheduler`."""
+    scheduler = copy.copy(scheduler)
+    scheduler.set_timesteps(count)
+    return [int(timestep) for timestep in scheduler.timesteps]
 
 
 def ddim_step(

@@ -7,6 +7,7 @@ those that the caller names.
 from __future__ import annotations
 
 import logging
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from smooth_rt.checkpoint import (
     quiet,
 )
 from smooth_rt.errors import ModelError, reason
+from smooth_rt.scheduler_config import with_prediction_type
 
 __all__ = ["predicts_noise", "read_file"]
 
@@ -63,7 +65,7 @@ def read_file(path: Path, config: str | Path | None = None) -> Parts:
             pipe = _load_shipped(path, folder)
         log.info("%s: its UNet predicts %s, by what it makes of noise", path, prediction)
     log.info("%s: taken for %s", path, folder.name)
-    return _parts(pipe, {**pipe.scheduler.config, "prediction_type": prediction})
+    return _parts(pipe, with_prediction_type(pipe.scheduler.config, prediction))
 
 
 @torch.no_grad()
@@ -89,9 +91,11 @@ def _load_shipped(path: Path, folder: Path) -> Any:
 
 def _load(path: Path, folder: Path, advice: str, **given: Any) -> Any:
     """The checkpoint as a diffusers pipeline, with the configs of `folder`; every weight is the file's."""
-    with quiet():
+    with quiet(), warnings.catch_warnings():
         from diffusers import StableDiffusionPipeline
 
+        # The pipeline warns of each value of an old config that it corrects.
+        warnings.simplefilter("ignore", FutureWarning)
         try:
             pipe = StableDiffusionPipeline.from_single_file(
                 str(path), config=str(folder), local_files_only=True, **dict.fromkeys(UNUSED_PARTS[1:]), **given

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
+import diffusers
 import pytest
 import torch
 
@@ -95,6 +98,38 @@ def test_engines_of_one_size(tiny_model: Path, tmp_path: Path, monkeypatch: pyte
         assert pipe("dog", num_inference_steps=1).images[0].size == (24, 24)
         with pytest.raises(InputError, match=r"height 16, width 16 lies outside .*--height 16:24:24 --width 16:24:24"):
             pipe("dog", height=16, width=16)
+
+
+@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
+@pytest.mark.parametrize(
+    ("scheduler", "unet", "size"),
+    [
+        ("PNDMScheduler", {"sample_size": [8, 16]}, (16, 32)),
+        ("DPMSolverMultistepScheduler", {"sample_size": 32, "_diffusers_version": "0.6.0"}, (128, 128)),
+    ],
+)
+def test_bundle_keeps_schedule_and_size_of_its_model(
+    tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, scheduler: str,
+    unet: dict[str, Any], size: tuple[int, int],
+) -> None:  # fmt: skip
+    monkeypatch.setenv("SMOOTH_RT_CACHE", str(tmp_path / "cache"))
+    model = shutil.copytree(tiny_model, tmp_path / "model")
+    path = model / "unet" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **unet}))
+    # As diffusers writes it: without clip_sample, and one of them with an infinite value.
+    getattr(diffusers, scheduler)(beta_schedule="scaled_linear").save_pretrained(model / "scheduler")
+    with SmoothPipeline.from_pretrained(model, engine="eager") as eager:
+        schedule = eager.schedule(7)
+        wanted = eager("dog", num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt")
+        assert eager.size == size
+    built = ensure_engines(model, backends=[backend])
+    assert ensure_engines(model, backends=[backend]).reused
+    shutil.rmtree(model)
+    with SmoothPipeline.from_engines(built.bundle.path, engine=backend) as pipe:
+        assert (pipe.schedule(7), pipe.size) == (schedule, size)
+        made = pipe("dog", num_inference_steps=3, generator=torch.Generator().manual_seed(0), output_type="pt")
+    assert torch.as_tensor(made.images).shape == (1, 3, *size)
+    torch.testing.assert_close(made.images, wanted.images, atol=1e-4, rtol=1e-4)
 
 
 def test_of_two_that_want_the_same_one_builds_and_the_other_waits(

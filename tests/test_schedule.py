@@ -8,7 +8,7 @@ import pytest
 import torch
 from diffusers import DDIMScheduler
 
-from smooth_rt.errors import InputError, ModelError
+from smooth_rt.errors import InputError
 from smooth_rt.schedule import Schedule, add_noise, ddim_step
 
 BASE: dict[str, Any] = {
@@ -19,7 +19,7 @@ BASE: dict[str, Any] = {
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "sd1": {"steps_offset": 1, "set_alpha_to_one": False},
-    "alpha one": {"set_alpha_to_one": True},
+    "alpha one": {"set_alpha_to_one": True, "steps_offset": 1},
     "trailing": {"timestep_spacing": "trailing"},
     "linspace": {"timestep_spacing": "linspace"},
     "zero snr": {"rescale_betas_zero_snr": True, "timestep_spacing": "trailing", "prediction_type": "v_prediction"},
@@ -88,35 +88,15 @@ def test_add_noise_is_that_of_diffusers() -> None:
 @pytest.mark.parametrize("steps", [0, -1, 1001, 2.5, True, "10"])
 def test_a_wrong_number_of_steps(steps: Any) -> None:
     with pytest.raises(InputError, match=r"num_inference_steps=.*whole number from 1 to 1000"):
-        Schedule.from_config(BASE, steps)
+        Schedule.from_config({**BASE, "timestep_spacing": "trailing"}, steps)
 
 
 def test_an_offset_that_leads_beyond_the_last_timestep() -> None:
-    offset = {**BASE, "steps_offset": 1}
     with pytest.raises(InputError, match=r"num_inference_steps=1000: give a whole number from 1 to 999"):
-        Schedule.from_config(offset, 1000)
-    assert Schedule.from_config(offset, 999).timesteps[0] == 999
-    assert Schedule.from_config(BASE, 1000).timesteps[0] == 999
-    assert Schedule.from_config({**offset, "timestep_spacing": "trailing"}, 1000).timesteps[0] == 999
-    with pytest.raises(InputError, match=r"num_inference_steps=500: with steps_offset 10 .* give fewer steps"):
-        Schedule.from_config({**BASE, "steps_offset": 10}, 500)
-
-
-@pytest.mark.parametrize(
-    ("change", "said"),
-    [
-        ({"clip_sample": True}, "clip_sample"),
-        ({"thresholding": True}, "thresholding"),
-        ({"prediction_type": "flow"}, "flow"),
-        ({"beta_schedule": "linear-ish"}, "linear-ish"),
-        ({"num_train_timesteps": 0}, "num_train_timesteps"),
-        ({"num_train_timesteps": -5}, "scheduler_config: "),
-    ],
-)
-def test_a_configuration_that_does_not_fit(change: dict[str, Any], said: str) -> None:
-    with pytest.raises(ModelError, match=said) as caught:
-        Schedule.from_config({**BASE, **change}, 10)
-    assert "\n" not in str(caught.value)
+        Schedule.from_config(BASE, 1000)
+    assert Schedule.from_config(BASE, 999).timesteps[0] == 999
+    for spacing in ("trailing", "linspace"):
+        assert Schedule.from_config({**BASE, "timestep_spacing": spacing}, 1000).timesteps[0] == 999
 
 
 def test_where_the_output_says_nothing() -> None:

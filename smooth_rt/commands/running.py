@@ -115,7 +115,9 @@ def open_pipeline(options: RunOptions, gradients: Sequence[str] = ()) -> SmoothP
 
         bundle = Bundle.open(find(options.engines))
         refuse_strength(options, bundle)
-        _check_fit(options, read_config(bundle.config), bundle.dims)
+        # Engines have default sizes of their own, which the pipeline checks.
+        own = (bundle.dims.image_multiple,) * 2
+        _check_fit(options, read_config(bundle.config), bundle.dims, own)
         return SmoothPipeline.from_engines(
             bundle,
             options.engine,
@@ -132,7 +134,7 @@ def open_pipeline(options: RunOptions, gradients: Sequence[str] = ()) -> SmoothP
             "`smooth-rt build-engine --convolution winograd`)"
         )
     model = opened_model(options)
-    _check_fit(options, model.config(), model.dims)
+    _check_fit(options, model.config(), model.dims, model.dims.image_size)
     gradients = _able(options, gradients)
     try:
         return _pretrained(options, model, gradients)
@@ -175,13 +177,13 @@ def _pretrained(options: RunOptions, model: Model, gradients: Sequence[str]) -> 
         )
 
 
-def _check_fit(options: RunOptions, config: PipelineConfig, dims: Dims) -> None:
-    """Check what the model's own sizes and timesteps decide."""
+def _check_fit(options: RunOptions, config: PipelineConfig, dims: Dims, size: tuple[int, int]) -> None:
+    """Check what the model's own sizes and timesteps decide; `size` is the default height and width in pixels."""
     from smooth_rt.schedule import Schedule
     from smooth_rt.tasks.checks import image_size
 
-    image_size(options.height, options.width, dims)
-    Schedule.from_config(config.sampling_config, options.num_inference_steps)
+    image_size(options.height, options.width, dims, size)
+    Schedule.from_scheduler(config.scheduler(), options.num_inference_steps)
 
 
 def refuse_model(options: ModelOptions) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, cast, get_args
 
@@ -11,6 +12,7 @@ from smooth_rt.commands.options import listed
 from smooth_rt.ranges import choice
 
 if TYPE_CHECKING:
+    from engines.contract import Dims
     from smooth_rt.training.settings import Precision
 
 __all__ = ["smooth_lora", "tiny"]
@@ -66,7 +68,7 @@ def smooth_lora(
         Path | None, typer.Option(help="Keep latents and text embeddings here, encoded once.", show_default=False)
     ] = None,
     resolution: Annotated[
-        int | None, typer.Option(help="Pixels a side; left out: the model's own.", show_default=False)
+        int | None, typer.Option(help="Pixels a side; left out: those of the model's own size.", show_default=False)
     ] = None,
     crop: Annotated[str, typer.Option(help="centre, or buckets: of several aspects.")] = "centre",
     split: Annotated[str, typer.Option(help="Of a Hugging Face dataset.")] = "train",
@@ -181,11 +183,11 @@ def smooth_lora(
     trackers = listed(report_to)
     world = launched(output, config.mixed_precision, device, trackers, asdict(config))
     loaded = load_model(model, config=model_config)
-    multiple = loaded.dims.latent_multiple * loaded.dims.vae_factor
+    multiple = loaded.dims.image_multiple
     if resolution is not None and (resolution < multiple or resolution % multiple):
         raise InputError(f"resolution={resolution}: give a multiple of {multiple}")
     reading = Reading(
-        resolution or loaded.dims.sample_size * loaded.dims.vae_factor,
+        resolution or _square_side(loaded.dims),
         seed,
         crop,
         batch_size // accumulate,
@@ -217,3 +219,9 @@ def smooth_lora(
     if skipped:
         result |= {"skipped": len(skipped), "first_skipped": [f"{k}: {v}" for k, v in list(skipped.items())[:5]]}
     return result
+
+
+def _square_side(dims: Dims) -> int:
+    """Return the side, in pixels, of the square that has about as many pixels as the model's own size."""
+    unit = dims.image_multiple
+    return max(1, math.isqrt(math.prod(dims.image_size)) // unit) * unit

@@ -60,18 +60,24 @@ def image_size(
     height: int | None, width: int | None, dims: Dims, default: tuple[int, int] | None = None
 ) -> tuple[int, int]:
     """Height and width in pixels; None is the `default`, or the size that the model was trained at."""
-    own = default or (None, None)
+    own = default or dims.image_size
     return image_side("height", height, dims, own[0]), image_side("width", width, dims, own[1])
 
 
 def image_side(name: str, value: int | None, dims: Dims, default: int | None = None) -> int:
-    """A side in pixels; None is the `default`, or that of the images that the model was trained on."""
-    side = check_side(name, value)
-    if side is None:
-        return default or dims.sample_size * dims.vae_factor
+    """Return a side in pixels; None is the `default`, or the height of the images that the model was trained on.
+
+    Raises:
+        InputError: it is not a multiple of `dims.image_multiple`. diffusers' UNets take other sides as well, but
+            engines do not.
+    """
+    given = check_side(name, value)
+    side = given or default or dims.image_size[0]
     multiple = dims.image_multiple
     if side % multiple:
         nearest = max(1, (side + (multiple - 1) // 2) // multiple) * multiple
+        if not given:
+            raise InputError(f"{name}: its default is {side}; name a multiple of {multiple}, such as {nearest}")
         raise InputError(f"{name}={side}: give a multiple of {multiple}; the nearest is {nearest}")
     return side
 

@@ -7,12 +7,12 @@ Every term is a sum over samples divided by the number in the whole step, so wha
 from __future__ import annotations
 
 import torch
-from diffusers import DDIMScheduler
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from smooth_rt.model import Model
 from smooth_rt.schedule import Schedule
+from smooth_rt.scheduler_config import read_scheduler
 from smooth_rt.training.batches import Rows
 from smooth_rt.training.draws import keyed_generator
 from smooth_rt.training.paths import draw_path, draw_schedule, guided, measure, sample, unevenness, window
@@ -27,7 +27,7 @@ class Objective:
     """The loss over rows of a step; `target` is the part of it that moves as training goes on."""
 
     def __init__(self, model: Model, config: SmoothLoraConfig, world: World) -> None:
-        scheduler = DDIMScheduler.from_config(model.scheduler_config)
+        scheduler = read_scheduler(model.scheduler_config)
         self.unet: nn.Module = model.unet
         self.config, self.world = config, world
         self.alphas = scheduler.alphas_cumprod.to(world.device, next(self.unet.parameters()).dtype)
