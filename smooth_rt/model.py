@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from packaging import version
 from safetensors import SafetensorError
 from torch import nn
 
@@ -237,7 +239,10 @@ def _assemble(source: str, parts: Parts) -> Model:
     # The tokenizer remembers how it was last called; that is no property of the model.
     state = {**json.loads(tokenizer.backend_tokenizer.to_str()), "padding": None, "truncation": None}
     specials = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    digests["tokenizer"] = digest_json([state, specials, tokenizer.model_max_length])
+    # Appended only where they differ from CLIP's own, so that the digests of all others stay as they are.
+    sides = [tokenizer.padding_side, tokenizer.truncation_side, bool(getattr(tokenizer, "split_special_tokens", False))]
+    options = [] if sides == ["right", "right", False] else sides
+    digests["tokenizer"] = digest_json([state, specials, tokenizer.model_max_length, *options])
     digests["scheduler"] = digest_json({k: v for k, v in scheduler.items() if not k.startswith("_")})
     return Model(
         source=source,
@@ -272,7 +277,10 @@ def _dims(source: str, tokenizer: CLIPTokenizer, networks: dict[str, Any]) -> Di
     if not isinstance(factor, (int, float)) or not 0 < factor < math.inf:
         raise ModelError(f"{source}: the VAE's scaling_factor is {factor}; give a number above 0; {SUPPORTED}")
     vae_factor = 2 ** (len(vae.block_out_channels) - 1)
-    side = unet.sample_size or vae.sample_size // vae_factor
+    side = _largest(unet.sample_size) or _largest(vae.sample_size) // vae_factor
+    # As diffusers: its configs before 0.9 name sizes below 64 by mistake.
+    if side < 64 and version.parse(unet.get("_diffusers_version", "1")) < version.parse("0.9.0.dev0"):
+        side = 64
     return Dims(
         tokens=tokenizer.model_max_length,
         text_width=text.hidden_size,
@@ -281,9 +289,14 @@ def _dims(source: str, tokenizer: CLIPTokenizer, networks: dict[str, Any]) -> Di
         image_channels=vae.in_channels,
         vae_factor=vae_factor,
         latent_multiple=2 ** (len(unet.block_out_channels) - 1),
-        sample_size=side if isinstance(side, int) else max(side),
+        sample_size=side,
         up_channels=tuple(reversed(unet.block_out_channels)),
     )
+
+
+def _largest(size: int | Sequence[int] | None) -> int:
+    """The longer side of a config's sample_size; 0 without one."""
+    return (size or 0) if size is None or isinstance(size, int) else max(size)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
