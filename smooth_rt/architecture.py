@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from smooth_rt.checkpoint import NAME_CONFIG, SUPPORTED
-from smooth_rt.errors import ModelError, reason
+from smooth_rt.errors import ModelError
+from smooth_rt.markers import read_markers
+from smooth_rt.original_layout import PREFIXES, plain_name
+from smooth_rt.weight_header import read_header
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -23,21 +24,18 @@ if TYPE_CHECKING:
 __all__ = ["Architecture", "recognise", "shipped_tokenizer"]
 
 CONFIGS = Path(__file__).parent / "assets" / "configs"
-UNET = "model.diffusion_model."
-TEXT_ENCODER = "cond_stage_model."
-VAE = "first_stage_model."
+UNET, TEXT_ENCODER, VAE = PREFIXES["unet"], PREFIXES["text_encoder"], PREFIXES["vae"]
 
 Shapes = Mapping[str, Sequence[int]]
 
 # A key of this form tells a file that is no whole Stable Diffusion 1.x or 2.x, whatever else it holds.
 FOREIGN = (
-    (r"(^|[._])lora[._](up|down|A|B|linear_layer)\b|\.(hada_w1_a|lokr_w[12])\b", "a LoRA; name it with --lora"),
     (r"(^|\.)joint_blocks\.", f"Stable Diffusion 3; {SUPPORTED}"),
     (r"(^|\.)double_blocks\.", f"FLUX; {SUPPORTED}"),
     (r"^control_model\.|^controlnet_|(^|\.)input_hint_block\.", f"a ControlNet; {SUPPORTED}"),
     (r"\.motion_modules\.|\.time_stack\.|\.temporal_transformer", f"a video model; {SUPPORTED}"),
     (r"^conditioner\.embedders\.1\.", f"Stable Diffusion XL; {SUPPORTED}"),
-    (r"^(emb_params|string_to_param|clip_[lg])\b", f"a textual inversion; {SUPPORTED}"),
+    (r"^edm_(mean|std)$|^edm_vpred\.", f"an EDM model, as Playground 2.5 and CosXL are; {SUPPORTED}"),
 )
 # The widths of text that other UNets of this layout take, and the channels of those that are given more than noise.
 FOREIGN_WIDTHS = {2048: "Stable Diffusion XL", 1280: "the refiner of Stable Diffusion XL"}
@@ -49,12 +47,13 @@ FOREIGN_CHANNELS = {
 }
 # What a file without a UNet under its prefix is, by the form of its keys.
 ALONE = (
+    (r"(^|[._])lora[._](up|down|A|B|linear_layer)\b|\.(hada_w1_a|lokr_w[12])\b", "a LoRA; name it with --lora"),
+    (r"^(emb_params|string_to_param|clip_[lg])\b", f"a textual inversion; {SUPPORTED}"),
     (r"^(first_stage_model\.)?(encoder|decoder)\.(conv_in|down|up|mid)", "a VAE alone; name the whole checkpoint"),
     (r"^input_blocks\.", "a UNet alone; name the whole checkpoint"),
     (r"^(conv_in|down_blocks|up_blocks)\b", "a UNet in diffusers' layout; name the diffusers folder it belongs to"),
     (r"(^|\.)(text_model|resblocks)\.", "a text encoder alone; name the whole checkpoint"),
 )
-PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
 
 
 @dataclass(frozen=True)
@@ -65,10 +64,12 @@ class Architecture:
         folders: configs that fit, by what their UNet predicts ("epsilon", "v_prediction"): weights alone do not tell
             one from the other.
         said: what the file itself says of its prediction, where it does.
+        zero_snr: the file is marked as of zero terminal SNR.
     """
 
     folders: dict[str, Path]
     said: str | None
+    zero_snr: bool = False
 
 
 def recognise(path: Path) -> Architecture:
@@ -77,12 +78,8 @@ def recognise(path: Path) -> Architecture:
     Raises:
         ModelError: it is damaged, incomplete or of another architecture, which the message names.
     """
-    try:
-        with safe_open(path, "pt") as file:
-            shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118 (no mapping)
-            metadata = file.metadata() or {}
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: truncated or damaged ({reason(error)}); download it again") from error
+    header = read_header(path)
+    shapes = {plain_name(key): shape for key, shape in header.shapes.items()}
     other = _foreign(shapes)
     if other is not None:
         raise ModelError(f"{path}: seems to be {other}")
@@ -95,7 +92,8 @@ def recognise(path: Path) -> Architecture:
             folders[_read(folder / "scheduler" / "scheduler_config.json").get("prediction_type", "epsilon")] = folder
     if not folders:
         raise ModelError(f"{path}: its UNet ({_described(shapes)}) is of no architecture that ships; {NAME_CONFIG}")
-    return Architecture(folders, _said(shapes, metadata))
+    markers = read_markers(path, header)
+    return Architecture(folders, markers.prediction, markers.zero_snr)
 
 
 def shipped_tokenizer(folder: Path) -> CLIPTokenizer:
@@ -156,17 +154,6 @@ def _described(shapes: Shapes) -> str:
     channels = _channels(shapes)
     first = f"{channels[1]} channels in, {channels[0]} in its first block" if channels else "no first convolution"
     return f"text of width {_text_width(shapes)}, {first}, {_blocks(shapes)} input blocks"
-
-
-def _said(shapes: Shapes, metadata: Mapping[str, str]) -> str | None:
-    """What a file says of its prediction: by the metadata of the ModelSpec standard, or by an empty tensor `v_pred`."""
-    if "v_pred" in shapes:
-        return "v_prediction"
-    said = PREDICTIONS.get(metadata.get("modelspec.prediction_type", "").lower())
-    architecture = metadata.get("modelspec.architecture", "").lower()
-    if said is None and architecture.startswith("stable-diffusion-v2"):
-        return "v_prediction" if architecture.endswith("-v") else "epsilon"
-    return said
 
 
 def _read(path: Path) -> dict[str, Any]:

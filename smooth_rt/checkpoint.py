@@ -9,14 +9,15 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from safetensors import SafetensorError, safe_open
-
 from smooth_rt.errors import ModelError, reason
+from smooth_rt.ranges import shown
+from smooth_rt.weight_header import Header, read_header
+from smooth_rt.weight_keys import check_dtypes, check_unused, is_ignored
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -31,7 +32,7 @@ __all__ = [
     "Parts",
     "check_folder",
     "download",
-    "open_safetensors",
+    "empty_network",
     "quiet",
     "read_folder",
     "read_hub",
@@ -52,10 +53,23 @@ CONFIG_FILES = (
     "model_index.json", "scheduler/scheduler_config.json", "tokenizer/*", "text_encoder/config.json",
     "unet/config.json", "vae/config.json",
 )  # fmt: skip
-# Conditions other than text and time, by the key of the UNet's config that asks for them.
-UNSUPPORTED_CONDITIONS = (
-    "addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "time_cond_proj_dim",
-)  # fmt: skip
+# Names of the layers of an attention in diffusers before 0.14 and since.
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}
+# Options that a pipeline of text to image would have to act on, by the part whose config asks for them.
+UNSUPPORTED_OPTIONS = {
+    "text_encoder": (("use_attention_mask", "its text encoder masks the padding of prompts"),),
+    "unet": (
+        *((key, "its UNet asks for more than text") for key in (
+            "addition_embed_type", "class_embed_type", "num_class_embeds", "encoder_hid_dim_type", "encoder_hid_dim",
+            "time_cond_proj_dim", "dual_cross_attention",
+        )),
+    ),
+    "vae": (
+        ("shift_factor", "its VAE shifts the latent"),
+        ("latents_mean", "its VAE normalises the latent"),
+        ("latents_std", "its VAE normalises the latent"),
+    ),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -123,14 +137,17 @@ def read_folder(folder: Path, source: str, revision: str | None = None) -> Parts
     networks: dict[str, Any] = {}
     with quiet():
         for name in NETWORK_PARTS:
-            variant = _check_weights(folder, name)
+            variant, files = _weight_files(folder, name)
             library = transformers if name == "text_encoder" else diffusers
             # transformers names a weight of another shape in a report that it prints, and here in `info`.
             lenient = {"ignore_mismatched_sizes": True} if library is transformers else {}
             try:
+                _check_weights(folder, name, files)
                 networks[name], info = getattr(library, CLASSES[name]).from_pretrained(
                     folder / name, use_safetensors=True, variant=variant, output_loading_info=True, **lenient
                 )
+            except ModelError:
+                raise
             except Exception as error:  # whatever the library makes of a broken folder
                 raise ModelError(f"{folder / name}: cannot be loaded ({reason(error)}); download it again") from error
             # The libraries fill what is missing with random numbers and only warn.
@@ -173,25 +190,34 @@ def _check_architecture(source: str, configs: dict[str, dict[str, Any]]) -> None
         found = config.get("_class_name") or (config.get("architectures") or [CLASSES[name]])[0]
         if found != CLASSES[name]:
             raise ModelError(f"{source}: its {name} is a {found}, not a {CLASSES[name]}; {SUPPORTED}")
-    for key in UNSUPPORTED_CONDITIONS:
-        if configs["unet"].get(key) is not None:
+        if config.get("quantization_config"):
+            method = _method(config["quantization_config"])
             raise ModelError(
-                f"{source}: its UNet asks for more than text ({key}={configs['unet'][key]!r}); {SUPPORTED}"
+                f"{source}: its {name} is quantised (quantization_config{method}); name a model in 16 or 32 bits"
             )
-    if configs["vae"].get("shift_factor") is not None:
-        raise ModelError(f"{source}: its VAE shifts the latent (shift_factor); {SUPPORTED}")
+        for key, said in UNSUPPORTED_OPTIONS[name]:
+            if config.get(key):
+                raise ModelError(f"{source}: {said} ({key}={shown(config[key])}); {SUPPORTED}")
 
 
-def _check_weights(folder: Path, name: str) -> str | None:
-    """The diffusers variant to load: None, or "fp16" where only that is there."""
+def _method(quantization: Any) -> str:
+    method = quantization.get("quant_method") if isinstance(quantization, dict) else None
+    return f": {method}" if isinstance(method, str) else ""
+
+
+def _weight_files(folder: Path, name: str) -> tuple[str | None, list[Path]]:
+    """The diffusers variant to load, None or "fp16" where only that is there, and its files."""
     stem = WEIGHTS[name]
+    if (folder / name / "adapter_config.json").is_file():  # transformers would load the model that it names
+        raise ModelError(
+            f"{folder / name}: holds a PEFT adapter (adapter_config.json); fuse it into the model, or remove it and "
+            "name it with --lora"
+        )
     for variant, marked in ((None, stem), ("fp16", f"{stem}.fp16")):
         files = [folder / name / f"{marked}.safetensors", *sorted((folder / name).glob(f"{marked}-*.safetensors"))]
         found = [file for file in files if file.is_file()]
-        for file in found:
-            open_safetensors(file)
         if found:
-            return variant
+            return variant, found
     if any((folder / name).glob("*.bin")):
         convert = "StableDiffusionPipeline.from_pretrained(A, use_safetensors=False).save_pretrained(B)"
         raise ModelError(
@@ -200,12 +226,47 @@ def _check_weights(folder: Path, name: str) -> str | None:
     raise ModelError(f"{folder}: {name}/{stem}.safetensors is missing; download the folder again")
 
 
-def open_safetensors(path: Path) -> None:
-    try:
-        with safe_open(path, "pt"):
-            pass
-    except (OSError, SafetensorError) as error:
-        raise ModelError(f"{path}: truncated or damaged ({reason(error)}); download it again") from error
+def empty_network(name: str, folder: Path) -> Any:
+    """Build the network `name` by the config in `folder`, without memory for its weights."""
+    import accelerate
+    import diffusers
+    import transformers
+
+    with accelerate.init_empty_weights():
+        if name == "text_encoder":
+            return transformers.CLIPTextModel(transformers.CLIPTextConfig.from_pretrained(folder))
+        network = getattr(diffusers, CLASSES[name])
+        return network.from_config(network.load_config(folder))
+
+
+def _check_weights(folder: Path, name: str, files: Sequence[Path]) -> None:
+    """Check by the headers of a part's weight files that every weight in them is read.
+
+    Raises:
+        ModelError: a file is damaged, or holds weights that no network reads.
+    """
+    headers = [read_header(file) for file in files]
+    expected = {_current_name(name, key) for key in empty_network(name, folder / name).state_dict()}
+    for header in headers:
+        _check_header(f"{folder / name}", name, header, expected)
+
+
+def _check_header(source: str, name: str, header: Header, expected: Collection[str]) -> None:
+    names = {key: key if key in expected else _current_name(name, key) for key in header.shapes}
+    check_unused(source, [key for key, new in names.items() if new not in expected and not is_ignored(name, new)])
+    twice = next((key for key, new in names.items() if key != new and new in names), None)
+    if twice is not None:
+        raise ModelError(f"{source}: the weight {names[twice]} is there twice (as {twice} too); remove one of them")
+    check_dtypes(source, {key: header.dtypes[key] for key, new in names.items() if new in expected})
+
+
+def _current_name(name: str, key: str) -> str:
+    """The name that the libraries load a weight under, of one that an earlier version of theirs wrote."""
+    if name == "text_encoder":
+        return re.sub(r"^(clip\.|text_model\.)", "", key)
+    for old, new in OLD_ATTENTION.items():
+        key = key.replace(f".{old}.", f".{new}.")
+    return key
 
 
 def _read_json(source: str, folder: Path, name: str) -> dict[str, Any]:

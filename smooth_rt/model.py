@@ -247,7 +247,10 @@ def _assemble(source: str, parts: Parts) -> Model:
     # The tokenizer remembers how it was last called; that is no property of the model.
     state = {**json.loads(tokenizer.backend_tokenizer.to_str()), "padding": None, "truncation": None}
     specials = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id]
-    digests["tokenizer"] = digest_json([state, specials, tokenizer.model_max_length])
+    # Appended only where they differ from CLIP's own, so that the digests of all others stay as they are.
+    sides = [tokenizer.padding_side, tokenizer.truncation_side, bool(getattr(tokenizer, "split_special_tokens", False))]
+    options = [] if sides == ["right", "right", False] else sides
+    digests["tokenizer"] = digest_json([state, specials, tokenizer.model_max_length, *options])
     digests["scheduler"] = digest_json({k: v for k, v in finite_config(scheduler).items() if not k.startswith("_")})
     return Model(
         source=source,

@@ -42,6 +42,7 @@ from smooth_rt.tasks.edit import edit
 from smooth_rt.tasks.generate import generate
 from smooth_rt.tasks.interpolate import interpolate
 from smooth_rt.tasks.inversion import invert
+from smooth_rt.textual_inversion import with_all_vectors
 
 if TYPE_CHECKING:
     from engines.variant import Convolution, Kernels, LoraMode, Precision
@@ -290,10 +291,11 @@ class SmoothPipeline(Networks):
         prompts = checks.as_prompts(prompts)
         distinct = list(dict.fromkeys(prompts))
         with self._tokenizing.write():  # a tokenizer keeps the padding and the cut of its last call as its state
+            texts = with_all_vectors(distinct, self.tokenizer)
             tokens = self.tokenizer(
-                distinct, padding="max_length", max_length=self.dims.tokens, truncation=True, return_tensors="pt"
+                texts, padding="max_length", max_length=self.dims.tokens, truncation=True, return_tensors="pt"
             )
-            whole = self.tokenizer(distinct, verbose=False).input_ids
+            whole = self.tokenizer(texts, verbose=False).input_ids
         for ids, prompt in zip(whole, distinct, strict=True):
             if len(ids) > self.dims.tokens:
                 cut = shown(self.tokenizer.decode(ids[self.dims.tokens - 1 : -1]))

@@ -17,7 +17,7 @@ from smooth_rt.ranges import as_whole, shown
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler
 
-__all__ = ["PredictionType", "corrected_config", "finite_config", "read_scheduler", "with_prediction_type"]
+__all__ = ["PredictionType", "corrected_config", "finite_config", "read_scheduler"]
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 # diffusers lists here the keys whose values are a class's defaults; `from_config` of another class ignores those.
@@ -50,12 +50,6 @@ def finite_config(config: Mapping[str, Any]) -> dict[str, Any]:
     """Leave out the entries with values that JSON has no form for, such as the `lambda_min_clipped` of -Infinity that
     diffusers writes for DPM-Solver; DDIM reads none of them."""
     return {key: value for key, value in config.items() if _is_finite(value)}
-
-
-def with_prediction_type(config: Mapping[str, Any], prediction_type: str) -> dict[str, Any]:
-    """Return `config` with this prediction type, stated even where diffusers lists it as a default."""
-    defaults = [key for key in config.get(USED_DEFAULTS) or () if key != "prediction_type"]
-    return {**config, "prediction_type": prediction_type, USED_DEFAULTS: defaults}
 
 
 def _is_finite(value: Any) -> bool:

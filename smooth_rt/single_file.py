@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from smooth_rt.architecture import recognise, shipped_tokenizer
 from smooth_rt.checkpoint import (
@@ -23,11 +24,14 @@ from smooth_rt.checkpoint import (
     Parts,
     check_folder,
     download,
-    open_safetensors,
+    empty_network,
     quiet,
 )
 from smooth_rt.errors import ModelError, reason
-from smooth_rt.scheduler_config import with_prediction_type
+from smooth_rt.markers import Markers, marked_schedule, read_markers
+from smooth_rt.original_layout import destinations, part_of, plain_name, state_of
+from smooth_rt.weight_header import read_header
+from smooth_rt.weight_keys import check_dtypes, check_unused, is_ignored
 
 __all__ = ["predicts_noise", "read_file"]
 
@@ -39,18 +43,24 @@ def read_file(path: Path, config: str | Path | None = None) -> Parts:
 
     Args:
         config: a diffusers folder of its architecture or a hub id, of which only the configs and the tokenizer are
-            read. None: the shipped configs that fit the weights.
+            read. None: the shipped configs that fit the weights. What the file itself says of its prediction and its
+            noise schedule (`smooth_rt.markers`) comes before either.
 
     Raises:
-        ModelError: the file is no complete safetensors checkpoint, is of an architecture that does not ship, or does
-            not fit `config`.
+        ModelError: the file is no complete safetensors checkpoint, holds weights that nothing reads, is of an
+            architecture that does not ship, or does not fit `config`.
     """
     if path.suffix != ".safetensors":
         raise ModelError(f"{path}: only .safetensors checkpoints are loaded, pickles never; convert it first")
     if config is not None:
-        open_safetensors(path)
+        markers = read_markers(path, read_header(path))
         pipe = _load(path, _config_folder(str(config)), f"check that {config} is of its architecture")
-        return _parts(pipe, dict(pipe.scheduler.config))
+        named = pipe.scheduler.config.get("prediction_type", "epsilon")
+        if markers.prediction not in (None, named):
+            log.warning(
+                "%s: says that it predicts %s, and so it is run; %s says %s", path, markers.prediction, config, named
+            )
+        return _parts(pipe, marked_schedule(path, pipe.scheduler.config, markers))
 
     found = recognise(path)
     # Where the file does not say, it is asked: the last of the folders is loaded, and the other where that was wrong.
@@ -65,7 +75,7 @@ def read_file(path: Path, config: str | Path | None = None) -> Parts:
             pipe = _load_shipped(path, folder)
         log.info("%s: its UNet predicts %s, by what it makes of noise", path, prediction)
     log.info("%s: taken for %s", path, folder.name)
-    return _parts(pipe, with_prediction_type(pipe.scheduler.config, prediction))
+    return _parts(pipe, marked_schedule(path, pipe.scheduler.config, Markers(prediction, found.zero_snr)))
 
 
 @torch.no_grad()
@@ -97,23 +107,61 @@ def _load(path: Path, folder: Path, advice: str, **given: Any) -> Any:
         # The pipeline warns of each value of an old config that it corrects.
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            pipe = StableDiffusionPipeline.from_single_file(
-                str(path), config=str(folder), local_files_only=True, **dict.fromkeys(UNUSED_PARTS[1:]), **given
+            networks = {name: empty_network(name, folder / name) for name in NETWORK_PARTS}
+            for name, sources in _sources(path, networks).items():
+                with safe_open(path, "pt") as file:
+                    tensors = {plain: file.get_tensor(key) for plain, key in sources.items()}
+                networks[name].load_state_dict(state_of(name, networks[name], tensors), assign=True)
+            return StableDiffusionPipeline.from_pretrained(
+                str(folder), local_files_only=True, **networks, **dict.fromkeys(UNUSED_PARTS[1:]), **given
             )
-        except NotImplementedError as error:  # torch's word for moving a weight that was never filled
-            raise ModelError(
-                f"{path}: a weight of the UNet or the VAE is missing; name a complete checkpoint"
-            ) from error
+        except ModelError:
+            raise
         except Exception as error:  # whatever the libraries make of it
             raise ModelError(
                 f"{path}: not loaded as a Stable Diffusion checkpoint ({reason(error)}); {advice}"
             ) from error
-    for name in NETWORK_PARTS:
-        tensors = getattr(pipe, name).state_dict()
-        unset = next((key for key, tensor in tensors.items() if tensor.is_meta), None)
-        if unset is not None:
-            raise ModelError(f"{path}: holds no weight for {name}'s {unset}; name a complete checkpoint")
-    return pipe
+
+
+def _sources(path: Path, networks: dict[str, Any]) -> dict[str, dict[str, str]]:
+    """Find by the header which tensors of the checkpoint each network takes.
+
+    Returns:
+        By part: the file's names of its tensors, by their plain names.
+
+    Raises:
+        ModelError: a network lacks a weight, or a tensor is of no use to any of them.
+    """
+    header = read_header(path)
+    keys: dict[str, str] = {}
+    for key in header.shapes:
+        plain = plain_name(key)
+        other = keys.setdefault(plain, key)
+        if other != key:
+            keys[plain] = _same(path, plain, key, other)
+    shapes = {plain: header.shapes[key] for plain, key in keys.items()}
+    found = {name: destinations(name, network, shapes) for name, network in networks.items()}
+    read = {plain for sources in found.values() for plain in sources.values()}
+    unread = [plain for plain in keys if plain not in read and not is_ignored(*part_of(plain))]
+    check_unused(f"{path}", [keys[plain] for plain in unread])
+    for name, network in networks.items():
+        missing = next((key for key in network.state_dict() if key not in found[name]), None)
+        if missing is not None:
+            raise ModelError(f"{path}: the {name}'s weight {missing} is missing; name a complete checkpoint")
+    check_dtypes(f"{path}", {keys[plain]: header.dtypes[keys[plain]] for plain in read})
+    return {name: {plain: keys[plain] for plain in sources.values()} for name, sources in found.items()}
+
+
+def _same(path: Path, plain: str, key: str, other: str) -> str:
+    """One of two tensors that are the same weight under two names.
+
+    Raises:
+        ModelError: they differ.
+    """
+    with safe_open(path, "pt") as file:
+        if torch.equal(file.get_tensor(key).float(), file.get_tensor(other).float()):
+            return plain if plain in (key, other) else key
+    raise ModelError(f"{path}: {key} and {other} are one weight and differ; remove the one that is wrong")
 
 
 def _parts(pipe: Any, scheduler_config: dict[str, Any]) -> Parts:

@@ -21,7 +21,7 @@ from smooth_rt.errors import InputError, ModelError
 from smooth_rt.model import Model, load_model, read_config
 from smooth_rt.pipeline import SmoothPipeline
 from smooth_rt.schedule import Schedule
-from smooth_rt.scheduler_config import corrected_config, finite_config, read_scheduler, with_prediction_type
+from smooth_rt.scheduler_config import corrected_config, finite_config, read_scheduler
 from smooth_rt.training.objective import Objective
 from smooth_rt.training.smooth_lora_config import SmoothLoraConfig
 from smooth_rt.training.world import World
@@ -190,12 +190,6 @@ def test_corrected_config_drops_values_listed_as_defaults() -> None:
     clips = dict(diffusers.DDIMScheduler(**BETAS).config)
     assert clips["clip_sample"]
     assert not read_scheduler(clips).config["clip_sample"]
-
-
-def test_with_prediction_type_overrides_a_listed_default() -> None:
-    config = dict(diffusers.PNDMScheduler(**BETAS).config)
-    found = read_scheduler(with_prediction_type(config, "v_prediction"))
-    assert found.config["prediction_type"] == "v_prediction"
 
 
 def test_training_reads_the_same_scheduler(model: Model) -> None:
