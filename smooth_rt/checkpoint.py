@@ -7,7 +7,6 @@ advice. Here each of these is one `ModelError`.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from safetensors import SafetensorError, safe_open
 
 from smooth_rt.errors import ModelError, reason
+from smooth_rt.text_files import read_json, readable_folder
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -128,9 +128,10 @@ def read_folder(folder: Path, source: str, revision: str | None = None) -> Parts
             # transformers names a weight of another shape in a report that it prints, and here in `info`.
             lenient = {"ignore_mismatched_sizes": True} if library is transformers else {}
             try:
-                networks[name], info = getattr(library, CLASSES[name]).from_pretrained(
-                    folder / name, use_safetensors=True, variant=variant, output_loading_info=True, **lenient
-                )
+                with readable_folder(folder / name) as readable:
+                    networks[name], info = getattr(library, CLASSES[name]).from_pretrained(
+                        readable, use_safetensors=True, variant=variant, output_loading_info=True, **lenient
+                    )
             except Exception as error:  # whatever the library makes of a broken folder
                 raise ModelError(f"{folder / name}: cannot be loaded ({reason(error)}); download it again") from error
             # The libraries fill what is missing with random numbers and only warn.
@@ -142,7 +143,8 @@ def read_folder(folder: Path, source: str, revision: str | None = None) -> Parts
                 shapes = f"the weight {key} is {list(found)}, not {list(wanted)} as its config says"
                 raise ModelError(f"{folder / name}: cannot be loaded ({shapes}); download it again")
         try:
-            tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
+            with readable_folder(folder / "tokenizer") as readable:
+                tokenizer = transformers.CLIPTokenizer.from_pretrained(readable)
         except Exception as error:  # the tokenizer's library raises bare Exception
             raise ModelError(f"{folder / 'tokenizer'}: unreadable ({reason(error)}); download it again") from error
     return Parts(tokenizer, networks, scheduler_config, revision)
@@ -211,7 +213,7 @@ def open_safetensors(path: Path) -> None:
 def _read_json(source: str, folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except FileNotFoundError as error:
         holds = ", ".join(["model_index.json", *NETWORK_PARTS, "tokenizer", "scheduler"])
         raise ModelError(f"{source}: {name} is missing; a diffusers folder holds {holds}") from error

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from engines.paths import expanded
 from smooth_rt.architecture import recognise, shipped_tokenizer
 from smooth_rt.checkpoint import (
     CONFIG_FILES,
@@ -26,6 +27,7 @@ from smooth_rt.checkpoint import (
     quiet,
 )
 from smooth_rt.errors import ModelError, reason
+from smooth_rt.text_files import readable_folder
 
 __all__ = ["predicts_noise", "read_file"]
 
@@ -93,9 +95,10 @@ def _load(path: Path, folder: Path, advice: str, **given: Any) -> Any:
         from diffusers import StableDiffusionPipeline
 
         try:
-            pipe = StableDiffusionPipeline.from_single_file(
-                str(path), config=str(folder), local_files_only=True, **dict.fromkeys(UNUSED_PARTS[1:]), **given
-            )
+            with readable_folder(folder) as readable:
+                pipe = StableDiffusionPipeline.from_single_file(
+                    str(path), config=str(readable), local_files_only=True, **dict.fromkeys(UNUSED_PARTS[1:]), **given
+                )
         except NotImplementedError as error:  # torch's word for moving a weight that was never filled
             raise ModelError(
                 f"{path}: a weight of the UNet or the VAE is missing; name a complete checkpoint"
@@ -118,7 +121,7 @@ def _parts(pipe: Any, scheduler_config: dict[str, Any]) -> Parts:
 
 def _config_folder(config: str) -> Path:
     """The folder that `config` names, checked; a hub id is downloaded, without its weights."""
-    folder = Path(config).expanduser()
+    folder = expanded(config)
     if not folder.is_dir():
         if not HUB_ID.fullmatch(config):
             raise ModelError(f"{config}: no such folder; as a checkpoint's config, name a diffusers folder or a hub id")

@@ -20,6 +20,7 @@ import imageio.v3 as iio
 import numpy as np
 from PIL import Image
 
+from engines.paths import expanded
 from engines.staging import foreign
 from smooth_rt.errors import InputError, SmoothRTError, reason
 
@@ -51,7 +52,7 @@ def check_output(folder: str | Path, names: Iterable[str] = (), inputs: Iterable
             the path (a name in it is too long, say), it lies in a bundle, a file that would be written is one of
             the inputs, by whatever path it was named, or in its place is a folder, a device or a pipe.
     """
-    folder, names = Path(folder), tuple(names)
+    folder, names = expanded(folder), tuple(names)
     try:
         _check_parts(folder)
         # A bundle may be added to by a build, which names no files.
@@ -110,7 +111,7 @@ def _check_places(folder: Path, names: Iterable[str]) -> None:
 def _identity(path: str | os.PathLike[str]) -> tuple[int, int] | None:
     """What a file is whichever way it is named: through links, or in another case where that does not count."""
     try:
-        found = os.stat(path)
+        found = os.stat(expanded(path))
     except (OSError, ValueError):  # nothing is there; who reads it says so
         return None
     return found.st_dev, found.st_ino

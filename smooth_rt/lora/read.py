@@ -16,7 +16,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,9 +25,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engines.lora import LoraWeights
+from engines.paths import expanded, recorded
 from smooth_rt.checkpoint import HUB_ID, download
 from smooth_rt.errors import ModelError, reason
 from smooth_rt.model import default_lora
+from smooth_rt.text_files import read_json
 
 __all__ = ["METADATA_KEY", "Lora", "LoraLayer", "digest_weights", "read_lora"]
 
@@ -67,12 +69,14 @@ class LoraLayer:
 class Lora:
     """A LoRA by the UNet's module path, such as "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q".
 
-    `digest` is a sha256 over paths, tensors and scales: the same for the same change in any of the formats.
+    `digest` is a sha256 over paths, tensors and scales: the same for the same change in any of the formats. `path` is
+    the absolute path of `source` where that is a file or a folder.
     """
 
     layers: dict[str, LoraLayer]
     source: str
     digest: str
+    path: str | None = field(default=None, compare=False)
 
 
 def read_lora(source: str | Path = "default") -> Lora:
@@ -93,7 +97,9 @@ def read_lora(source: str | Path = "default") -> Lora:
             tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: truncated or no safetensors file ({reason(error)}); download it again") from error
-    return parse(tensors, str(source), str(path), _adapter_config(path, metadata))
+    found = parse(tensors, str(source), str(path), _adapter_config(path, metadata))
+    local = source != "default" and expanded(source).exists()
+    return replace(found, path=recorded(source)) if local else found
 
 
 def parse(tensors: dict[str, Tensor], source: str, shown: str, config: dict[str, Any] | None = None) -> Lora:
@@ -121,7 +127,7 @@ def _locate(source: str) -> Path:
             mend = "install smooth-rt again, name a LoRA, or give `--lora none`"
             raise ModelError(f"default LoRA: {default_lora()} is missing; {mend}")
         return default_lora()
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.suffix in PICKLES:
         raise ModelError(f"{path}: pickles are never loaded; convert it to .safetensors")
     if path.is_file():
@@ -189,7 +195,7 @@ def _adapter_config(path: Path, metadata: dict[str, str]) -> dict[str, Any] | No
             stored = json.loads(metadata[METADATA_KEY])
             config = {PREFIX.sub("", key, count=1): value for key, value in stored.items()}
         elif path.name == "adapter_model.safetensors" and beside.is_file():
-            config = json.loads(beside.read_text(encoding="utf-8"))
+            config = read_json(beside)
         else:
             return None
         patterns = config.get("alpha_pattern") or {}

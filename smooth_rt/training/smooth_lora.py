@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
+from engines.paths import absolute
 from smooth_rt.errors import InputError
 from smooth_rt.lora import LoraFormat, write_lora
 from smooth_rt.model import Model
@@ -48,6 +49,7 @@ def train_smooth_lora(
 
     Args:
         every: periods in steps and calls, made with the averaged weights in the UNet, by the main process.
+        output: a folder; relative paths stand for what they name now, whatever the current folder is later.
         cache: a folder that keeps latents and text embeddings (see `encoded.cached`).
         world: the processes that share the work; this one alone unless given.
 
@@ -56,6 +58,7 @@ def train_smooth_lora(
         SmoothRTError, KeyboardInterrupt: the run ended early; see `Run.fit`.
     """
     config, world = config or SmoothLoraConfig(), world or World()
+    output, cache = absolute(output), None if cache is None else absolute(cache)
     check_steps("steps", steps)
     if (config.batch_size // config.accumulate) % world.size:
         raise InputError(
