@@ -36,7 +36,9 @@ def read_manifest(folder: Path) -> Manifest:
     try:
         there = folder.is_dir()
     except PermissionError as error:
-        raise BundleError(f"{folder}: cannot be read ({error.strerror}); name a folder that this user can read") from error
+        raise BundleError(
+            f"{folder}: cannot be read ({error.strerror}); name a folder that this user can read"
+        ) from error
     if os.path.lexists(folder) and not there:
         raise BundleError(f"{folder}: not a folder, so it is no bundle; name the folder of one")
     if not there:

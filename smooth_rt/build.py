@@ -155,9 +155,7 @@ def ensure_engines(
     record = None
     if adapter is not None:
         strength = lora_strength if lora_mode == "fused" else None
-        record = LoraSource(
-            source=adapter.source, digest=adapter.digest, strength=strength, path=adapter.path
-        )
+        record = LoraSource(source=adapter.source, digest=adapter.digest, strength=strength, path=adapter.path)
     elif lora_mode != "fused":
         raise InputError(f"lora_mode={lora_mode}: there is no LoRA whose strength could be set; name one")
     source = Source(

@@ -59,14 +59,12 @@ def reopen_model(bundle: Bundle, config: str | Path | None = None) -> Model:
                 "run smooth-rt build-engine again, or use another engine"
             )
     named = source.config_location if config is None else config
-    loaded = replace(
-        load_model(source.model_location, revision=source.revision, config=named), source=source.model
-    )
+    loaded = replace(load_model(source.model_location, revision=source.revision, config=named), source=source.model)
     changed = [name for name, digest in source.digests.items() if loaded.digests.get(name) != digest]
     if changed:
         raise BundleError(
-            f"{bundle.path}: {source.model_location} is not what the bundle was made from ({', '.join(changed)} changed); "
-            "run smooth-rt build-engine again, or use another engine"
+            f"{bundle.path}: {source.model_location} is not what the bundle was made from "
+            f"({', '.join(changed)} changed); run smooth-rt build-engine again, or use another engine"
         )
     return loaded if fused is None else _with_lora(loaded, adapter, fused.strength)
 

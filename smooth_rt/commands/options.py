@@ -154,8 +154,8 @@ def listed(text: str, option: str | None = None) -> list[str]:
 def flattened(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` as a typer callback in which each field of its option dataclass is an option of its own.
 
-    Before anything else is done, `~` is expanded in paths, and the values are held against `smooth_rt.ranges`. A function without such a parameter
-    still gets --json and --debug, and checks its values itself.
+    Before anything else is done, `~` is expanded in paths, and the values are held against `smooth_rt.ranges`. A
+    function without such a parameter still gets --json and --debug, and checks its values itself.
     """
     hints = get_type_hints(function, include_extras=True)
     name: str | None = next((name for name, hint in hints.items() if is_dataclass(hint)), None)

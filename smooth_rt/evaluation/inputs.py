@@ -59,7 +59,9 @@ def read_prompts(path: Path | None = None) -> list[str]:
     try:
         prompts = [line for line in read_lines(expanded(path)) if line]
     except OSError as error:
-        raise InputError(f"{path}: cannot be read ({reason(error)}); name a text file with one prompt per line") from error
+        raise InputError(
+            f"{path}: cannot be read ({reason(error)}); name a text file with one prompt per line"
+        ) from error
     if not prompts:
         raise InputError(f"{path}: holds no prompt; give one a line")
     return prompts
