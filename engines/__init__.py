@@ -6,12 +6,20 @@ The names below load on first use, so that importing this package loads no torch
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
+
+from engines.cache_dir import ensure_home, pin_cache_root
+from engines.errors import SmoothRTError as _SmoothRTError
 
 # ONNX Runtime reports sessions, the processor and the interpreter's path to its makers, and keeps a device's number and
 # what it has not sent yet in the user's cache. It reads this as it is imported; whoever wants it sets 0.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+
+ensure_home()
+with suppress(_SmoothRTError):  # raised where the cache is used
+    pin_cache_root()
 
 if TYPE_CHECKING:
     from engines.base import Engine

@@ -31,6 +31,7 @@ from engines.manifest import (
     digest_json,
     key_parts,
 )
+from engines.paths import absolute
 from engines.recipes import build_revision, check_gradients
 from engines.select import backend_version, check_backend, gpu, open_engine, runs_here
 from engines.staging import staging
@@ -86,13 +87,14 @@ class Bundle:
         """Open the bundle in the folder `path`.
 
         Args:
-            path: the folder.
+            path: the folder. `Bundle.path` is absolute, so that engines can be opened from any folder later.
             verify: also compare every file's sha256; its presence and size are always checked.
 
         Raises:
             BundleError: the folder, its manifest or one of its files is missing, damaged, or of another format.
+            InputError: as `absolute`.
         """
-        folder = Path(path)
+        folder = absolute(path)
         manifest = read_manifest(folder)
         mend = f"rebuild it with `{build_command(folder, manifest.source, _backends(manifest))}`"
         bundle = cls(folder, manifest)

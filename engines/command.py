@@ -25,7 +25,7 @@ def build_command(
     profiles: Sequence[Profile] = (),
     gradients: Sequence[NetworkName] = (),
 ) -> str:
-    """The command that builds a bundle like this one again.
+    """The command that builds a bundle like this one again; with absolute paths, as far as they are known.
 
     Args:
         path: the bundle's folder.
@@ -37,9 +37,10 @@ def build_command(
     """
     words = ["smooth-rt", "build-engine"]
     if source is not None:
-        words += ["--model", source.model, *([] if source.config is None else ["--model-config", source.config])]
+        words += ["--model", source.model_location]
+        words += [] if source.config_location is None else ["--model-config", source.config_location]
         # Left out, --lora is the shipped one where the model is the default.
-        words += ["--lora", "none" if source.lora is None else source.lora.source]
+        words += ["--lora", "none" if source.lora is None else source.lora.location]
         fused = variant is None or variant.lora_mode == "fused"
         if source.lora is not None and source.lora.strength is not None and fused:
             words += ["--lora-strength", repr(source.lora.strength).removesuffix(".0")]  # every digit: it is compared

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import os
 import platform
 import re
 import threading
@@ -17,6 +16,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from engines.cache_dir import cache_root
 from engines.compiler import compiled, find, intact, version
 from engines.errors import EngineError, reason
 
@@ -98,7 +98,7 @@ def library() -> Path:
     """
     with _COMPILING:
         compiler = find()
-        path = _folder() / f"{_digest(compiler)}.so"
+        path = cache_root() / "kernels" / f"{_digest(compiler)}.so"
         try:
             if path.is_file():
                 if intact(path):
@@ -120,13 +120,6 @@ def _compile(compiler: str, path: Path) -> None:
     libraries = [_shared(package / "libs", stem) for stem in ("libopenvino.so", "libtbb.so")]
     options = [*FLAGS, DEFINED, f"-I{package / 'include'}", str(SOURCES / "operations.cpp")]
     compiled(compiler, [*options, *map(str, libraries), f"-Wl,-rpath,{package / 'libs'}"], path)
-
-
-def _folder() -> Path:
-    from platformdirs import user_cache_path
-
-    chosen = os.environ.get("SMOOTH_RT_CACHE")
-    return (Path(chosen).expanduser() if chosen else user_cache_path("smooth-rt", appauthor=False)) / "kernels"
 
 
 def _shared(folder: Path, stem: str) -> Path:

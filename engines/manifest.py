@@ -50,6 +50,7 @@ def _named(model: str) -> str:
 
 
 InsidePath = Annotated[str, AfterValidator(_inside)]
+Named = Annotated[str, AfterValidator(_named)]
 
 
 class FileRecord(Record):
@@ -62,11 +63,21 @@ class FileRecord(Record):
 
 class LoraSource(Record):
     """A LoRA: where it came from and the digest of its tensors; `strength` where it is fused, else None: a bundle whose
-    engines take the strength as they run is the same at every strength."""
+    engines take the strength as they run is the same at every strength.
+
+    `source` is what the user typed. `path` is its absolute path if it is a file or a folder; manifests of earlier
+    versions have none.
+    """
 
     source: str
     digest: str
     strength: FiniteFloat | None
+    path: Named | None = None
+
+    @property
+    def location(self) -> str:
+        """The name under which the LoRA is found from any folder: the path, or a name such as a hub id."""
+        return self.path or self.source
 
     def __str__(self) -> str:
         return f"{self.source} at " + ("any strength" if self.strength is None else f"{self.strength:g}")
@@ -78,13 +89,28 @@ class Source(Record):
 
     `digests` has one entry for each of text_encoder, unet, vae, tokenizer and scheduler, of the pristine model: the
     LoRA stands apart.
+
+    `model` and `config` are what the user typed. `model_path` and `config_path` are absolute paths if these are files
+    or folders; manifests of earlier versions have none.
     """
 
-    model: Annotated[str, AfterValidator(_named)]
+    model: Named
     revision: str | None = None
     config: str | None = None
     digests: dict[str, str]
     lora: LoraSource | None = None
+    model_path: Named | None = None
+    config_path: Named | None = None
+
+    @property
+    def model_location(self) -> str:
+        """The name under which the model is found from any folder: the path, or a name such as a hub id."""
+        return self.model_path or self.model
+
+    @property
+    def config_location(self) -> str | None:
+        """The name under which the configs are found from any folder, if any were named."""
+        return self.config_path or self.config
 
 
 class Parity(Record):

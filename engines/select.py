@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from engines.errors import EngineError, InputError, reason
+from engines.paths import absolute
 from engines.providers import BY_BACKEND, PROVIDERS, lacking
 from engines.rtx import architectures, leaves_out
 from engines.variant import Bounds
@@ -316,6 +317,7 @@ def open_engine(
         EngineError: the backend is unknown, cannot run here or cannot read the graph.
     """
     check_runs(backend)
+    path = absolute(path)  # an engine may read it again when a call needs it
     if backend in BY_BACKEND:
         from engines.ort import OrtEngine
 

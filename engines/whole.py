@@ -33,11 +33,17 @@ def read_manifest(folder: Path) -> Manifest:
         whole = folder.with_name(unfinished["name"])
         raise BundleError(f"{folder}: what a build leaves off or is at work in; open {whole}, the bundle, instead")
     mend = f"rebuild it with `{build_command(folder)}`"
-    if os.path.lexists(folder) and not folder.is_dir():
+    try:
+        there = folder.is_dir()
+    except PermissionError as error:
+        raise BundleError(
+            f"{folder}: cannot be read ({error.strerror}); name a folder that this user can read"
+        ) from error
+    if os.path.lexists(folder) and not there:
         raise BundleError(f"{folder}: not a folder, so it is no bundle; name the folder of one")
-    if not folder.is_dir():
+    if not there:
         raise BundleError(f"{folder}: no such bundle folder; build it with `{build_command(folder)}`")
-    if path.exists() and not path.is_file():  # a pipe would never end
+    if os.path.exists(path) and not path.is_file():  # a pipe would never end
         raise BundleError(f"{path}: not a file; {mend}")
     try:
         content = json.loads(path.read_bytes())

@@ -8,6 +8,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+import engines as _engines  # noqa: F401 (a relative SMOOTH_RT_CACHE is resolved as it is imported)
+
 if TYPE_CHECKING:
     from engines.variant import Profile, Span
     from smooth_rt.build import build_engines

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from engines.bundle import Bundle, LoraSource, Source, digest_json
 from engines.contract import gradients_named
+from engines.paths import absolute
 from engines.torch_modes import default_modes
 from smooth_rt.cache import bundle_of, cache_root, compiled, limit, make_room, parse_size, timings, used
 from smooth_rt.errors import BundleError, InputError
@@ -135,11 +136,13 @@ def ensure_engines(
     if calibration_prompts and precision != "int8":
         said = shown(list(calibration_prompts))
         raise InputError(f"calibration_prompts={said}: int8 alone is calibrated, not {precision}; leave them out")
+    target = None if output is None else absolute(output)
     most = limit() if output is None else None
     memory = _memory()
     (lora_strength,) = check(lora_strength=lora_strength)
     from smooth_rt.lora import Lora, fused_with, read_lora
     from smooth_rt.model import Model, load_model
+    from smooth_rt.opening import refresh_source
     from smooth_rt.scheduler_config import read_scheduler
 
     # The LoRA first: what is wrong with it is told before minutes of a large model.
@@ -155,7 +158,7 @@ def ensure_engines(
     record = None
     if adapter is not None:
         strength = lora_strength if lora_mode == "fused" else None
-        record = LoraSource(source=adapter.source, digest=adapter.digest, strength=strength)
+        record = LoraSource(source=adapter.source, digest=adapter.digest, strength=strength, path=adapter.path)
     elif lora_mode != "fused":
         raise InputError(f"lora_mode={lora_mode}: there is no LoRA whose strength could be set; name one")
     source = Source(
@@ -164,9 +167,11 @@ def ensure_engines(
         config=loaded.config_source,
         digests=loaded.digests,
         lora=record,
+        model_path=loaded.path,
+        config_path=loaded.config_path,
     )
-    target = bundle_of(source) if output is None else Path(output)
 
+    target = target or bundle_of(source)
     with _alone(target):
         there = _open(target)
         prompts = None
@@ -180,6 +185,7 @@ def ensure_engines(
             LOG.info("reusing engines: %s", reason)
             used(target)
             assert not isinstance(there, str)
+            refresh_source(there, source)
             return Built(there, True, reason)
         fault = " ".join(dict.fromkeys(missing.values()))
         if _works_in(target):
@@ -329,7 +335,7 @@ def _works_in(target: Path) -> bool:
 
 def _open(target: Path) -> Bundle | str:
     """The bundle at `target`, else why there is none that can be used."""
-    if not target.exists():
+    if not os.path.exists(target):
         return f"{target}: not built yet"
     try:
         return Bundle.open(target)

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from engines.bundle import Bundle, Source, digest_json
+from engines.cache_dir import cache_root
+from engines.paths import absolute
 from engines.staging import abandoned, discard, foreign, said_size
 from smooth_rt.errors import BundleError, EngineError, InputError, SmoothRTError
 
@@ -55,22 +57,6 @@ class Entry:
         return self.path.name.startswith(".") or foreign(self.path) is None
 
 
-def cache_root() -> Path:
-    """Where built engines are kept: SMOOTH_RT_CACHE, or the user's cache folder.
-
-    Raises:
-        InputError: it cannot be a folder, or not one that can be written to.
-    """
-    from platformdirs import user_cache_path
-
-    chosen = os.environ.get("SMOOTH_RT_CACHE")
-    root = Path(chosen).expanduser() if chosen else user_cache_path("smooth-rt", appauthor=False)
-    there = next(part for part in (root, *root.absolute().parents) if os.path.lexists(part))
-    if not there.is_dir():
-        raise InputError(f"SMOOTH_RT_CACHE={root}: {there} is not a folder; set SMOOTH_RT_CACHE to one")
-    return root
-
-
 def compiled() -> Path:
     """The folder of the cache for what providers of ONNX Runtime compile as an engine opens."""
     return cache_root() / "compiled"
@@ -89,9 +75,18 @@ def bundle_of(source: Source) -> Path:
 
 
 def find(bundle: Path) -> Path:
-    """The folder that is meant: `bundle` itself, or the one of that name in the cache."""
+    """Return the absolute path of a bundle: `bundle` itself, or the folder of that name in the cache.
+
+    The cache is asked only for a plain name that does not exist in the current folder.
+
+    Raises:
+        InputError: as `absolute` and `cache_root`.
+    """
+    named = absolute(bundle)
+    if os.path.lexists(named) or bundle.name != str(bundle):
+        return named
     cached = cache_root() / "bundles" / bundle
-    return cached if not bundle.exists() and cached.is_dir() else bundle
+    return cached if cached.is_dir() else named
 
 
 def list_bundles(root: Path | None = None, verify: bool = False) -> list[Entry]:

@@ -7,7 +7,6 @@ advice. Here each of these is one `ModelError`.
 from __future__ import annotations
 
 import contextlib
-import json
 import re
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from smooth_rt.errors import ModelError, reason
 from smooth_rt.ranges import shown
+from smooth_rt.text_files import read_json, readable_folder
 from smooth_rt.weight_header import Header, read_header
 from smooth_rt.weight_keys import check_dtypes, check_unused, is_ignored
 
@@ -143,9 +143,10 @@ def read_folder(folder: Path, source: str, revision: str | None = None) -> Parts
             lenient = {"ignore_mismatched_sizes": True} if library is transformers else {}
             try:
                 _check_weights(folder, name, files)
-                networks[name], info = getattr(library, CLASSES[name]).from_pretrained(
-                    folder / name, use_safetensors=True, variant=variant, output_loading_info=True, **lenient
-                )
+                with readable_folder(folder / name) as readable:
+                    networks[name], info = getattr(library, CLASSES[name]).from_pretrained(
+                        readable, use_safetensors=True, variant=variant, output_loading_info=True, **lenient
+                    )
             except ModelError:
                 raise
             except Exception as error:  # whatever the library makes of a broken folder
@@ -159,7 +160,8 @@ def read_folder(folder: Path, source: str, revision: str | None = None) -> Parts
                 shapes = f"the weight {key} is {list(found)}, not {list(wanted)} as its config says"
                 raise ModelError(f"{folder / name}: cannot be loaded ({shapes}); download it again")
         try:
-            tokenizer = transformers.CLIPTokenizer.from_pretrained(folder / "tokenizer")
+            with readable_folder(folder / "tokenizer") as readable:
+                tokenizer = transformers.CLIPTokenizer.from_pretrained(readable)
         except Exception as error:  # the tokenizer's library raises bare Exception
             raise ModelError(f"{folder / 'tokenizer'}: unreadable ({reason(error)}); download it again") from error
     return Parts(tokenizer, networks, scheduler_config, revision)
@@ -272,7 +274,7 @@ def _current_name(name: str, key: str) -> str:
 def _read_json(source: str, folder: Path, name: str) -> dict[str, Any]:
     path = folder / name
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = read_json(path)
     except FileNotFoundError as error:
         holds = ", ".join(["model_index.json", *NETWORK_PARTS, "tokenizer", "scheduler"])
         raise ModelError(f"{source}: {name} is missing; a diffusers folder holds {holds}") from error

@@ -30,6 +30,7 @@ __all__ = ["main"]
 
 SIGNALLED = 128  # added to the number of the signal that ended a run
 SIGPIPE = 13  # which Windows does not name
+LONGEST_NAME = 255  # bytes of a file name, on all common file systems
 FINALIZER_SECONDS = 0.05  # until a signal that met a finalizer is raised again
 
 
@@ -186,7 +187,12 @@ def _answer(error: Exception, arguments: Sequence[str]) -> int:
             traceback.print_exception(error)
     # The program's own file names are short: such a path was typed.
     if isinstance(error, OSError) and error.errno == errno.ENAMETOOLONG:
-        error = SmoothRTError(f"{str(error.filename)[:60]}...: {error.strerror}; give a shorter path")
+        named = str(error.filename)
+        # Of a path that was made absolute, the name that is too long.
+        long = next((part for part in named.split(os.sep) if len(os.fsencode(part)) > LONGEST_NAME), named)
+        error = SmoothRTError(f"{long[:60]}...: {error.strerror}; give a shorter path")
+    if isinstance(error, PermissionError) and error.filename:
+        error = SmoothRTError(f"{error.filename}: {error.strerror}; give this user the right to it, or name another")
     line, code = _line(error, arguments)
     _say(line)
     return code

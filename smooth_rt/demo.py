@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from engines.paths import absolute
 from smooth_rt import report, writers
 from smooth_rt.build import Built, ensure_engines
 from smooth_rt.demo_report import EditScene, Outcome, Scene, Settings, command, describe, measure, media
@@ -65,7 +66,7 @@ def run_demo(
     """
     if not engines:
         raise InputError("engines: none named; name openvino, onnxruntime or both")
-    writers.check_output(output, ["index.html"])
+    folder = absolute(writers.check_output(output, ["index.html"]))
     settings = SMALL if small else Settings()
     report_progress = progress or (lambda *_: None)
     loras: dict[str, str | None] = {"base": None}
@@ -98,7 +99,7 @@ def run_demo(
     html = report.render(page).encode(errors="backslashreplace")
     files = {"index.html": html, **media(outcomes, scene)}
     files["results.json"] = writers.encode_json({"rows": rows, "environment": dict(page.environment)})
-    written = writers.write_files(output, files)
+    written = writers.write_files(folder, files)
     return Demo(written[0], written, rows, {variant: found.reused for variant, found in built.items()})
 
 

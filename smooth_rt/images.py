@@ -16,11 +16,13 @@ from typing import Any, Literal, TypeAlias, cast
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
+from engines.paths import expanded
 from smooth_rt.errors import InputError
+from smooth_rt.pil_images import to_pixels
 from smooth_rt.ranges import MAX_SIDE, check_dense, shown
 
 __all__ = ["MAX_PIXELS", "MIN_SIDE", "ImageLike", "Images", "OutputType", "as_list", "read", "to_images"]
@@ -89,7 +91,7 @@ def to_images(pixels: Tensor, output_type: OutputType) -> Images:
 
 def _one(image: ImageLike, name: str) -> Tensor:
     if isinstance(image, (str, os.PathLike)):
-        return _file(Path(image), name)
+        return _file(expanded(image), name)
     if isinstance(image, Image.Image):
         _check_size(*image.size, name)
         return _pil(image, name)
@@ -142,21 +144,11 @@ def _file(path: Path, name: str) -> Tensor:
 
 def _pil(image: Image.Image, name: str) -> Tensor:
     try:
-        image = ImageOps.exif_transpose(image)
-        if image.mode.startswith("I"):  # 16-bit greyscale, which Pillow would clip to white
-            grey = np.asarray(image, dtype=np.float32) / 65535
-            return _array(torch.from_numpy(grey)[None], name, "[H, W]", grey.shape)
-        if image.mode == "F":
-            raise InputError(f"{name}: a float image has no known range; give a numpy array in 0..1")
-        if image.has_transparency_data:
-            over = image.convert("RGBA")
-            image = Image.alpha_composite(Image.new("RGBA", over.size, "white"), over)
-        rgb = np.array(image.convert("RGB"))
+        return to_pixels(image, name)
     except InputError:
         raise
     except Exception as error:  # a decoder of a damaged file raises anything
         raise InputError(f"{name}: the image is damaged and cannot be decoded; give another file") from error
-    return torch.from_numpy(rgb).permute(2, 0, 1).float() / 255
 
 
 def _array(image: Tensor, name: str, wanted: str, shape: Sequence[int]) -> Tensor:

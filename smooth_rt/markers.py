@@ -27,6 +27,7 @@ import yaml
 from safetensors import safe_open
 
 from smooth_rt.errors import ModelError, reason
+from smooth_rt.text_files import read_text
 from smooth_rt.weight_header import Header
 
 __all__ = ["Markers", "marked_schedule", "read_markers"]
@@ -105,7 +106,7 @@ def _original_config(path: Path) -> str | None:
     """The prediction by the original code's configuration of the same name, if there is one."""
     file = path.with_suffix(".yaml")
     try:
-        config = yaml.safe_load(file.read_text(encoding="utf-8"))
+        config = yaml.safe_load(read_text(file))
     except FileNotFoundError:
         return None
     except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:

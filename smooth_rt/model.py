@@ -17,6 +17,7 @@ from torch import nn
 
 from engines.bundle import digest_json, staging
 from engines.contract import Dims, NetworkName
+from engines.paths import expanded, recorded
 from engines.torch_modes import default_modes
 from smooth_rt.checkpoint import (
     HUB_ID,
@@ -81,6 +82,7 @@ class Model:
             LoRA's digest beside them.
         lora: one that was not fused, so that its strength can be set as it runs.
         config_source: of a single-file checkpoint, the configs that the caller named, if any.
+        path, config_path: absolute paths of `source` and `config_source` where these are files or folders.
     """
 
     source: str
@@ -94,6 +96,8 @@ class Model:
     digests: dict[str, str]
     lora: Lora | None = None
     config_source: str | None = None
+    path: str | None = None
+    config_path: str | None = None
 
     def config(self) -> PipelineConfig:
         """What `write_config` writes, without the detour through files."""
@@ -131,6 +135,7 @@ class Model:
         Raises:
             InputError: `folder` exists and is not empty, is a file or lies under one, or the disk refuses.
         """
+        folder = expanded(folder)
         if folder.is_dir() and any(folder.iterdir()):
             raise InputError(f"{folder}: holds something already; name a new or an empty folder")
         import diffusers
@@ -194,11 +199,13 @@ def load_model(
         ModelError: nothing is there, a part is missing, damaged or not safetensors, or the architecture is another.
     """
     source = str(model)
-    path = Path(source).expanduser()
+    path = expanded(source)
     if source != "default" and path.is_file():
-        return replace(
-            _assemble(source, read_file(path, config)), config_source=None if config is None else str(config)
-        )
+        given: dict[str, Any] = {"path": recorded(path)}
+        if config is not None:
+            given["config_source"] = str(config)
+            given["config_path"] = recorded(config) if expanded(config).is_dir() else None
+        return replace(_assemble(source, read_file(path, config)), **given)
     if config is not None:
         raise InputError(f"{source}: is no file; --model-config (in Python: config=) is for a .safetensors checkpoint")
     if source == "default":
@@ -207,7 +214,7 @@ def load_model(
             raise ModelError(f"default model: {folder} is missing; install smooth-rt again or name a model")
         return _assemble(source, read_folder(folder, source))
     if path.is_dir():
-        return _assemble(source, read_folder(path, source))
+        return replace(_assemble(source, read_folder(path, source)), path=recorded(path))
     if not HUB_ID.fullmatch(source) or path.suffix in (".safetensors", ".ckpt"):
         raise ModelError(f"{source}: no such folder or file; name a diffusers folder, a checkpoint or a hub id")
     return _assemble(source, read_hub(source, revision))

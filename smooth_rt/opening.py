@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from smooth_rt.checkpoint import HUB_ID
 from smooth_rt.errors import BundleError, InputError
 from smooth_rt.lora import Lora, fuse, read_lora
 from smooth_rt.model import Model, load_model
 
 if TYPE_CHECKING:
-    from engines.bundle import Bundle
+    from engines.bundle import Bundle, Source
 
-__all__ = ["check_strength", "open_model", "reopen_model"]
+__all__ = ["check_strength", "open_model", "refresh_source", "reopen_model"]
 
 
 def open_model(
@@ -50,21 +52,43 @@ def reopen_model(bundle: Bundle, config: str | Path | None = None) -> Model:
     source = bundle.source
     fused = source.lora
     if fused is not None:  # first, as in `open_model`
-        adapter = read_lora(fused.source)
+        adapter = read_lora(fused.location)
         if adapter.digest != fused.digest:
             raise BundleError(
-                f"{bundle.path}: the LoRA {fused.source} is not what the bundle was made from; "
+                f"{bundle.path}: the LoRA {fused.location} is not what the bundle was made from; "
                 "run smooth-rt build-engine again, or use another engine"
             )
-    named = source.config if config is None else config
-    loaded = load_model(source.model, revision=source.revision, config=named)
+    named = source.config_location if config is None else config
+    loaded = replace(load_model(source.model_location, revision=source.revision, config=named), source=source.model)
     changed = [name for name, digest in source.digests.items() if loaded.digests.get(name) != digest]
     if changed:
         raise BundleError(
-            f"{bundle.path}: {source.model} is not what the bundle was made from ({', '.join(changed)} changed); "
-            "run smooth-rt build-engine again, or use another engine"
+            f"{bundle.path}: {source.model_location} is not what the bundle was made from "
+            f"({', '.join(changed)} changed); run smooth-rt build-engine again, or use another engine"
         )
     return loaded if fused is None else _with_lora(loaded, adapter, fused.strength)
+
+
+def refresh_source(bundle: Bundle, source: Source) -> None:
+    """Record in a bundle's manifest where its weights are now, if they are no longer where it says.
+
+    They were moved or renamed, or the manifest is of a version that recorded relative paths.
+
+    Args:
+        bundle: an open bundle. One that cannot be written to stays as it is.
+        source: the same weights by digest, as they were just named.
+    """
+    own = bundle.source
+    loras = [] if own.lora is None else [(own.lora.source, own.lora.path)]
+    if not all(_found(name, path) for name, path in [(own.model, own.model_path), *loras]):
+        with suppress(BundleError):
+            bundle.rewrite(bundle.manifest.model_copy(update={"source": source}))
+
+
+def _found(name: str, path: str | None) -> bool:
+    if path is not None:
+        return Path(path).exists()
+    return name == "default" or (HUB_ID.fullmatch(name) is not None and not Path(name).exists())
 
 
 def _with_lora(model: Model, lora: Lora, strength: float | None) -> Model:

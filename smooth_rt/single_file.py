@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
+from engines.paths import expanded
 from smooth_rt.architecture import recognise, shipped_tokenizer
 from smooth_rt.checkpoint import (
     CONFIG_FILES,
@@ -30,6 +31,7 @@ from smooth_rt.checkpoint import (
 from smooth_rt.errors import ModelError, reason
 from smooth_rt.markers import Markers, marked_schedule, read_markers
 from smooth_rt.original_layout import destinations, part_of, plain_name, state_of
+from smooth_rt.text_files import readable_folder
 from smooth_rt.weight_header import read_header
 from smooth_rt.weight_keys import check_dtypes, check_unused, is_ignored
 
@@ -107,14 +109,15 @@ def _load(path: Path, folder: Path, advice: str, **given: Any) -> Any:
         # The pipeline warns of each value of an old config that it corrects.
         warnings.simplefilter("ignore", FutureWarning)
         try:
-            networks = {name: empty_network(name, folder / name) for name in NETWORK_PARTS}
-            for name, sources in _sources(path, networks).items():
-                with safe_open(path, "pt") as file:
-                    tensors = {plain: file.get_tensor(key) for plain, key in sources.items()}
-                networks[name].load_state_dict(state_of(name, networks[name], tensors), assign=True)
-            return StableDiffusionPipeline.from_pretrained(
-                str(folder), local_files_only=True, **networks, **dict.fromkeys(UNUSED_PARTS[1:]), **given
-            )
+            with readable_folder(folder) as readable:
+                networks = {name: empty_network(name, readable / name) for name in NETWORK_PARTS}
+                for name, sources in _sources(path, networks).items():
+                    with safe_open(path, "pt") as file:
+                        tensors = {plain: file.get_tensor(key) for plain, key in sources.items()}
+                    networks[name].load_state_dict(state_of(name, networks[name], tensors), assign=True)
+                return StableDiffusionPipeline.from_pretrained(
+                    str(readable), local_files_only=True, **networks, **dict.fromkeys(UNUSED_PARTS[1:]), **given
+                )
         except ModelError:
             raise
         except Exception as error:  # whatever the libraries make of it
@@ -170,7 +173,7 @@ def _parts(pipe: Any, scheduler_config: dict[str, Any]) -> Parts:
 
 def _config_folder(config: str) -> Path:
     """The folder that `config` names, checked; a hub id is downloaded, without its weights."""
-    folder = Path(config).expanduser()
+    folder = expanded(config)
     if not folder.is_dir():
         if not HUB_ID.fullmatch(config):
             raise ModelError(f"{config}: no such folder; as a checkpoint's config, name a diffusers folder or a hub id")

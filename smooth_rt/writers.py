@@ -22,6 +22,7 @@ import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from PIL import Image
 
+from engines.paths import expanded
 from engines.staging import foreign
 from smooth_rt.errors import InputError, SmoothRTError, reason
 
@@ -59,7 +60,7 @@ def check_output(folder: str | Path, names: Iterable[str] = (), inputs: Iterable
             the path (a name in it is too long, say), it lies in a bundle, a file that would be written is one of
             the inputs, by whatever path it was named, or in its place is a folder, a device or a pipe.
     """
-    folder, names = Path(folder), tuple(names)
+    folder, names = expanded(folder), tuple(names)
     try:
         _check_parts(folder)
         # A bundle may be added to by a build, which names no files.
@@ -118,7 +119,7 @@ def _check_places(folder: Path, names: Iterable[str]) -> None:
 def _identity(path: str | os.PathLike[str]) -> tuple[int, int] | None:
     """What a file is whichever way it is named: through links, or in another case where that does not count."""
     try:
-        found = os.stat(path)
+        found = os.stat(expanded(path))
     except (OSError, ValueError):  # nothing is there; who reads it says so
         return None
     return found.st_dev, found.st_ino

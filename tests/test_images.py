@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import struct
 import zlib
 from pathlib import Path
@@ -84,10 +85,6 @@ def test_out_again() -> None:
 
 def bomb(path: Path, side: int) -> Path:
     """A PNG that claims side x side pixels and holds none."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0))
     path.write_bytes(b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b""))
     return path
@@ -143,3 +140,141 @@ def test_bad_images(image: Any, said: str) -> None:
     with pytest.raises(InputError, match=said) as caught:
         read(image, 512, 512)
     assert "\n" not in str(caught.value)
+
+
+def chunk(kind: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+
+def png(pixels: np.ndarray, bits: int, colours: int, key: tuple[int, ...] = (), exif: bytes = b"") -> io.BytesIO:
+    """A PNG as Pillow does not write it: of any depth, with a transparent colour and EXIF."""
+    rows = b""
+    for row in pixels:
+        values = row.reshape(-1)
+        if bits < 8:  # several in a byte
+            packed = values.reshape(-1, 8 // bits) << np.arange(8 - bits, -1, -bits)
+            values = packed.sum(axis=1)
+        rows += b"\0" + values.astype(">u2" if bits == 16 else np.uint8).tobytes()
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", pixels.shape[1], pixels.shape[0], bits, colours, 0, 0, 0))
+    more = chunk(b"tRNS", struct.pack(f">{len(key)}H", *key)) if key else b""
+    more += chunk(b"eXIf", exif) if exif else b""
+    return io.BytesIO(b"\x89PNG\r\n\x1a\n" + header + more + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b""))
+
+
+def half(key: Any, other: Any) -> tuple[np.ndarray, torch.Tensor]:
+    """8x8 values, the upper half `key`, and where they are opaque."""
+    values = np.empty((8, 8, len(key)), dtype=np.int64)
+    values[:4], values[4:] = key, other
+    return values, torch.arange(8) >= 4
+
+
+@pytest.mark.parametrize(("bits", "key"), [(1, 1), (2, 2), (4, 9), (8, 77), (16, 1000)])
+def test_transparent_grey_is_white(bits: int, key: int) -> None:
+    other = key - 1
+    values, opaque = half((key,), other)
+    found = read(Image.open(png(values, bits, 0, (key,))), 8, 8)[0]
+    assert torch.all(found[:, ~opaque] == 1)
+    torch.testing.assert_close(found[:, opaque], torch.full((3, 4, 8), other / (2**bits - 1)), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("bits", "key"), [(8, (3, 7, 11)), (16, (1000, 2000, 3000))])
+def test_transparent_colour_is_white_and_its_neighbour_is_not(bits: int, key: tuple[int, int, int]) -> None:
+    other = (key[0] + 1, *key[1:])
+    values, opaque = half(key, other)
+    found = read(Image.open(png(values, bits, 2, key)), 8, 8)[0]
+    assert torch.all(found[:, ~opaque] == 1)
+    wanted = torch.tensor(other)[:, None, None].expand(3, 4, 8) / (2**bits - 1)
+    torch.testing.assert_close(found[:, opaque], wanted, atol=1e-6, rtol=0)
+
+
+def test_transparent_colour_of_a_decoded_image() -> None:
+    values, opaque = half((1000, 2000, 3000), 40000)
+    image = Image.open(png(values, 16, 2, (1000, 2000, 3000)))
+    image.load()
+    found = read(image, 8, 8)[0]
+    assert torch.all(found[:, ~opaque] == 1)
+    torch.testing.assert_close(found[:, opaque], torch.full((3, 4, 8), 40000 / 65535), atol=1 / 255, rtol=0)
+
+
+@pytest.mark.parametrize(("colours", "channels"), [(2, 3), (6, 4)])
+def test_sixteen_bit_colours_keep_their_precision(tmp_path: Path, colours: int, channels: int) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (8, 8, channels))
+    (tmp_path / "deep.png").write_bytes(png(values, 16, colours).getvalue())
+    wanted = torch.from_numpy(values).permute(2, 0, 1).double() / 65535
+    if channels == 4:
+        wanted = wanted[:3] * wanted[3:] + (1 - wanted[3:])
+    image = Image.open(tmp_path / "deep.png")
+    for source in (tmp_path / "deep.png", image, image):  # reading leaves an image as it was
+        torch.testing.assert_close(read(source, 8, 8)[0].double(), wanted, atol=1e-6, rtol=0)
+    image.close()
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_sixteen_bit_colours_are_turned_upright(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    values = np.random.default_rng(0).integers(0, 65536, (8, 8, 3))
+    written = exif.tobytes().removeprefix(b"Exif\0\0")
+    decoded = Image.open(png(values, 16, 2, exif=written))
+    decoded.load()  # to 8 bits, which Pillow turns
+    found = read(Image.open(png(values, 16, 2, exif=written)), 8, 8)
+    torch.testing.assert_close(found, read(decoded, 8, 8), atol=1 / 255, rtol=0)
+
+
+@pytest.mark.parametrize("cut", [40, 200])
+def test_sixteen_bit_colours_that_are_cut_off_are_damaged(tmp_path: Path, cut: int) -> None:
+    values = np.random.default_rng(0).integers(0, 65536, (8, 8, 3))
+    (tmp_path / "cut.png").write_bytes(png(values, 16, 2).getvalue()[:-cut])
+    with pytest.raises(InputError, match=r"cut\.png: the image is damaged"):
+        read(tmp_path / "cut.png", 8, 8)
+
+
+@pytest.mark.parametrize("kind", ["<u2", ">u2", "<i4"])
+def test_deep_grey_is_scaled(tmp_path: Path, kind: str) -> None:
+    image = Image.fromarray(np.full((8, 8), 13107, dtype=kind))
+    image.save(tmp_path / "deep.tif")
+    for source in (image, tmp_path / "deep.tif"):
+        torch.testing.assert_close(read(source, 8, 8), torch.full((1, 3, 8, 8), 0.2))
+
+
+def test_mode_i_holds_eight_bits_or_sixteen(tmp_path: Path) -> None:
+    torch.testing.assert_close(read(Image.new("I", (8, 8), 51), 8, 8), torch.full((1, 3, 8, 8), 0.2))
+    torch.testing.assert_close(read(Image.new("I", (8, 8), 13107), 8, 8), torch.full((1, 3, 8, 8), 0.2))
+    dark = np.full((8, 8), 200, dtype=">u2").tobytes()
+    (tmp_path / "dark.pgm").write_bytes(b"P5 8 8 65535\n" + dark)
+    torch.testing.assert_close(read(tmp_path / "dark.pgm", 8, 8), torch.full((1, 3, 8, 8), 200 / 65535))
+    for value in (70000, -1):
+        with pytest.raises(InputError, match=rf"values from {value} to {value} in a 32-bit image, whose range is not"):
+            read(Image.new("I", (8, 8), value), 8, 8)
+
+
+@pytest.mark.parametrize(
+    ("mode", "colour", "wanted"),
+    [
+        ("1", 1, (1, 1, 1)),
+        ("LA", (51, 128), (1 - 128 / 255 * 0.8,) * 3),
+        ("La", (51, 128), (1 - 128 / 255 + 0.2,) * 3),
+        ("RGBa", (51, 0, 0, 128), (1 - 128 / 255 + 0.2, 1 - 128 / 255, 1 - 128 / 255)),
+        ("PA", (0, 0), (1, 1, 1)),
+        ("CMYK", (0, 255, 255, 0), (1, 0, 0)),
+        ("YCbCr", (255, 128, 128), (1, 1, 1)),
+        ("HSV", (0, 255, 255), (1, 0, 0)),
+    ],
+)
+def test_other_modes(mode: str, colour: Any, wanted: tuple[float, float, float]) -> None:
+    found = read(Image.new(mode, (8, 8), colour), 8, 8)[0, :, 0, 0]
+    torch.testing.assert_close(found, torch.tensor(wanted, dtype=torch.float32), atol=1.5 / 255, rtol=0)
+
+
+def test_partly_transparent_palette_is_composited() -> None:
+    palette = Image.new("P", (8, 8))
+    palette.putpalette([255, 0, 0])
+    palette.info["transparency"] = bytes([128])
+    wanted = torch.tensor([1, 1 - 128 / 255, 1 - 128 / 255])
+    torch.testing.assert_close(read(palette, 8, 8)[0, :, 0, 0], wanted, atol=1 / 255, rtol=0)
+
+
+def test_image_in_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.fromarray(RAMP).save(tmp_path / "a.png")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    torch.testing.assert_close(read("~/a.png", 8, 8), EXPECTED)

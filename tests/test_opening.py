@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import Generator
 
+from engines.bundle import LoraSource, Source
 from smooth_rt.build import ensure_engines
 from smooth_rt.commands.options import RunOptions
 from smooth_rt.commands.running import described, open_pipeline
@@ -27,9 +28,8 @@ def remembered(model: Path, lora: Path, changed: str = "") -> Any:
     digests = {**load_model(model).digests, "lora": read_lora(lora).digest}
     if changed:
         digests[changed] = "0"
-    fused = SimpleNamespace(source=str(lora), digest=digests.pop("lora"), strength=0.5)
-    source = SimpleNamespace(model=str(model), revision=None, config=None, digests=digests, lora=fused)
-    return SimpleNamespace(path=Path("bundle"), source=source)
+    fused = LoraSource(source=str(lora), digest=digests.pop("lora"), strength=0.5)
+    return SimpleNamespace(path=Path("bundle"), source=Source(model=str(model), digests=digests, lora=fused))
 
 
 def test_a_bundle_finds_its_torch_weights_again(tiny_model: Path, lora: Path) -> None:
@@ -60,7 +60,8 @@ def test_what_is_wrong_with_a_lora_is_said_before_a_model_is_loaded(
     tiny_model: Path, lora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bundle = remembered(tiny_model, lora)
-    bundle.source.lora.source = str(tmp_path / "gone.safetensors")
+    gone = bundle.source.lora.model_copy(update={"source": str(tmp_path / "gone.safetensors")})
+    bundle.source = bundle.source.model_copy(update={"lora": gone})
 
     def load(*_: Any, **__: Any) -> None:
         raise AssertionError("the model was loaded")
@@ -79,7 +80,7 @@ def test_what_is_wrong_with_a_lora_is_said_before_a_model_is_loaded(
 
 def test_weights_that_are_gone(tiny_model: Path, lora: Path, tmp_path: Path) -> None:
     bundle = remembered(tiny_model, lora)
-    bundle.source.model = str(tmp_path / "gone")
+    bundle.source = bundle.source.model_copy(update={"model": str(tmp_path / "gone")})
     with pytest.raises(ModelError, match="gone"):
         reopen_model(bundle)
 

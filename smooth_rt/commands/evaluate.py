@@ -290,10 +290,12 @@ def _means(found: Sequence[dict[str, Any]], part: str) -> dict[str, float | None
 
 def _images_of(folder: Path, output: Path) -> list[Path]:
     """Those of a folder and of the folders in it, but what was made there."""
+    from engines.paths import absolute
+    from smooth_rt.image_folders import images_of
+
     if not folder.is_dir():
         raise InputError(f"{folder}: not a folder; name one of real images")
-    found = sorted(p for p in folder.rglob("*") if p.suffix.lower() in (".png", ".jpg", ".jpeg", ".webp"))
-    found = [path for path in found if not path.resolve().is_relative_to(output.resolve())]
+    found = [path for path in images_of(absolute(folder)) if not path.resolve().is_relative_to(output.resolve())]
     if len(found) < 2:
         raise InputError(f"{folder}: {len(found)} images; give a folder of at least 2, better thousands")
     return found

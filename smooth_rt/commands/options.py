@@ -10,6 +10,7 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
+from engines.paths import expanded
 from smooth_rt.errors import InputError
 from smooth_rt.ranges import RANGES, check
 
@@ -153,8 +154,8 @@ def listed(text: str, option: str | None = None) -> list[str]:
 def flattened(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` as a typer callback in which each field of its option dataclass is an option of its own.
 
-    Before anything else is done, the values are held against `smooth_rt.ranges`. A function without such a parameter
-    still gets --json and --debug, and checks its values itself.
+    Before anything else is done, `~` is expanded in paths, and the values are held against `smooth_rt.ranges`. A
+    function without such a parameter still gets --json and --debug, and checks its values itself.
     """
     hints = get_type_hints(function, include_extras=True)
     name: str | None = next((name for name, hint in hints.items() if is_dataclass(hint)), None)
@@ -171,6 +172,7 @@ def flattened(function: Callable[..., Any]) -> Callable[..., Any]:
     shared = [inspect.Parameter(f.name, keyword, default=f.default, annotation=grouped[f.name]) for f in ordered]
 
     def command(**values: Any) -> Any:
+        values = {option: _expanded(value) for option, value in values.items()}
         if name is not None:
             check(**{option: value for option, value in values.items() if option in RANGES and value is not None})
         chosen = {field.name: values.pop(field.name) for field in fields(group)}
@@ -181,3 +183,10 @@ def flattened(function: Callable[..., Any]) -> Callable[..., Any]:
     command.__signature__ = inspect.Signature([*own, *shared])  # type: ignore[attr-defined]
     command.__annotations__ = {parameter.name: parameter.annotation for parameter in (*own, *shared)}
     return command
+
+
+def _expanded(value: Any) -> Any:
+    """`value`, with `~` expanded in what are paths; shells leave it in `--output=~/folder`."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(_expanded(one) for one in value)
+    return expanded(value) if isinstance(value, Path) else value

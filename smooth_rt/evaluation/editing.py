@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from engines.paths import absolute
 from smooth_rt.errors import InputError, reason
 from smooth_rt.evaluation.rows import ASIDE, in_batches
 from smooth_rt.images import read
@@ -21,6 +22,7 @@ from smooth_rt.metrics.attributes import Attributes
 from smooth_rt.metrics.reconstruction import outside
 from smooth_rt.pipeline import SmoothPipeline
 from smooth_rt.ranges import check, seeds_from
+from smooth_rt.text_files import read_lines, without_marks
 
 __all__ = ["EditCase", "EditingTask", "edit_cases", "summarise_editing"]
 
@@ -41,20 +43,21 @@ def edit_cases(folder: Path | None = None) -> list[EditCase]:
     Raises:
         InputError: there is none, or a line lacks something.
     """
-    folder = folder or Path(str(resources.files("smooth_rt"))) / "assets" / "examples"
+    folder = absolute(folder or Path(str(resources.files("smooth_rt"))) / "assets" / "examples")
     listed = folder / "metadata.jsonl"
     found, number = [], 0
     try:
-        for line in listed.read_text(encoding="utf-8").split("\n"):
-            number += 1
-            if line.strip():
+        lines = read_lines(listed)
+    except OSError as error:
+        raise InputError(f"{listed}: {reason(error)}; give a folder with metadata.jsonl") from error
+    try:
+        for number, line in enumerate(lines, 1):  # noqa: B007 (the message names the line)
+            if line:
                 record = json.loads(line)
                 name, mask, text, target = (record[key] for key in ("file_name", "mask", "text", "target"))
                 if not all(isinstance(one, str) for one in (name, mask, text, target)):
                     raise TypeError("each a text")
-                found.append(EditCase(folder / name, folder / mask, text, target))
-    except OSError as error:
-        raise InputError(f"{listed}: {reason(error)}; give a folder with metadata.jsonl") from error
+                found.append(EditCase(folder / name, folder / mask, without_marks(text), without_marks(target)))
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{listed}:{number}: needs file_name, text, target and mask ({reason(error)})") from error
     if not found:

@@ -8,7 +8,9 @@ from pathlib import Path
 
 from PIL import Image
 
+from engines.paths import absolute, expanded
 from smooth_rt.errors import InputError, reason
+from smooth_rt.text_files import read_lines
 
 __all__ = ["Example", "captioned", "examples", "read_prompts"]
 
@@ -38,7 +40,7 @@ def captioned(folder: Path) -> list[Example]:
     """
     from smooth_rt.training.pictures.folder import captions_of
 
-    found = [Example(path, caption) for path, caption in captions_of(folder)]
+    found = [Example(path, caption) for path, caption in captions_of(absolute(folder))]
     for example in found:
         try:
             example.path.stat()
@@ -55,9 +57,11 @@ def read_prompts(path: Path | None = None) -> list[str]:
     """
     path = Path(str(resources.files("smooth_rt"))) / "assets" / "prompts.txt" if path is None else path
     try:
-        prompts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not a readable text file; give one prompt a line") from error
+        prompts = [line for line in read_lines(expanded(path)) if line]
+    except OSError as error:
+        raise InputError(
+            f"{path}: cannot be read ({reason(error)}); name a text file with one prompt per line"
+        ) from error
     if not prompts:
         raise InputError(f"{path}: holds no prompt; give one a line")
     return prompts

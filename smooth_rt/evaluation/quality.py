@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from engines.paths import absolute
 from smooth_rt.errors import InputError, SmoothRTError, reason
 from smooth_rt.evaluation.rows import ASIDE, Progress, in_batches
 from smooth_rt.images import read, to_images
@@ -57,6 +58,8 @@ class QualityTask:
             raise InputError("images=0: give at least 2")
         check(batch=self.prompts_per_batch)
         seeds_from(self.seed, 2 * self.count)
+        if self.pictures is not None:
+            object.__setattr__(self, "pictures", absolute(self.pictures))
 
     def batches(self) -> list[list[int]]:
         return in_batches(self.count, self.prompts_per_batch)
@@ -135,7 +138,7 @@ class ByNetworks:
     def __init__(self, real: Sequence[Path], clip: str | None = None) -> None:
         if clip is not None:
             clip_model(clip)
-        self.real, self.clip = real, clip or CLIP
+        self.real, self.clip = [absolute(path) for path in real], clip or CLIP
         self.missing: dict[str, None] = {}  # why something was not measured, in order
         self._fid: Fid | None = None
 

@@ -15,6 +15,7 @@ from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 
+from engines.paths import absolute
 from smooth_rt.errors import EngineError, InputError, SmoothRTError, reason
 from smooth_rt.pipeline import SmoothPipeline
 
@@ -54,7 +55,7 @@ class Rows:
     """
 
     def __init__(self, path: Path | None = None, settings: dict[str, Any] | None = None) -> None:
-        self.path = path
+        self.path = path = None if path is None else absolute(path)
         self.settings: dict[str, Any] = json.loads(json.dumps(settings or {}))
         self.found: dict[int, Row] = {}
         if path is not None and path.exists():

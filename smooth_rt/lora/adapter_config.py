@@ -18,6 +18,7 @@ from typing import Any
 
 from smooth_rt.errors import ModelError, reason
 from smooth_rt.lora.foreign import merge_with_diffusers
+from smooth_rt.text_files import read_json
 
 __all__ = ["CONFIG_FILE", "LARGEST_ALPHA", "AdapterConfig", "read_adapter_config", "read_stored_config"]
 
@@ -166,7 +167,7 @@ def read_adapter_config(path: Path) -> AdapterConfig:
         "and give --model FOLDER --lora none"
     )
     try:
-        stored = json.loads(path.read_text(encoding="utf-8"))
+        stored = read_json(path)
     except (OSError, ValueError, RecursionError) as error:
         raise _unreadable(path, error) from error
     return _checked(stored, path, merge)

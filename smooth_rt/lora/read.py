@@ -16,7 +16,7 @@ import hashlib
 import math
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -24,6 +24,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from engines.lora import LoraWeights
+from engines.paths import expanded, recorded
 from engines.torch_modes import default_modes
 from smooth_rt.checkpoint import HUB_ID, download
 from smooth_rt.errors import ModelError, reason
@@ -77,12 +78,14 @@ class LoraLayer:
 class Lora:
     """A LoRA by the UNet's module path, such as "down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q".
 
-    `digest` is a sha256 over paths, tensors and scales: the same for the same change in any of the formats.
+    `digest` is a sha256 over paths, tensors and scales: the same for the same change in any of the formats. `path` is
+    the absolute path of `source` where that is a file or a folder.
     """
 
     layers: dict[str, LoraLayer]
     source: str
     digest: str
+    path: str | None = field(default=None, compare=False)
 
 
 @default_modes()
@@ -106,7 +109,9 @@ def read_lora(source: str | Path = "default") -> Lora:
     except (OSError, SafetensorError) as error:
         raise ModelError(f"{path}: truncated or no safetensors file ({reason(error)}); download it again") from error
     check_header(metadata, str(path))
-    return parse(tensors, str(source), str(path), _adapter_config(path, tensors, metadata))
+    found = parse(tensors, str(source), str(path), _adapter_config(path, tensors, metadata))
+    local = source != "default" and expanded(source).exists()
+    return replace(found, path=recorded(source)) if local else found
 
 
 def parse(tensors: dict[str, Tensor], source: str, shown: str, config: AdapterConfig | None = None) -> Lora:
@@ -137,7 +142,7 @@ def _locate(source: str) -> Path:
             mend = "install smooth-rt again, name a LoRA, or give `--lora none`"
             raise ModelError(f"default LoRA: {default_lora()} is missing; {mend}")
         return default_lora()
-    path = Path(source).expanduser()
+    path = expanded(source)
     if path.suffix in PICKLES:
         raise ModelError(f"{path}: pickles are never loaded; convert it to .safetensors")
     if path.is_file():

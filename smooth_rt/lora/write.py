@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save
 from torch import Tensor
 
+from engines.paths import expanded
 from engines.staging import abandoned
 from smooth_rt.errors import InputError, ModelError, reason
 from smooth_rt.lora.read import METADATA_KEY, Lora, LoraLayer
@@ -36,7 +37,7 @@ def write_lora(lora: Lora, path: Path, format: LoraFormat = "diffusers") -> Path
         InputError: the format is unknown, or the file cannot be written.
         ModelError: the LoRA holds a layer that the authors' format has no key for.
     """
-    metadata = {"format": "pt"}
+    path, metadata = expanded(path), {"format": "pt"}
     if format == "diffusers":
         tensors = {
             f"unet.{name}.lora_{side}.weight": tensor

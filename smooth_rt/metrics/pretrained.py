@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engines.paths import expanded
 from smooth_rt.errors import InputError, SmoothRTError, reason
 
 __all__ = ["CLIP", "Fid", "MissingError", "clip_model", "clip_score", "inception", "lpips_network"]
@@ -133,11 +134,13 @@ def clip_model(name: str) -> tuple[nn.Module, Any]:
     """
     import transformers
 
+    folder = expanded(name)
+    source = str(folder) if folder.is_dir() else name
     try:
-        model = transformers.CLIPModel.from_pretrained(name, local_files_only=True).eval()
-        processor = transformers.CLIPProcessor.from_pretrained(name, local_files_only=True)
+        model = transformers.CLIPModel.from_pretrained(source, local_files_only=True).eval()
+        processor = transformers.CLIPProcessor.from_pretrained(source, local_files_only=True)
     except Exception as error:  # of many kinds: of the hub, of JSON, of shapes
-        if Path(name).is_dir():
+        if folder.is_dir():
             raise MissingError(f"CLIP score: {name} is not a CLIP model ({reason(error)})") from error
         raise MissingError(f"CLIP score: {name} is not at hand; hf download {name}") from error
     return _Features(model), processor

@@ -16,6 +16,7 @@ from engines.machine import available_memory
 from engines.staging import said_size
 from smooth_rt.errors import InputError
 from smooth_rt.ranges import check_dense, check_side, check_text, shown
+from smooth_rt.text_files import without_marks
 
 if TYPE_CHECKING:
     from smooth_rt.pipeline import SmoothPipeline
@@ -35,7 +36,7 @@ __all__ = [
 
 
 def as_prompts(prompts: str | Sequence[str], name: str = "prompt") -> list[str]:
-    """One prompt or many as a list that is not empty."""
+    """One prompt or many as a list that is not empty; without byte order marks, which come from text files."""
     found = [prompts] if isinstance(prompts, str) else list(prompts) if isinstance(prompts, Sequence) else None
     if found is None or not all(isinstance(prompt, str) for prompt in found):
         raise InputError(f"{name}: give a str or a list of str")
@@ -43,7 +44,7 @@ def as_prompts(prompts: str | Sequence[str], name: str = "prompt") -> list[str]:
         raise InputError(f"{name}: the list is empty; give at least one prompt (the empty string is one)")
     for prompt in found:
         check_text(name, prompt)
-    return found
+    return [without_marks(prompt) for prompt in found]
 
 
 def one_each(prompts: str | Sequence[str] | None, count: int, name: str, of: str) -> list[str]:

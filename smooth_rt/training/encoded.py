@@ -22,6 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from engines.bundle import digest_json
+from engines.paths import absolute
 from smooth_rt.digests import digest_tensors
 from smooth_rt.errors import InputError, SmoothRTError, reason
 from smooth_rt.model import Model
@@ -115,7 +116,7 @@ class _Shards:
     """The files of a cache: `latents-{number}.safetensors`, SHARD pictures each, and `cache.json`: of what."""
 
     def __init__(self, folder: Path, listed: Listed, networks: dict[str, str]) -> None:
-        self.folder, self.listed = folder, listed
+        self.folder, self.listed = absolute(folder), listed
         self.made_of = {"pictures": listed.identity, **networks}
         self.key = digest_json(self.made_of)
         self._where: dict[int, tuple[Path, str, str]] = {}

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from engines.paths import absolute
 from smooth_rt.errors import InputError, ModelError, SmoothRTError, reason
 from smooth_rt.training.checkpoints import Checkpoints, NotFiniteError, StateError
 from smooth_rt.training.progress import run_progress
@@ -80,6 +81,7 @@ class Run:
         check_steps("steps", self.steps)
         check_rate("lr", self.lr)
         check_count("keep", self.keep)
+        self.folder = absolute(self.folder)
         # As a checkpoint holds them: a tuple comes back from JSON as a list, and must not look like another setting.
         self.settings = json.loads(json.dumps(self.settings))
         self.state = State(self.modules, self.lr, self.weight_decay, self.ema_decay, self.extra, self.world.scaler)

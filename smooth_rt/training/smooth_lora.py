@@ -10,6 +10,7 @@ from pathlib import Path
 
 import torch
 
+from engines.paths import absolute
 from engines.torch_modes import default_modes
 from smooth_rt.errors import InputError
 from smooth_rt.lora import LoraFormat, write_lora
@@ -53,6 +54,7 @@ def train_smooth_lora(
 
     Args:
         every: periods in steps and calls, made with the averaged weights in the UNet, by the main process.
+        output: a folder; relative paths stand for what they name now, whatever the current folder is later.
         cache: a folder that keeps latents and text embeddings (see `encoded.cached`).
         world: the processes that share the work; this one alone unless given.
 
@@ -61,6 +63,7 @@ def train_smooth_lora(
         SmoothRTError, KeyboardInterrupt: the run ended early; see `Run.fit`.
     """
     config, world = config or SmoothLoraConfig(), world or World()
+    output, cache = absolute(output), None if cache is None else absolute(cache)
     check_steps("steps", steps)
     if (config.batch_size // config.accumulate) % world.size:
         raise InputError(

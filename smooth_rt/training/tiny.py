@@ -33,6 +33,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import CLIPTokenizer
 
+from engines.paths import absolute
 from engines.torch_modes import default_modes
 from smooth_rt.errors import InputError, SmoothRTError, reason
 from smooth_rt.training.assets import need, write_assets
@@ -91,6 +92,7 @@ def train_tiny(
     check_steps("attribute_steps", attribute_steps)
     config = config or TinyConfig()
     place = training_device(device)
+    output, data = absolute(output), absolute(data)
     try:
         _train(output, data, stages, (vae_steps, unet_steps, attribute_steps), resume, config, place)
     except (OSError, SafetensorError) as error:

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from engines.paths import absolute
 from smooth_rt.evaluation import Smoothness, measure_istd
 from smooth_rt.model import Model
 from smooth_rt.pipeline import SmoothPipeline
@@ -36,6 +37,9 @@ class Watch:
     frames: int = 11
     num_inference_steps: int = 25
     guidance_scale: float = 7.5
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "folder", absolute(self.folder))
 
     def __call__(self, step: int) -> Smoothness:
         """Measure, and write what was found.

@@ -154,12 +154,89 @@ def test_a_shard_that_is_not_whole_is_named(tmp_path: Path) -> None:
         open_pictures(tmp_path / "b.tar", Reading(16))
 
 
+def test_captions_from_other_systems_read_the_same(folder: Path) -> None:
+    captions = [text for _, text in FolderSource(folder).items]
+    for index in range(6):
+        (folder / f"{index}.txt").write_bytes(f"\ufeffpicture {index}\r\n".encode())
+    assert [text for _, text in FolderSource(folder).items] == captions
+    for index in range(6):
+        (folder / f"{index}.txt").rename(folder / f"{index}.TXT")
+    assert [text for _, text in FolderSource(folder).items] == captions
+    lines = [json.dumps({"file_name": f"{index}.png", "text": f"\ufeffpicture {index}"}) for index in range(6)]
+    (folder / "metadata.jsonl").write_bytes(("\ufeff" + "\r\n".join(lines)).encode())
+    assert [text for _, text in FolderSource(folder).items] == captions
+
+
+def test_hidden_files_are_not_trained_on(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    expected = FolderSource(folder)
+    for hidden in (".ipynb_checkpoints/0-checkpoint", "__MACOSX/0", "._0"):
+        (folder / hidden).parent.mkdir(exist_ok=True)
+        (folder / f"{hidden}.png").write_bytes(b"\0\5\x16\7")
+        (folder / f"{hidden}.txt").write_bytes(b"\0\5\x16\7\xb0")
+    found = FolderSource(folder)
+    assert (found.items, found.identity, caplog.messages) == (expected.items, expected.identity, [])
+
+
+def test_hidden_members_and_shards_are_passed_over(tmp_path: Path) -> None:
+    path = shard(tmp_path / "a.tar", {"./0": (encoded(0), "\ufeffpicture 0\r\n"), "x/1": (encoded(1), "picture 1")})
+    expected = open_pictures(tmp_path, Reading(16))
+    with tarfile.open(path, "a") as tar:
+        for name in ("._0.png", "._0.txt", "x/.ipynb_checkpoints/1-checkpoint.png", "__MACOSX/x/2.png"):
+            for suffix, content in ((".png", encoded(2)), (".txt", b"hidden")):
+                info = tarfile.TarInfo(str(Path(name).with_suffix(suffix)))
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    (tmp_path / "._a.tar").write_bytes(b"\0\5\x16\7")
+    found = open_pictures(tmp_path, Reading(16))
+    assert isinstance(found, Listed)
+    assert [found.source.caption(item) for item in range(len(found.source))] == ["picture 0", "picture 1"]
+    assert found.identity == expected.identity
+
+
+def test_a_caption_in_a_shard_in_another_encoding_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as tar:
+        for name, content in (("0.png", encoded(0)), ("0.txt", "dog".encode("utf-16"))):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(InputError, match=rf"^{path}:0\.txt: is UTF-16, not UTF-8; save it as UTF-8$"):
+        open_pictures(path, Reading(16))
+
+
+@pytest.mark.parametrize("kind", ["folder", "shards", "saved", "rows.parquet"])
+def test_relative_data_is_read_from_any_folder(
+    tmp_path: Path, folder: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shard(tmp_path / "a-0.tar", {str(k): (encoded(k), f"{k}") for k in range(3)})
+    if kind == "saved":
+        rows().save_to_disk(str(tmp_path / "saved"))
+    elif kind == "rows.parquet":
+        rows().to_parquet(str(tmp_path / "rows.parquet"))
+    data = {"folder": "pictures", "shards": "a-{0..0}.tar"}.get(kind, kind)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    named = open_pictures(data, Reading(16))
+    monkeypatch.chdir("/")
+    drawn = named.draw("train", 0)
+    for other in (str(tmp_path / data), f"~/{data}"):
+        same = open_pictures(other, Reading(16))
+        assert (same.identity, same.draw("train", 0).caption) == (named.identity, drawn.caption)
+
+
 def rows(text: str = "text", **more: Any) -> Any:
     import datasets
 
     held = {"image": [{"bytes": encoded(k), "path": None} for k in range(4)], text: [f"row {k}" for k in range(4)]}
     features = datasets.Features({"image": datasets.Image(), text: datasets.Value("string")})
     return datasets.Dataset.from_dict({**held, **more}, features=features if not more else None)
+
+
+def test_dataset_captions_have_no_marks(tmp_path: Path) -> None:
+    rows().to_parquet(str(tmp_path / "plain.parquet"))
+    rows().map(lambda row: {"text": f"\ufeff{row['text']}"}).to_parquet(str(tmp_path / "marked.parquet"))
+    marked, plain = (open_pictures(tmp_path / f"{name}.parquet", Reading(16)) for name in ("marked", "plain"))
+    assert marked.draw("a", 0).caption == plain.draw("a", 0).caption
 
 
 def test_saved_datasets_are_read(tmp_path: Path) -> None:

@@ -11,11 +11,12 @@ from pathlib import Path
 from PIL import Image
 
 from engines.bundle import digest_json
+from engines.paths import absolute
 from smooth_rt.errors import InputError, reason
+from smooth_rt.image_folders import IMAGE_SUFFIXES, files_of
+from smooth_rt.text_files import read_lines, read_text, without_marks
 
 __all__ = ["FolderSource", "captions_of"]
-
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp"}
 
 log = logging.getLogger("smooth_rt")
 
@@ -32,6 +33,7 @@ class FolderSource:
 
     def __init__(self, folder: Path) -> None:
         self.where = str(folder)
+        folder = absolute(folder)
         self.items = captions_of(folder)
         # ascii: a name that is not UTF-8 has no JSON.
         listed = [[ascii(os.path.relpath(path, folder)), _bytes(path), text] for path, text in self.items]
@@ -53,6 +55,8 @@ class FolderSource:
 def captions_of(folder: Path) -> list[tuple[Path, str]]:
     """Path and caption of each image; those without a caption are counted in a warning.
 
+    Hidden files are left out, as `smooth_rt.image_folders` finds them, unless metadata.jsonl names them.
+
     Raises:
         InputError: no image with a caption is there, or a caption cannot be read.
     """
@@ -67,20 +71,22 @@ def captions_of(folder: Path) -> list[tuple[Path, str]]:
 
 def _captions(folder: Path) -> Iterator[tuple[Path, str]]:
     metadata = folder / "metadata.jsonl"
-    images = sorted(p for p in folder.rglob("*") if p.suffix.lower() in SUFFIXES)
+    files = files_of(folder)
+    images = [path for path in files if path.suffix.lower() in IMAGE_SUFFIXES]
     named: set[Path] = set()
     if metadata.exists():
-        for number, line in enumerate(_text(metadata).split("\n"), 1):
-            if line.strip():
+        for number, line in enumerate(read_lines(metadata), 1):
+            if line:
                 name, text, mask = _record(line, f"{metadata}:{number}")
                 named |= {folder / name, folder / mask}
                 yield folder / name, text
     else:
+        texts = {path.with_suffix(""): path for path in files if path.suffix.lower() == ".txt"}
         for path in images:
-            beside = path.with_suffix(".txt")
-            if beside.exists():
+            beside = texts.get(path.with_suffix(""))
+            if beside is not None:
                 named.add(path)
-                yield path, _text(beside).strip()
+                yield path, read_text(beside).strip()
     if named and (bare := [path for path in images if path not in named]):
         log.warning("%s: no caption for %d of %d images, as %s", folder, len(bare), len(images), bare[0].name)
 
@@ -96,14 +102,7 @@ def _record(line: str, where: str) -> tuple[str, str, str]:
         raise InputError(f"{where}: needs file_name and text ({reason(error)})") from error
     if "\0" in name:
         raise InputError(f"{where}: file_name holds a NUL character; mend it")
-    return name, text, mask
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: byte {error.start + 1} is not UTF-8; save it as UTF-8") from error
+    return name, without_marks(text), mask
 
 
 def _bytes(path: Path) -> int:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import io
-from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from engines.bundle import digest_json
+from engines.paths import expanded
 from smooth_rt.errors import InputError, reason
+from smooth_rt.text_files import without_marks
 
 __all__ = ["HubSource"]
 
@@ -40,11 +41,13 @@ class HubSource:
         texts = [column for column in CAPTIONS if column in features]
         self.text = _column(name, "caption", caption_column, texts[:1], list(features))
         self._rows = self._rows.cast_column(self.image, _encoded())
-        self.identity = digest_json([name, split, self._rows.num_rows, self._fingerprint(), self.image, self.text])
+        place = expanded(name)
+        named = place.name if place.exists() else name  # the same from any folder
+        self.identity = digest_json([named, split, self._rows.num_rows, self._fingerprint(), self.image, self.text])
 
     def _fingerprint(self) -> str:
         """Of the captions: the library's own fingerprint differs from one download to another."""
-        return digest_json([str(text) for text in self._rows[self.text]])
+        return digest_json([without_marks(str(text)) for text in self._rows[self.text]])
 
     def __len__(self) -> int:
         return int(self._rows.num_rows)
@@ -53,7 +56,7 @@ class HubSource:
         return f"{self.where} row {item}"
 
     def caption(self, item: int) -> str:
-        return str(self._rows[item][self.text])
+        return without_marks(str(self._rows[item][self.text]))
 
     def open(self, item: int) -> Image.Image:
         held = self._rows[item][self.image]
@@ -65,13 +68,13 @@ def _load(name: str, split: str) -> Any:
         import datasets
     except ImportError as error:
         raise InputError(f"{name}: Hugging Face datasets need a package; pip install 'smooth-rt[train]'") from error
-    path = Path(name)
+    path = expanded(name)
     try:
         if (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
-            found = datasets.load_from_disk(name)
+            found = datasets.load_from_disk(str(path))
             return found[split] if isinstance(found, datasets.DatasetDict) else found
         if path.suffix == ".parquet" and path.is_file():
-            return datasets.load_dataset("parquet", data_files=name, split="train")
+            return datasets.load_dataset("parquet", data_files=str(path), split="train")
         return datasets.load_dataset(name, split=split)
     except Exception as error:  # its loaders and the hub's client raise many kinds
         raise InputError(

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 
+from engines.paths import absolute
 from smooth_rt.errors import InputError
+from smooth_rt.image_folders import is_hidden
 from smooth_rt.training.data import EmojiScenes
 from smooth_rt.training.pictures.base import Pictures
 from smooth_rt.training.pictures.folder import FolderSource
@@ -54,7 +56,7 @@ def open_pictures(data: str | Path, reading: Reading) -> Pictures:
     Raises:
         InputError: there is nothing of that name, or nothing in it to train on.
     """
-    path = Path(data)
+    path = absolute(data)
     if (path / "fluent" / "package").is_dir():
         return EmojiScenes(path, reading.size, reading.seed)
     return Listed(
@@ -68,8 +70,8 @@ def _source(data: str, path: Path, reading: Reading) -> Source:
         return ShardSource(expanded(data), data)
     saved = (path / "state.json").is_file() or (path / "dataset_dict.json").is_file()
     if path.is_dir() and not saved:
-        shards = sorted(path.glob("*.tar"))
-        return ShardSource(shards, data) if shards else FolderSource(path)
+        shards = sorted(shard for shard in path.glob("*.tar") if not is_hidden(PurePath(shard.name)))
+        return ShardSource(shards, data) if shards else FolderSource(Path(data))
     if not path.exists() and (data.count("/") != 1 or data.startswith((".", "/", "~"))):
         raise InputError(f"{data}: no such folder; give a folder of captioned images, tar shards or owner/name")
     if path.is_file() and path.suffix != ".parquet":

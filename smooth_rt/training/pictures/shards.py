@@ -13,13 +13,15 @@ import re
 import tarfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from PIL import Image
 
 from engines.bundle import digest_json
+from engines.paths import absolute
 from smooth_rt.errors import InputError, reason
-from smooth_rt.training.pictures.folder import SUFFIXES
+from smooth_rt.image_folders import IMAGE_SUFFIXES, is_hidden
+from smooth_rt.text_files import decode, without_marks
 
 __all__ = ["ShardSource", "expanded"]
 
@@ -51,7 +53,7 @@ class ShardSource:
 
     def __init__(self, shards: list[Path], where: str) -> None:
         self.where = where
-        self.samples = [sample for shard in shards for sample in _samples(shard)]
+        self.samples = [sample for shard in shards for sample in _samples(absolute(shard))]
         if not self.samples:
             raise InputError(f"{where}: no sample with an image and a .txt or .json caption")
         listed = [[image.shard.name, image.name, image.size, text] for image, text in self.samples]
@@ -88,7 +90,7 @@ def _samples(shard: Path) -> Iterator[tuple[Member, str]]:
     try:
         with tarfile.open(shard, "r:") as tar:
             for info in tar:
-                if info.isfile():
+                if info.isfile() and not is_hidden(PurePosixPath(info.name)):
                     folder, _, name = info.name.rpartition("/")
                     stem, _, suffix = name.partition(".")
                     member = Member(shard, info.name, info.offset_data, info.size)
@@ -102,18 +104,15 @@ def _samples(shard: Path) -> Iterator[tuple[Member, str]]:
     except (OSError, tarfile.TarError, EOFError) as error:
         raise InputError(f"{shard}: not a whole tar file ({reason(error)}); fetch it again") from error
     for sample in members.values():
-        image = next((sample[suffix] for suffix in sample if suffix in SUFFIXES), None)
+        image = next((sample[suffix] for suffix in sample if suffix in IMAGE_SUFFIXES), None)
         if image is not None and (text := _caption(sample)) is not None:
             yield image, text
 
 
 def _caption(sample: dict[str, Member]) -> str | None:
     if ".txt" in sample:
-        try:
-            return sample[".txt"].read().decode("utf-8").strip()
-        except UnicodeDecodeError as error:
-            member = sample[".txt"]
-            raise InputError(f"{member.shard}:{member.name}: not UTF-8; save it as UTF-8") from error
+        member = sample[".txt"]
+        return decode(member.read(), f"{member.shard}:{member.name}").strip()
     if ".json" in sample:
         member = sample[".json"]
         try:
@@ -121,5 +120,5 @@ def _caption(sample: dict[str, Member]) -> str | None:
             text = record.get("caption", record.get("text"))
         except (ValueError, AttributeError, RecursionError) as error:
             raise InputError(f"{member.shard}:{member.name}: not JSON ({reason(error)})") from error
-        return text if isinstance(text, str) else None
+        return without_marks(text) if isinstance(text, str) else None
     return None
