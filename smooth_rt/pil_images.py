@@ -85,7 +85,8 @@ def _sixteen_bit_colours(image: Image.Image) -> NDArray[np.float32]:
     with Image.open(io.BytesIO(content)) as checked:  # Pillow reports damage that FFmpeg passes over
         checked.load()
         turn = TURNS.get(checked.getexif().get(ORIENTATION, 1))
-    return np.divide(turn(pixels) if turn else pixels, SIXTEEN_BITS, dtype=np.float32)
+    scaled: NDArray[np.float32] = np.divide(turn(pixels) if turn else pixels, SIXTEEN_BITS, dtype=np.float32)
+    return scaled
 
 
 def _deep_grey(image: Image.Image, name: str, from_file: bool) -> NDArray[np.float32]:
