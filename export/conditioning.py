@@ -89,7 +89,7 @@ class Conditioning:
         def changed(value: Any) -> Any:
             if not isinstance(value, Tensor) or not value.is_floating_point():
                 return value
-            return value * (1 + unit * (2 * torch.rand(value.shape, generator=generator) - 1))
+            return value * (1 + unit * (2 * torch.rand(value.shape, generator=generator, dtype=torch.float32) - 1))
 
         layers = [one for one in self._module.modules() if next(one.children(), None) is None]
         hooks = [layer.register_forward_hook(lambda _, __, output: changed(output)) for layer in layers]

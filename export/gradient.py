@@ -78,7 +78,7 @@ def traced(module: UnetVjp, network: Network, dims: Dims) -> ExportedProgram:
     mode = values[named["sample"]].fake_mode
     with torch.no_grad(), mode, enable_python_dispatcher():
         (predicted,) = (node.meta["val"] for node in forward.graph.output_node().args[0])
-        cotangents = [torch.empty(predicted.shape), torch.empty(1)]
+        cotangents = [torch.empty(predicted.shape, dtype=torch.float32), torch.empty(1, dtype=torch.float32)]
         joint = torch.func.functionalize(_joint(forward, [named[name] for name in module.wrt], module.module))
         tables = {**core_aten_decompositions(), **RULES}
         graph_module = make_fx(joint, decomposition_table=tables)(*values, *cotangents)

@@ -156,7 +156,7 @@ def random_inputs(network: Network, dims: Dims, case: Case, generator: torch.Gen
         elif spec.name == "timestep":
             # One draw from each equal part of 0..999, the first case's alone being anywhere.
             part = TRAIN_TIMESTEPS / shape[0]
-            drawn = (torch.arange(shape[0]) + torch.rand(shape, generator=generator)) * part
+            drawn = (torch.arange(shape[0]) + torch.rand(shape, generator=generator, dtype=torch.float32)) * part
             timesteps = drawn.long().clamp(max=TRAIN_TIMESTEPS - 1)
             if network.name == "unet":
                 for row in range(shape[0]):
@@ -164,12 +164,12 @@ def random_inputs(network: Network, dims: Dims, case: Case, generator: torch.Gen
             inputs[spec.name] = timesteps
         elif spec.name == LORA_STRENGTH:
             turns = range(case.rows_before, case.rows_before + shape[0])
-            inputs[spec.name] = torch.tensor([STRENGTHS[turn % len(STRENGTHS)] for turn in turns])
+            inputs[spec.name] = torch.tensor([STRENGTHS[turn % len(STRENGTHS)] for turn in turns], dtype=torch.float32)
         elif network.name == "vae_encoder":
-            inputs[spec.name] = 2 * torch.rand(shape, generator=generator) - 1
+            inputs[spec.name] = 2 * torch.rand(shape, generator=generator, dtype=torch.float32) - 1
         else:
             scale = case.latent_scale if network.name == "vae_decoder" else 1.0
-            inputs[spec.name] = scale * torch.randn(shape, generator=generator)
+            inputs[spec.name] = scale * torch.randn(shape, generator=generator, dtype=torch.float32)
     if case.guided:
         half = case.sizes["batch"] // 2
         inputs = {name: x if name == TEXT else torch.cat([x[:half]] * 2) for name, x in inputs.items()}

@@ -64,7 +64,7 @@ class Trajectories:
         self.prompts = spread(prompts, model, images)
         self._steps = steps
         self._seen: dict[NetworkName, list[dict[str, Tensor]]] = {}
-        self._wanted = torch.empty(0)
+        self._wanted = torch.empty(0, dtype=torch.float32)
 
     def samples(self, network: NetworkName) -> list[dict[str, Tensor]]:
         """The inputs of `network`, one row each, in an order that mixes images and timesteps."""

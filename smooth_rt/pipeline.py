@@ -276,6 +276,7 @@ class SmoothPipeline(Networks):
             pipe.set_lora_strength(lora_strength)
         return pipe
 
+    @one_call
     def schedule(self, num_inference_steps: int) -> Schedule:
         """The model's DDIM schedule in so many steps."""
         return Schedule.from_config(self.scheduler_config, num_inference_steps)
@@ -340,7 +341,9 @@ class SmoothPipeline(Networks):
         """N(0, I) of `count` images [count, C, H/f, W/f], each drawn alone, on the CPU."""
         height, width = self.image_size(height, width)
         shape = (1, self.dims.latent_channels, height // self.dims.vae_factor, width // self.dims.vae_factor)
-        return torch.cat([torch.randn(shape, generator=g) for g in checks.per_image(generator, count)])
+        return torch.cat(
+            [torch.randn(shape, generator=g, dtype=torch.float32) for g in checks.per_image(generator, count)]
+        )
 
     def image_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width in pixels; None is the pipeline's own `size`.

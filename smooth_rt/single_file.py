@@ -91,7 +91,9 @@ def predicts_noise(pipe: Any) -> bool:
     ids = tokenizer("", padding="max_length", max_length=tokenizer.model_max_length, return_tensors="pt").input_ids
     text = pipe.text_encoder.float().eval()(ids)[0]
     side = 2 ** (len(unet.config.block_out_channels) + 1)  # small, and four pixels on the UNet's lowest level
-    noise = torch.randn(1, unet.config.in_channels, side, side, generator=torch.Generator().manual_seed(0))
+    noise = torch.randn(
+        (1, unet.config.in_channels, side, side), generator=torch.Generator().manual_seed(0), dtype=torch.float32
+    )
     made = unet(noise, pipe.scheduler.config.num_train_timesteps - 1, text).sample
     return float(torch.corrcoef(torch.stack([noise.flatten(), made.flatten()]))[0, 1]) > 0.5
 

@@ -126,7 +126,7 @@ def blended_back(
         EngineError: the engine does not expose its attention.
     """
     frames = len(places)
-    where = torch.tensor(places)
+    where = torch.tensor(places, dtype=torch.float32)
     rows = 1 if guidance_scale == 1 else 2
 
     with blending(pipe.attentions()) as blend:

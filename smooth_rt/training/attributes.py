@@ -97,12 +97,12 @@ def _worn(images: Tensor, generator: torch.Generator) -> Tensor:
     )  # fmt: skip
 
     def draw(*shape: int) -> Tensor:
-        return torch.rand(shape, generator=generator).to(images.device)
+        return torch.rand(shape, generator=generator, dtype=torch.float32).to(images.device)
 
     much = draw(count, 1, 1, 1).square()
     images = images + much * (blurred - images)
     contrast, shift = 0.8 + 0.5 * draw(count, 1, 1, 1), 0.12 * (draw(count, 3, 1, 1) - 0.5)
-    noise = torch.randn(images.shape, generator=generator).to(images.device)
+    noise = torch.randn(images.shape, generator=generator, dtype=torch.float32).to(images.device)
     return (images * contrast + shift + 0.15 * draw(count, 1, 1, 1) * noise).clamp(-1, 1)
 
 

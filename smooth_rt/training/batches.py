@@ -89,10 +89,12 @@ class Batches:
             picture = self.encode(stream, number)
             shape = picture.mean.shape
             generator = keyed_generator(config.seed, stream, number)
-            latents.append(picture.mean + picture.std * torch.randn(shape, generator=generator))
-            noises.append(torch.randn(shape, generator=generator))
-            directions.append(torch.randn(shape, generator=generator) / picture.mean.numel() ** 0.5)
-            dropped = torch.rand((), generator=generator).item() < config.drop_prompt
+            latents.append(picture.mean + picture.std * torch.randn(shape, generator=generator, dtype=torch.float32))
+            noises.append(torch.randn(shape, generator=generator, dtype=torch.float32))
+            directions.append(
+                torch.randn(shape, generator=generator, dtype=torch.float32) / picture.mean.numel() ** 0.5
+            )
+            dropped = torch.rand((), generator=generator, dtype=torch.float32).item() < config.drop_prompt
             contexts.append(self.empty if dropped else picture.context)
             timesteps.append(int(torch.randint(self.timesteps, (), generator=generator)))
             pictures.append(picture)

@@ -84,7 +84,7 @@ def draw_schedule(
     """So many steps from about pure noise, at timesteps that differ from draw to draw: a sampler of other timesteps
     sees little of what a LoRA has learned at a few."""
     last = len(alphas_cumprod) - 1
-    moved = torch.rand(steps, generator=generator)
+    moved = torch.rand(steps, generator=generator, dtype=torch.float32)
     place = (torch.arange(steps) + (moved - 0.5) / 2) / steps
     place[0] = 0
     start = last * (1 - (1 - FIRST) * moved[0])
@@ -97,7 +97,7 @@ def draw_schedule(
 def draw_path(points: int, shape: Sequence[int], generator: Generator) -> Tensor:
     """Noises [points, *shape]: a walk from one towards an independent one, APART a step, all the way where there are
     11 points."""
-    start, end = torch.randn((2, *shape), generator=generator)
+    start, end = torch.randn((2, *shape), generator=generator, dtype=torch.float32)
     return torch.stack([slerp(start, end, k * APART) for k in range(points)])
 
 

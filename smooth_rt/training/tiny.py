@@ -174,7 +174,9 @@ def _train_vae(
         images = images.to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype=torch.bfloat16):
             posterior = vae.encode(images).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=keyed_generator(config.seed, "vae-noise", step))
+            noise = torch.randn(
+                posterior.mean.shape, generator=keyed_generator(config.seed, "vae-noise", step), dtype=torch.float32
+            )
             decoded = vae.decode(posterior.mean + posterior.std * noise.to(device)).sample.float()
         kl = 0.5 * (posterior.mean.float().square() + posterior.var.float() - 1 - posterior.logvar.float()).mean()
         l1 = (decoded - images).abs().mean()
@@ -244,11 +246,13 @@ def _train_unet(
         batch = config.unet_batch
         picked = torch.randint(0, len(cache["caption"]), (batch,), generator=generator)
         mean, std = cache["mean"][picked].float(), cache["std"][picked].float()
-        latents = (mean + std * torch.randn(mean.shape, generator=generator)) * vae.config.scaling_factor
+        latents = (
+            mean + std * torch.randn(mean.shape, generator=generator, dtype=torch.float32)
+        ) * vae.config.scaling_factor
         caption = cache["caption"][picked]
-        caption = torch.where(torch.rand(batch, generator=generator) < 0.1, empty, caption)
+        caption = torch.where(torch.rand(batch, generator=generator, dtype=torch.float32) < 0.1, empty, caption)
         timesteps = torch.randint(0, 1000, (batch,), generator=generator)
-        noise = torch.randn(latents.shape, generator=generator)
+        noise = torch.randn(latents.shape, generator=generator, dtype=torch.float32)
         noisy = ddim.add_noise(latents, noise, timesteps).to(device, memory_format=torch.channels_last)
         with torch.autocast(device.type, dtype=torch.bfloat16), _attention(device):
             context = text_encoder(tokens.input_ids[caption].to(device)).last_hidden_state

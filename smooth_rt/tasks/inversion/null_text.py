@@ -120,7 +120,7 @@ def _rounds(
             adam.values.index_select(0, owners),
             TEXT,
             2 * slope / size * rests,
-            torch.full((len(rows),), 2 * slope**2 / size),
+            torch.full((len(rows),), 2 * slope**2 / size, dtype=torch.float32),
         )
         each = (slope * uncond + rests).square().flatten(1).mean(1)
         grad = grads["encoder_hidden_states"]
@@ -138,7 +138,7 @@ def _rounds(
 
 def _summed(rows: Tensor, owners: Tensor, count: int) -> Tensor:
     """The sum of each owner's rows [R, ...], [count, ...]; by hand for the reason that `_rounds` gives."""
-    sums = list(torch.zeros(count, *rows.shape[1:]))
+    sums = list(torch.zeros(count, *rows.shape[1:], dtype=rows.dtype))
     for row, owner in zip(rows, owners.tolist(), strict=True):
         sums[owner] = sums[owner] + row
     return torch.stack(sums)

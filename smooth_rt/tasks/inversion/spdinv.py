@@ -95,7 +95,7 @@ def _rounds(
             text.index_select(0, rows),
             ("sample",),
             2 * slope / size * rest,
-            torch.full((len(rows),), 2 * slope**2 / size),
+            torch.full((len(rows),), 2 * slope**2 / size, dtype=torch.float32),
         )
         residual = slope * output + rest
         loss = residual.square().flatten(1).mean(1)
