@@ -93,6 +93,19 @@ def small_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> P
 
 
 @pytest.fixture(scope="session")
+def attentive_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with another VAE, which attends in its middle as the published ones do."""
+    import torch
+    from diffusers import AutoencoderKL
+
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("attentive") / "model")
+    config = {**AutoencoderKL.load_config(folder / "vae"), "mid_block_add_attention": True}
+    torch.manual_seed(1)
+    AutoencoderKL.from_config(config).save_pretrained(folder / "vae")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def lora(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A LoRA for the tiny model: of one layer, with random numbers."""
     import torch

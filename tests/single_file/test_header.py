@@ -15,8 +15,11 @@ from torch import Tensor
 
 from smooth_rt import architecture
 from smooth_rt.architecture import recognise, shipped_tokenizer
+from smooth_rt.checkpoint import empty_network
 from smooth_rt.errors import ModelError
 from smooth_rt.model import load_model
+from smooth_rt.original_layout import destinations, part_of
+from smooth_rt.weight_keys import is_ignored
 
 CONFIGS = architecture.CONFIGS
 UNET = "model.diffusion_model."
@@ -61,6 +64,20 @@ def test_the_full_sizes(
     found = recognise(sparse(tmp_path / "model.safetensors", shapes))
     assert {prediction: folder.name for prediction, folder in found.folders.items()} == fits
     assert found.said is None
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd21"])
+def test_every_weight_of_the_full_sizes_has_a_tensor(
+    renamed: Callable[..., dict[str, Tensor]], without_weights: Callable[[str], Any], name: str
+) -> None:
+    configs, tensors = without_weights(name)
+    shapes = {key: tuple(value.shape) for key, value in renamed(configs, tensors, name != "sd15").items()}
+    read = set()
+    for part, own in tensors.items():
+        found = destinations(part, empty_network(part, CONFIGS / name / part), shapes)
+        assert found.keys() == own.keys()
+        read |= set(found.values())
+    assert [key for key in shapes if key not in read and not is_ignored(*part_of(key))] == []
 
 
 @pytest.mark.parametrize(("name", "pad"), [("sd15", 49407), ("sd21", 0), ("sd21-base", 0)])
