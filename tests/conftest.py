@@ -10,6 +10,8 @@ import json
 import os
 import pickle
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from importlib import resources
@@ -151,6 +153,32 @@ def emoji(tmp_path_factory: pytest.TempPathFactory) -> Path:
         records.append({"short_name": short_name, "unified": code.upper(), "non_qualified": None})
     (names / "emoji.json").write_text(json.dumps(records), encoding="utf-8")
     return folder
+
+
+@pytest.fixture
+def as_stranger() -> Iterator[tuple[Path, int, Callable[..., subprocess.CompletedProcess[str]]]]:
+    """A folder that every user may write to, an unknown user id, and what runs `smooth-rt` under it in that folder, in
+    the place of the temporary one and without HOME; left out where the tests may not change the user."""
+    uid = 12345
+    if sys.platform != "linux" or os.geteuid() != 0 or shutil.which("setpriv") is None:
+        pytest.skip("takes root and setpriv")
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SMOOTH_RT_", "HOME", "XDG_"))}
+    with tempfile.TemporaryDirectory() as name:  # those of pytest are closed to others
+        folder = Path(name)
+        folder.chmod(0o777)
+        paths = os.pathsep.join(os.path.abspath(path) for path in sys.path)
+        environment = {**kept, "TMPDIR": name, "PYTHONPATH": paths}
+
+        def run(*arguments: str) -> subprocess.CompletedProcess[str]:
+            user = ["setpriv", f"--reuid={uid}", f"--regid={uid}", "--clear-groups"]
+            return subprocess.run(
+                [*user, sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True,
+                timeout=300, check=False,
+            )  # fmt: skip
+
+        if run("-c", "import typer").returncode != 0:
+            pytest.skip("the interpreter is closed to other users")
+        yield folder, uid, lambda *arguments: run("-m", "smooth_rt", *arguments)
 
 
 @pytest.fixture(scope="session", autouse=True)
