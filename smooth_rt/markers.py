@@ -42,7 +42,7 @@ ZERO_ALPHA = 1e-6
 
 @dataclass(frozen=True)
 class Markers:
-    """What a checkpoint says of itself.
+    """The statements of a checkpoint on its prediction and its schedule.
 
     Args:
         prediction: "epsilon" or "v_prediction"; None where the file does not say.
@@ -83,7 +83,7 @@ def read_markers(path: Path, header: Header) -> Markers:
 
 
 def _predictions(path: Path, header: Header) -> Iterator[tuple[str, str]]:
-    """Where the file says what it predicts, and what; the decisive one first."""
+    """Yield each place where the file states its prediction, with the prediction; the decisive one first."""
     if "v_pred" in header.shapes:
         yield "tensor v_pred", "v_prediction"
     said = _original_config(path)

@@ -89,7 +89,7 @@ class Networks:
 
     @property
     def digests(self) -> Mapping[str, str]:
-        """What distinguishes the weights that run from others, the LoRA and its strength included."""
+        """Digests by component of the weights that run, the LoRA and its strength included."""
         return self._calls.weights.digests
 
     @digests.setter

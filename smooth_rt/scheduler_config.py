@@ -91,7 +91,7 @@ def _check_process(config: Mapping[str, Any]) -> None:
     known = getattr(schedulers, name, None) if isinstance(name, str) else None
     # A class whose dependencies are not installed is a dummy without a signature.
     readable = isinstance(known, type) and issubclass(known, SchedulerMixin) and not isinstance(known, DummyObject)
-    if readable and "beta_schedule" not in inspect.signature(known).parameters:
+    if readable and known is not None and "beta_schedule" not in inspect.signature(known).parameters:
         raise ModelError(f"scheduler_config: _class_name is {name}, which is not of discrete diffusion; {ADVICE}")
     for key, values in SAME_PROCESS.items():
         if config.get(key) not in values:

@@ -1,4 +1,4 @@
-"""What was named by a relative path is found again after the current folder has changed."""
+"""Relative paths stay valid after the current folder has changed."""
 
 from __future__ import annotations
 

@@ -69,7 +69,7 @@ def opened(kind: str, bundle: Bundle, model: Path, lora: Path) -> SmoothPipeline
 
 
 def results(pipe: SmoothPipeline) -> list[torch.Tensor]:
-    """Of each task, and of gradients."""
+    """Return the results of each task, and of gradients."""
     image = np.full((16, 16, 3), 128, np.uint8)
     image[4:12, 4:12] = (220, 60, 40)
     steps: dict[str, Any] = {"num_inference_steps": 2, "output_type": "latent"}
