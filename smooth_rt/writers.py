@@ -22,6 +22,7 @@ import numpy as np
 from av.video.reformatter import ColorPrimaries, ColorRange, Colorspace, ColorTrc, Interpolation, VideoReformatter
 from PIL import Image
 
+from engines.locks import ReadWriteLock
 from engines.paths import expanded
 from engines.staging import foreign
 from smooth_rt.errors import InputError, SmoothRTError, reason
@@ -46,6 +47,9 @@ QUALITY = 10
 BT709 = 1  # AVCOL_SPC_BT709 of FFmpeg, for which PyAV has no name
 # The default rounds colours by up to 1.9 levels, and this by up to 1.6, near the least that 8 bits allow.
 SCALING = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INP
+
+
+_WRITING = ReadWriteLock()  # threads that write the same file take turns
 
 
 def check_output(folder: str | Path, names: Iterable[str] = (), inputs: Iterable[str | os.PathLike[str]] = ()) -> Path:
@@ -135,6 +139,11 @@ def write_files(folder: str | Path, files: Mapping[str, bytes]) -> list[Path]:
         InputError: the folder cannot be one (see `check_output`).
         SmoothRTError: the disk is full, read-only or refuses.
     """
+    with _WRITING.write():
+        return _write_files(folder, files)
+
+
+def _write_files(folder: str | Path, files: Mapping[str, bytes]) -> list[Path]:
     folder = check_output(folder, files)
     made = [part for part in (folder, *folder.parents) if not part.exists()]
     partials: dict[Path, Path] = {}

@@ -6,6 +6,7 @@ import errno
 import io
 import json
 import os
+import threading
 from pathlib import Path
 
 import av
@@ -305,3 +306,24 @@ def test_json_ends_with_a_newline() -> None:
 
 def test_json_holds_a_path_that_is_not_utf8() -> None:
     assert json.loads(writers.encode_json({"path": "a\udcff"})) == {"path": "a\udcff"}
+
+
+def test_threads_that_write_the_same_file_take_turns(tmp_path: Path) -> None:
+    contents = [bytes([number]) * 1000 for number in range(4)]
+    faults: list[BaseException] = []
+
+    def write(content: bytes) -> None:
+        try:
+            for _ in range(20):
+                write_files(tmp_path, {"one.bin": content})
+        except BaseException as error:
+            faults.append(error)
+
+    threads = [threading.Thread(target=write, args=(content,)) for content in contents]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not faults
+    assert (tmp_path / "one.bin").read_bytes() in contents
+    assert [path.name for path in tmp_path.iterdir()] == ["one.bin"]
