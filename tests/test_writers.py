@@ -315,7 +315,7 @@ def test_threads_that_write_the_same_file_take_turns(tmp_path: Path) -> None:
     def write(content: bytes) -> None:
         try:
             for _ in range(20):
-                write_files(tmp_path, {"one.bin": content})
+                writers.write_files(tmp_path, {"one.bin": content})
         except BaseException as error:
             faults.append(error)
 
