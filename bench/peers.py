@@ -77,7 +77,11 @@ def genai_pipeline(folder: Path) -> Any | None:
     import openvino_genai
 
     try:
-        return openvino_genai.Text2ImagePipeline(folder, "CPU", INFERENCE_PRECISION_HINT="f32")
+        pipe = openvino_genai.Text2ImagePipeline(folder, "CPU", INFERENCE_PRECISION_HINT="f32")
+        # The folder names the model's own scheduler, and the other engines sample with DDIM.
+        config, ddim = folder / "scheduler" / "scheduler_config.json", openvino_genai.Scheduler.Type.DDIM
+        pipe.set_scheduler(openvino_genai.Scheduler.from_config(config, ddim))
+        return pipe
     except RuntimeError as error:
         raise EngineError(f"openvino-genai: {folder}: cannot open it ({reason(error, -1)}); rebuild") from error
 

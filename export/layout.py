@@ -29,6 +29,10 @@ __all__ = ["KINDS", "Kind", "graph_path", "write_layout"]
 LOG = logging.getLogger("smooth_rt")
 Kind = Literal["onnx", "openvino"]
 KINDS: dict[str, Kind] = {**dict.fromkeys(ONNX, "onnx"), "openvino": "openvino"}  # by backend
+GENAI_SCHEDULERS = (
+    "DDIMScheduler", "EulerAncestralDiscreteScheduler", "EulerDiscreteScheduler", "LCMScheduler",
+    "LMSDiscreteScheduler", "PNDMScheduler",
+)  # fmt: skip
 _GRAPHS: dict[Kind, str] = {"onnx": "model.onnx", "openvino": "openvino_model.xml"}
 
 
@@ -55,7 +59,8 @@ def write_layout(
         kind: what the graphs are.
         configs: each network's, as diffusers and transformers save it; the VAE's for both its networks.
         tokenizer_folder: a CLIPTokenizer as transformers saves it, vocab.json and merges.txt included.
-        scheduler_config: of any diffusers scheduler, with `clip_sample` off: GenAI refuses it.
+        scheduler_config: of any diffusers scheduler, with `clip_sample` off: GenAI refuses it. Where the reader does
+            not have its class, DDIMScheduler is written, which is what the pipeline samples with.
 
     Raises:
         InputError: a network has no config, or `tokenizer_folder` is missing.
@@ -67,7 +72,8 @@ def write_layout(
         raise InputError(f"{folder}: no config of {', '.join(missing)}; give one for each of {', '.join(NETWORKS)}")
     if not tokenizer_folder.is_dir():
         raise InputError(f"{tokenizer_folder}: no such folder; save the tokenizer there first")
-    scheduler = {"_class_name": "DDIMScheduler", **scheduler_config}
+    name = scheduler_config.get("_class_name")
+    scheduler = {**scheduler_config, "_class_name": name if _has_scheduler(kind, name) else "DDIMScheduler"}
     _write_json(folder / "model_index.json", _index(kind, str(scheduler["_class_name"])))
     _write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     for name in NETWORKS:
@@ -77,6 +83,17 @@ def write_layout(
         shutil.copytree(tokenizer_folder, target, dirs_exist_ok=True)
     if kind == "openvino":
         _convert_tokenizer(target)
+
+
+def _has_scheduler(kind: Kind, name: Any) -> bool:
+    """Check that the reader of a layout has a scheduler class: GenAI has few, diffusers those of its version."""
+    if not isinstance(name, str):
+        return False
+    if kind == "openvino":
+        return name in GENAI_SCHEDULERS
+    import diffusers
+
+    return hasattr(diffusers.schedulers, name)
 
 
 def _index(kind: Kind, scheduler: str) -> dict[str, Any]:

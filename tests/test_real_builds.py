@@ -100,14 +100,15 @@ def test_engines_of_one_size(tiny_model: Path, tmp_path: Path, monkeypatch: pyte
             pipe("dog", height=16, width=16)
 
 
-@pytest.mark.parametrize("backend", ["onnxruntime", "openvino"])
 @pytest.mark.parametrize(
-    ("scheduler", "unet", "size"),
+    ("backend", "scheduler", "unet", "size"),
     [
-        ("PNDMScheduler", {"sample_size": [8, 16]}, (16, 32)),
-        ("DPMSolverMultistepScheduler", {"sample_size": 32, "_diffusers_version": "0.6.0"}, (128, 128)),
+        ("onnxruntime", "PNDMScheduler", {"sample_size": [8, 16]}, (16, 32)),
+        (
+            "openvino", "DPMSolverMultistepScheduler", {"sample_size": 32, "_diffusers_version": "0.6.0"}, (128, 128),
+        ),
     ],
-)
+)  # fmt: skip
 def test_bundle_keeps_schedule_and_size_of_its_model(
     tiny_model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, backend: str, scheduler: str,
     unet: dict[str, Any], size: tuple[int, int],

@@ -1,12 +1,16 @@
-"""PSNR against hand-computed values."""
+"""diffusers' pipeline as a peer, and PSNR against hand-computed values."""
 
 from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from bench.peers import worst_psnr
+from bench.peers import diffusers_pipeline, worst_psnr
 from smooth_rt.errors import EngineError
+from smooth_rt.model import load_model
 
 
 def test_psnr_of_an_even_difference() -> None:
@@ -32,3 +36,10 @@ def test_broken_images_do_not_pass_for_identical() -> None:
     images[0, 0, 0, 0] = np.nan
     with pytest.raises(EngineError, match="not finite"):
         worst_psnr(images, np.zeros((1, 4, 4, 3)))
+
+
+def test_diffusers_pipeline_has_nothing_left_to_correct(tiny_model: Path) -> None:
+    model = replace(load_model(tiny_model), scheduler_config={"_class_name": "PNDMScheduler", "beta_end": 0.012})
+    scheduler = diffusers_pipeline(model).scheduler  # which would warn of each correction
+    assert (scheduler.config["clip_sample"], scheduler.config["steps_offset"]) == (False, 1)
+    assert scheduler.config["beta_end"] == 0.012

@@ -174,6 +174,26 @@ def test_what_is_written(parts: dict[str, Any], kind: Kind) -> None:
     assert {"vocab.json", "merges.txt"} <= {path.name for path in (folder / "tokenizer").iterdir()}
 
 
+@pytest.mark.parametrize(
+    ("kind", "name", "expected"),
+    [
+        ("onnx", "UniPCMultistepScheduler", "UniPCMultistepScheduler"),
+        ("openvino", "UniPCMultistepScheduler", "DDIMScheduler"),
+        ("openvino", "EulerDiscreteScheduler", "EulerDiscreteScheduler"),
+        ("onnx", "BestScheduler", "DDIMScheduler"),
+        ("onnx", ["own_scheduler", "OwnScheduler"], "DDIMScheduler"),
+        ("openvino", None, "DDIMScheduler"),
+    ],
+)
+def test_write_layout_names_a_scheduler_that_its_reader_has(
+    parts: dict[str, Any], kind: Kind, name: Any, expected: str
+) -> None:
+    write_layout(**{**parts, "kind": kind, "scheduler_config": {"_class_name": name, "beta_start": 0.25}})
+    config = json.loads((parts["folder"] / "scheduler" / "scheduler_config.json").read_text())
+    assert config == {"_class_name": expected, "beta_start": 0.25}
+    assert json.loads((parts["folder"] / "model_index.json").read_text())["scheduler"] == ["diffusers", expected]
+
+
 def test_without_openvino_tokenizers(
     parts: dict[str, Any], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

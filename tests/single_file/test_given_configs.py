@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shlex
 import shutil
 from collections.abc import Callable
@@ -25,6 +26,7 @@ from smooth_rt.lora import Lora, LoraLayer, write_lora
 from smooth_rt.model import Model, load_model
 from smooth_rt.opening import reopen_model
 from smooth_rt.pipeline import SmoothPipeline
+from smooth_rt.schedule import Schedule
 
 Rename = Callable[[Path], dict[str, Tensor]]
 
@@ -40,6 +42,37 @@ def test_single_file_equals_the_folder(original_checkpoint: Rename, tiny_model: 
         assert expected.keys() == found.keys()
         assert all(torch.equal(found[key], value) for key, value in expected.items())
     assert single.digests == folder.digests
+
+
+@pytest.mark.parametrize("version", ["0.6.0", "0.42.1"])
+@pytest.mark.parametrize(
+    "scheduler",
+    [
+        {"_class_name": "PNDMScheduler", "beta_schedule": "scaled_linear", "skip_prk_steps": True},
+        {"_class_name": "DDIMScheduler", "beta_schedule": "scaled_linear"},
+        {"_class_name": "DPMSolverMultistepScheduler", "lambda_min_clipped": -math.inf, "prediction_type": "sample"},
+    ],
+)
+def test_single_file_with_old_configs_equals_the_folder(
+    original_checkpoint: Rename, tiny_model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], version: str,
+    scheduler: dict[str, Any],
+) -> None:  # fmt: skip
+    path, configs = tmp_path / "model.safetensors", shutil.copytree(tiny_model, tmp_path / "configs")
+    save_file(original_checkpoint(tiny_model), path)
+    (configs / "scheduler" / "scheduler_config.json").write_text(json.dumps(scheduler))
+    for name, change in (
+        ("unet/config.json", {"_diffusers_version": version}),
+        ("model_index.json", {"scheduler": ["diffusers", scheduler["_class_name"]]}),
+    ):
+        (configs / name).write_text(json.dumps({**json.loads((configs / name).read_text()), **change}))
+    folder, single = load_model(configs), load_model(path, config=configs)
+    assert capfd.readouterr() == ("", "")
+    assert single.dims == folder.dims
+    assert single.dims.sample_size == (64 if version == "0.6.0" else 8)
+    assert single.digests["unet"] == folder.digests["unet"]
+    schedules = [Schedule.from_config(model.scheduler_config, 10) for model in (folder, single)]
+    assert schedules[0] == schedules[1]
+    assert schedules[0].prediction_type == scheduler.get("prediction_type", "epsilon")
 
 
 @pytest.mark.parametrize(

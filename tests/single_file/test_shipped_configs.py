@@ -105,6 +105,10 @@ def test_a_file_that_says_what_it_predicts_is_not_asked(
     assert load_model(path).unet.config.sample_size == 16
     shutil.rmtree(configs / "b")  # a velocity model of an architecture that is known to predict the noise
     assert load_model(path).scheduler_config["prediction_type"] == "v_prediction"
+    config = configs / "a" / "scheduler" / "scheduler_config.json"
+    stated = {key: value for key, value in json.loads(config.read_text()).items() if key != "prediction_type"}
+    config.write_text(json.dumps(stated))  # it is then a default, which diffusers lists as such
+    assert load_model(path).config().scheduler().config["prediction_type"] == "v_prediction"
 
 
 def test_noise_and_velocity_are_told_apart() -> None:
