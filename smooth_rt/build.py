@@ -174,6 +174,9 @@ def ensure_engines(
     target = target or bundle_of(source)
     with _alone(target):
         there = _open(target)
+        if not isinstance(there, str) and there.dims.latent_size != loaded.dims.latent_size:
+            # Earlier versions read another size from the same configs, and took every size for a square.
+            there = f"{target}: its default size is not the model's"
         prompts = None
         if calibration_prompts:
             from smooth_rt.calibration import spread

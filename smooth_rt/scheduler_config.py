@@ -88,10 +88,10 @@ def _check_process(config: Mapping[str, Any]) -> None:
     from diffusers.utils import DummyObject
 
     name = config.get("_class_name")
-    known = getattr(schedulers, name, None) if isinstance(name, str) else None
+    known: Any = getattr(schedulers, name, None) if isinstance(name, str) else None
     # A class whose dependencies are not installed is a dummy without a signature.
     readable = isinstance(known, type) and issubclass(known, SchedulerMixin) and not isinstance(known, DummyObject)
-    if readable and known is not None and "beta_schedule" not in inspect.signature(known).parameters:
+    if readable and "beta_schedule" not in inspect.signature(known).parameters:
         raise ModelError(f"scheduler_config: _class_name is {name}, which is not of discrete diffusion; {ADVICE}")
     for key, values in SAME_PROCESS.items():
         if config.get(key) not in values:
@@ -122,7 +122,7 @@ def _check_values(config: Mapping[str, Any]) -> None:
 def _ddim(config: Mapping[str, Any]) -> DDIMScheduler:
     from diffusers import DDIMScheduler
 
-    taken = ("_class_name", *inspect.signature(DDIMScheduler.__init__).parameters)
+    taken = ("_class_name", *inspect.signature(DDIMScheduler).parameters)
     try:
         # diffusers logs a warning for keys that it does not know; they are left out here.
         scheduler: DDIMScheduler = DDIMScheduler.from_config({key: config[key] for key in taken if key in config})

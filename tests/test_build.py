@@ -7,6 +7,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -215,6 +216,16 @@ def test_a_scheduler_that_none_can_run_is_refused_before(
         with pytest.raises(ModelError, match=r"^scheduler_config: "):
             ensure_engines(folder, backends=BACKENDS)
     assert builds == []
+
+
+def test_bundle_of_another_default_size_is_replaced(builds: list[dict[str, Any]], tiny_model: Path, lora: Path) -> None:
+    model = load_model(tiny_model)
+    model.dims = replace(model.dims, sample_width=16)
+    built = ensure_engines(model, lora, 0.6, BACKENDS)
+    assert not built.reused
+    assert built.reason.endswith(": its default size is not the model's")
+    assert builds[0]["keep"] is None
+    assert [str(found) for found in builds[0]["orders"][0].profiles] == ["batch 1:1:*, height 8:16:*, width 8:32:*"]
 
 
 def test_profiles_come_together(builds: list[dict[str, Any]], tiny_model: Path, lora: Path) -> None:
