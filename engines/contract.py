@@ -158,6 +158,12 @@ class Dims:
         return height, width
 
     @property
+    def supported_image_size(self) -> tuple[int, int]:
+        """Height and width in pixels of `supported_latent_size`: what engines are built for and verified at."""
+        height, width = self.supported_latent_size
+        return height * self.vae_factor, width * self.vae_factor
+
+    @property
     def up_blocks(self) -> int:
         """How many up blocks the UNet has: each but the last doubles the sides."""
         return self.latent_multiple.bit_length()

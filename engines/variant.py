@@ -205,14 +205,13 @@ class Profile(Record):
 def every_size(dims: Dims) -> Profile:
     """Every request that the model takes; of no size in particular, one image of the size it was trained at."""
     unit = dims.image_multiple
-    height, width = (Span(min=unit, opt=side * dims.vae_factor, max=None) for side in dims.supported_latent_size)
+    height, width = (Span(min=unit, opt=side, max=None) for side in dims.supported_image_size)
     return Profile(batch=Span(min=1, opt=1, max=None), height=height, width=width)
 
 
 def few_images(dims: Dims) -> Profile:
     """Up to four images of the size that the model was trained at: for backends that need an end to every size."""
-    sides = [side * dims.vae_factor for side in dims.supported_latent_size]
-    height, width = (Span(min=side, opt=side, max=side) for side in sides)
+    height, width = (Span(min=side, opt=side, max=side) for side in dims.supported_image_size)
     return Profile(batch=Span(min=1, opt=1, max=4), height=height, width=width)
 
 

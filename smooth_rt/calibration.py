@@ -99,7 +99,8 @@ class Trajectories:
         from smooth_rt.pipeline import SmoothPipeline
 
         model = self._model
-        pipe = SmoothPipeline(engines, model.config(), model.dims, source=model.source)
+        size = model.dims.supported_image_size
+        pipe = SmoothPipeline(engines, model.config(), model.dims, source=model.source, size=size)
         seeds = [torch.Generator().manual_seed(SEED + index) for index in range(len(self.prompts))]
         told, done = time.monotonic(), 0
 

@@ -145,6 +145,7 @@ def test_sizes_of_builds_follow_from_the_dims() -> None:
     square, wide, odd = (Dims(**sizes, sample_size=h, sample_width=w) for h, w in ((64, None), (48, 96), (60, 80)))
     assert [dims.image_size for dims in (square, wide, odd)] == [(512, 512), (384, 768), (480, 640)]
     assert [dims.supported_latent_size for dims in (square, wide, odd)] == [(64, 64), (48, 96), (56, 80)]
+    assert odd.supported_image_size == (448, 640)
     assert str(every_size(square)) == "batch 1:1:*, height 64:512:*, width 64:512:*"
     assert str(every_size(wide)) == "batch 1:1:*, height 64:384:*, width 64:768:*"
     assert str(few_images(wide)) == "batch 1:1:4, height 384, width 768"

@@ -48,9 +48,7 @@ class Watch:
             InputError: the files cannot be written.
         """
         pipe = SmoothPipeline.from_pretrained(self.model, engine="eager")
-        dims = self.model.dims
-        height, width = (side * dims.vae_factor for side in dims.supported_latent_size)
-        pipe.size = (height, width)
+        pipe.size = self.model.dims.supported_image_size
         strips: list[np.ndarray] = []
         found = measure_istd(
             pipe,
