@@ -13,7 +13,7 @@ from openvino import opset13 as ops
 
 from engines.halves import crossings, number_sizes
 
-__all__ = ["HELD", "Rounds", "split"]
+__all__ = ["HELD", "CachedRequest", "Rounds", "split"]
 
 HELD = ("sample", "timestep")
 
@@ -29,13 +29,13 @@ class Rounds:
     def __init__(self, model: Model, compiled: Callable[[Model], Any]) -> None:
         self._parts = [compiled(part) for part in split(model)]
 
-    def create_infer_request(self) -> _Request:
+    def create_infer_request(self) -> CachedRequest:
         """Make a request that caches the first part's outputs for itself."""
         first, rest = (part.create_infer_request() for part in self._parts)
-        return _Request(first, rest)
+        return CachedRequest(first, rest)
 
 
-class _Request:
+class CachedRequest:
     """An infer request of each part. It serves one call at a time."""
 
     def __init__(self, first: Any, rest: Any) -> None:

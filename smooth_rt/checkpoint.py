@@ -128,6 +128,7 @@ def read_folder(folder: Path, source: str, revision: str | None = None) -> Parts
         ModelError: a part is missing, damaged or not safetensors, or the architecture is another.
     """
     import diffusers
+    import torch
     import transformers
 
     check_folder(source, folder)
@@ -140,12 +141,17 @@ def read_folder(folder: Path, source: str, revision: str | None = None) -> Parts
             variant, files = _weight_files(folder, name)
             library = transformers if name == "text_encoder" else diffusers
             # transformers names a weight of another shape in a report that it prints, and here in `info`.
-            lenient = {"ignore_mismatched_sizes": True} if library is transformers else {}
+            # Without a dtype the libraries load in torch's default one.
+            options: dict[str, Any] = (
+                {"ignore_mismatched_sizes": True, "dtype": torch.float32}
+                if library is transformers
+                else {"torch_dtype": torch.float32}
+            )
             try:
-                _check_weights(folder, name, files)
                 with readable_folder(folder / name) as readable:
+                    _check_weights(folder / name, readable, name, files)
                     networks[name], info = getattr(library, CLASSES[name]).from_pretrained(
-                        readable, use_safetensors=True, variant=variant, output_loading_info=True, **lenient
+                        readable, use_safetensors=True, variant=variant, output_loading_info=True, **options
                     )
             except ModelError:
                 raise
@@ -241,16 +247,22 @@ def empty_network(name: str, folder: Path) -> Any:
         return network.from_config(network.load_config(folder))
 
 
-def _check_weights(folder: Path, name: str, files: Sequence[Path]) -> None:
+def _check_weights(folder: Path, readable: Path, name: str, files: Sequence[Path]) -> None:
     """Check by the headers of a part's weight files that every weight in them is read.
+
+    Args:
+        folder: the part's, for messages.
+        readable: the folder of its config; see `readable_folder`.
+        name: the part's.
+        files: its weights.
 
     Raises:
         ModelError: a file is damaged, or holds weights that no network reads.
     """
     headers = [read_header(file) for file in files]
-    expected = {_current_name(name, key) for key in empty_network(name, folder / name).state_dict()}
+    expected = {_current_name(name, key) for key in empty_network(name, readable).state_dict()}
     for header in headers:
-        _check_header(f"{folder / name}", name, header, expected)
+        _check_header(str(folder), name, header, expected)
 
 
 def _check_header(source: str, name: str, header: Header, expected: Collection[str]) -> None:

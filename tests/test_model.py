@@ -99,22 +99,6 @@ def test_digests_depend_on_options_of_the_tokenizer(
     assert getattr(read_config(tmp_path / "config").tokenizer, option[0]) == option[1]
 
 
-@pytest.mark.parametrize(
-    ("version", "size", "expected"), [("0.8.0", 8, 64), ("0.8.0", 96, 96), ("0.9.0", 8, 8), ("0.8.0", [8, 4], 64)]
-)
-def test_sample_size_of_early_diffusers_is_at_least_64(
-    copy: Path, version: str, size: int | list[int], expected: int
-) -> None:
-    edit_json(copy / "unet" / "config.json", _diffusers_version=version, sample_size=size)
-    assert load_model(copy).dims.sample_size == expected
-
-
-def test_sample_size_without_the_unets_is_the_vaes(copy: Path) -> None:
-    edit_json(copy / "unet" / "config.json", sample_size=None)
-    edit_json(copy / "vae" / "config.json", sample_size=[32, 48])
-    assert load_model(copy).dims.sample_size == 24
-
-
 def test_one_changed_setting_changes_one_digest(model: Model, copy: Path) -> None:
     edit_json(copy / "scheduler" / "scheduler_config.json", prediction_type="v_prediction")
     changed = load_model(copy).digests

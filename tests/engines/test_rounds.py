@@ -15,7 +15,7 @@ from torch import Tensor
 
 from engines.contract import TEXT, Dims, contract
 from engines.ov import OvEngine, core
-from engines.rounds import Rounds, split
+from engines.rounds import CachedRequest, split
 
 ROWS, SIDE = 2, 4
 
@@ -60,15 +60,15 @@ def test_the_numbers_are_the_graphs_and_the_latents_part_is_computed_where_it_ch
     generator = torch.Generator().manual_seed(0)
     whole = core().compile_model(str(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     ran: list[int] = []
-    plain = Rounds.infer
+    plain = CachedRequest.infer
 
-    def watched(self: Rounds, arrays: Any, **how: bool) -> Any:
+    def watched(self: CachedRequest, arrays: Any, **how: bool) -> Any:
         before = self._held.get("sample")
         found = plain(self, arrays, **how)
         ran.append(self._held["sample"] is not before)
         return found
 
-    monkeypatch.setattr(Rounds, "infer", watched)
+    monkeypatch.setattr(CachedRequest, "infer", watched)
     inputs = drawn(dims, generator)
     changes: list[tuple[str, ...]] = [
         (),

@@ -49,7 +49,11 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     assert read_prompts(tmp_path / "p.txt") == ["a dog", "a cat"]
     (tmp_path / "empty.txt").write_text("\n")
     (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
-    for name, said in (("empty.txt", "no prompt"), ("binary.txt", "not a readable"), ("none.txt", "not a readable")):
+    for name, said in (
+        ("empty.txt", "no prompt"),
+        ("binary.txt", "is UTF-16, not UTF-8"),
+        ("none.txt", "not a readable"),
+    ):
         with pytest.raises(InputError, match=said):
             read_prompts(tmp_path / name)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -76,7 +76,7 @@ def results(pipe: SmoothPipeline) -> list[torch.Tensor]:
     seeds = [torch.Generator("cpu").manual_seed(seed) for seed in (1, 2)]
     made = [pipe("dog", generator=seeds[0], **steps).latents]
     made.append(pipe.interpolate("dog", generator=seeds, frames=3, adain=True, **steps).latents)
-    made.append(torch.as_tensor(pipe.decode(made[0], "pt")))
+    made.append(cast(torch.Tensor, pipe.decode(made[0], "pt")))
     for method in ("ddim", "null-text", "edict"):
         inverted = pipe.invert(image, "dog", method=method, keep=False, **steps)
         made += [inverted.latents, inverted.negative_prompt_embeds]

@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from engines.bundle import Bundle
+from engines.bundle import Bundle, Source
 from smooth_rt import cli
 from smooth_rt.build import build_engines
 from smooth_rt.errors import EngineError, InputError, ModelError
@@ -209,12 +209,12 @@ def test_a_bundle_of_a_single_file_finds_its_weights_again(
     path = tmp_path / "model.safetensors"
     save_file(original_checkpoint(tiny_model), path)
     digests = load_model(tiny_model).digests
-    source = SimpleNamespace(model=str(path), revision=None, digests=digests, lora=None, config=None)
+    source = Source(model=str(path), digests=digests)
     bundle: Any = SimpleNamespace(path=Path("bundle"), source=source)
     with pytest.raises(ModelError, match="--model-config"):
         reopen_model(bundle)
     assert reopen_model(bundle, tiny_model).digests == digests
-    source.config = str(tiny_model)  # as a build notes it
+    bundle.source = Source(model=str(path), digests=digests, config=str(tiny_model))  # as a build records it
     assert reopen_model(bundle).digests == digests
 
 
