@@ -52,7 +52,7 @@ def test_prompts_of_a_file(tmp_path: Path) -> None:
     for name, said in (
         ("empty.txt", "no prompt"),
         ("binary.txt", "is UTF-16, not UTF-8"),
-        ("none.txt", "not a readable"),
+        ("none.txt", "none.txt: cannot be read"),
     ):
         with pytest.raises(InputError, match=said):
             read_prompts(tmp_path / name)
