@@ -126,25 +126,25 @@ def mixed(pipe: SmoothPipeline, threads: int, calls: int, strengths: Sequence[fl
             pipe.set_lora_strength(strength)
         for name, job in asked.items():
             lone[name].append(job(pipe))
-    counts: Counter[str] = Counter()
+    counts: list[Counter[str]] = [Counter() for _ in range(threads)]  # one per thread: an increment is not atomic
 
     def run(number: int) -> None:
-        random = Random(number)
+        random, count = Random(number), counts[number]
         for _ in range(calls):
             try:
                 if strengths and random.random() < SWITCH:
                     pipe.set_lora_strength(random.choice(strengths))
-                    counts["switched"] += 1
+                    count["switched"] += 1
                     continue
                 name = random.choice(list(asked))
                 answer = asked[name](pipe)
                 right = any(torch.equal(answer, one) for one in lone[name])
-                counts["right" if right else f"wrong: {name}"] += 1
+                count["right" if right else f"wrong: {name}"] += 1
             except Exception as error:  # counted, whatever it is
-                counts[f"{type(error).__name__}: {error}"] += 1
+                count[f"{type(error).__name__}: {error}"] += 1
 
     _at_once([lambda number=number: run(number) for number in range(threads)])  # type: ignore[misc]
-    return counts
+    return sum(counts, Counter())
 
 
 def throughput(pipe: SmoothPipeline, threads: int) -> dict[int, float]:

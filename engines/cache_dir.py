@@ -24,10 +24,10 @@ def cache_root() -> Path:
     """Return the cache folder: SMOOTH_RT_CACHE, or `smooth-rt` in the user's cache folder.
 
     If SMOOTH_RT_CACHE is not set and the user's cache folder neither exists nor can be created, as in a container that
-    runs under a user id without a home, it lies in a folder of the temporary folder that belongs to the user alone.
+    runs under a user id without a home, it is in a folder of the temporary folder that belongs to the user alone.
 
     Raises:
-        InputError: SMOOTH_RT_CACHE is or lies below a file, or there is no place for the cache.
+        InputError: SMOOTH_RT_CACHE is a file or is below one, or there is no place for the cache.
     """
     pin_cache_root()
     chosen = os.environ.get(VARIABLE)

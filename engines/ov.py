@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache
@@ -19,6 +18,7 @@ from engines.base import Engine
 from engines.contract import DERIVED, Network
 from engines.errors import EngineError, reason
 from engines.halves import first_half, shared
+from engines.locks import ReadWriteLock
 from engines.request_pool import RequestPool
 from engines.rounds import Rounds
 from engines.specialised import Specialised, one_size
@@ -39,7 +39,7 @@ BY_TEXT = "unet_vjp_text"  # the gradients that come in rounds
 LOOPED = ("unet", *DERIVED)  # the networks that tasks call again and again
 
 
-_OPENING = threading.Lock()  # of the Core: `cache` alone lets two threads make one each
+_OPENING = ReadWriteLock()  # of the Core: `cache` alone lets two threads make one each
 
 
 def core() -> openvino.Core:
@@ -50,7 +50,7 @@ def core() -> openvino.Core:
     one's stack back, which is unmapped by then, and the next signal, Ctrl-C too, is a segmentation fault (seen with
     openvino 2026.4).
     """
-    with _OPENING:
+    with _OPENING.write():
         return _core()
 
 

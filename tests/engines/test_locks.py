@@ -19,6 +19,20 @@ def started(run: Callable[[], None]) -> threading.Thread:
     return thread
 
 
+def reader(lock: ReadWriteLock) -> tuple[threading.Thread, threading.Event]:
+    """Start a thread that reads until the event is set."""
+    leave, reading = threading.Event(), threading.Event()
+
+    def run() -> None:
+        with lock.read():
+            reading.set()
+            leave.wait(SOON)
+
+    thread = started(run)
+    assert reading.wait(SOON)
+    return thread, leave
+
+
 def test_readers_hold_it_together() -> None:
     lock, inside = ReadWriteLock(), threading.Barrier(3)
 
@@ -94,15 +108,8 @@ def test_two_readers_that_write_do_not_deadlock() -> None:
 
 
 def test_interrupted_wait_leaves_the_lock_free(monkeypatch: pytest.MonkeyPatch) -> None:
-    lock, leave, reading = ReadWriteLock(), threading.Event(), threading.Event()
-
-    def run() -> None:
-        with lock.read():
-            reading.set()
-            leave.wait(SOON)
-
-    thread = started(run)
-    assert reading.wait(SOON)
+    lock = ReadWriteLock()
+    thread, leave = reader(lock)
 
     def interrupted() -> None:
         raise KeyboardInterrupt
@@ -119,15 +126,8 @@ def test_interrupted_wait_leaves_the_lock_free(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_fork_keeps_the_shares_of_the_one_thread() -> None:
-    lock, leave, reading = ReadWriteLock(), threading.Event(), threading.Event()
-
-    def run() -> None:
-        with lock.read():
-            reading.set()
-            leave.wait(SOON)
-
-    thread = started(run)
-    assert reading.wait(SOON)
+    lock = ReadWriteLock()
+    thread, leave = reader(lock)
     condition = lock._changed
     with lock.read():
         readers = dict(lock._readers)
