@@ -126,6 +126,7 @@ def test_bad_folders_are_named(tmp_path: Path) -> None:
     [
         b'{"file_name": "1.png"}', b"[1]", b"{", b'{"file_name": "1.png", "text": null}', b"[" * 100_000,
         b'{"file_name": "1.png", "text": "\\ud800"}', b'{"file_name": 1, "text": "x"}',
+        b'{"file_name": "1.png", "text": ["x", "y"]}',
     ],
 )  # fmt: skip
 def test_a_line_without_a_caption_is_named(tmp_path: Path, line: bytes) -> None:

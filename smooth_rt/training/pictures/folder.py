@@ -14,6 +14,7 @@ from engines.bundle import digest_json
 from engines.paths import absolute
 from smooth_rt.errors import InputError, reason
 from smooth_rt.image_folders import IMAGE_SUFFIXES, files_of
+from smooth_rt.ranges import shown
 from smooth_rt.text_files import read_lines, read_text, without_marks
 
 __all__ = ["FolderSource", "captions_of"]
@@ -97,11 +98,14 @@ def _record(line: str, where: str) -> tuple[str, str, str]:
         record = json.loads(line)
         name, text = record["file_name"], record["text"]
         mask = str(record.get("mask", name))
-        text.encode(), name.encode()  # a lone surrogate is valid JSON, and no tokenizer takes it
+        f"{name}{text}".encode()  # a lone surrogate is valid JSON, and no tokenizer takes it
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"{where}: needs file_name and text ({reason(error)})") from error
+    for field, value in (("file_name", name), ("text", text)):
+        if not isinstance(value, str):
+            raise InputError(f"{where}: needs file_name and text as strings, but {field} is {shown(value)}")
     if "\0" in name:
-        raise InputError(f"{where}: file_name holds a NUL character; mend it")
+        raise InputError(f"{where}: file_name contains a NUL character; remove it")
     return name, without_marks(text), mask
 
 
