@@ -31,6 +31,9 @@ LONGEST_SAID = 140  # characters of a library's message inside one of ours
 class SmoothRTError(Exception):
     """The root: catch this to catch everything the project raises on purpose."""
 
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())  # a name in a file may have several
+
 
 class InputError(SmoothRTError, ValueError):
     """An argument, an image, a prompt or a path is not usable."""

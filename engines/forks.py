@@ -10,10 +10,14 @@ from __future__ import annotations
 import ctypes
 import logging
 import os
+import sys
+import threading
 import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, Protocol
 
-__all__ = ["NO_CUDA", "NO_OPENMP", "abandon", "settle", "threads", "watch"]
+__all__ = ["NO_CUDA", "NO_OPENMP", "abandon", "no_fork", "settle", "threads", "watch"]
 
 NO_CUDA = (
     "opened before this process was forked, and CUDA does not run in a forked process; start processes by "
@@ -36,6 +40,7 @@ _WATCHED: weakref.WeakSet[Any] = weakref.WeakSet()
 _THREADS: int | None = None  # torch's number of them, once it may have started them
 _in_child = False
 _to_settle = False
+_FORKING = threading.RLock()  # held during a fork, and by code that a fork must not divide
 
 
 def watch(owner: _Forkable) -> None:
@@ -58,10 +63,11 @@ def settle() -> None:
         import torch
 
         _to_settle = False
+        _THREADS = torch.get_num_threads() if _THREADS is None else _THREADS
         torch.set_num_threads(1)
         LOG.warning(
-            "this process was forked after torch was in use, so torch computes on one thread here; "
-            "start processes by multiprocessing's method 'spawn' to use more"
+            "this process was forked after torch was loaded, so torch computes on one thread here, and last bits may "
+            "differ; start processes by multiprocessing's method 'spawn' to use more"
         )
     elif not _in_child:
         import torch
@@ -76,13 +82,22 @@ def threads() -> int:
     return _THREADS if _in_child and _THREADS is not None else torch.get_num_threads()
 
 
+@contextmanager
+def no_fork() -> Iterator[None]:
+    """Let forks by other threads wait until the body ends: a lock held in it would never open in a child."""
+    with _FORKING:
+        yield
+
+
 def _after_fork() -> None:
     global _in_child, _to_settle
-    if _THREADS is None:
+    _FORKING.release()
+    if "torch" not in sys.modules:
         return
+    # Whether torch's threads were started, by whom ever, nothing tells.
     _in_child = _to_settle = True
     for owner in list(_WATCHED):
         owner.after_fork()
 
 
-os.register_at_fork(after_in_child=_after_fork)
+os.register_at_fork(before=_FORKING.acquire, after_in_parent=_FORKING.release, after_in_child=_after_fork)

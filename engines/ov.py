@@ -160,7 +160,8 @@ class OvEngine(Engine):
     @contextmanager
     def _reading(self) -> Iterator[None]:
         try:
-            yield
+            with forks.no_fork():
+                yield
         except EngineError:  # of this project, in words of its own
             raise
         except Exception as error:

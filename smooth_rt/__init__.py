@@ -14,7 +14,8 @@ if TYPE_CHECKING:
     from engines.variant import Profile, Span
     from smooth_rt.build import build_engines
     from smooth_rt.errors import BundleError, EngineError, InputError, ModelError, ParityError, SmoothRTError
-    from smooth_rt.lora import fuse, read_lora
+    from smooth_rt.lora.fuse import fuse
+    from smooth_rt.lora.read import read_lora
     from smooth_rt.model import load_model
     from smooth_rt.pipeline import SmoothPipeline
     from smooth_rt.schedule import Schedule
@@ -46,8 +47,8 @@ _HOMES = {
     "Span": "engines.variant",
     "build_engines": "smooth_rt.build",
     "load_model": "smooth_rt.model",
-    "fuse": "smooth_rt.lora",
-    "read_lora": "smooth_rt.lora",
+    "fuse": "smooth_rt.lora.fuse",
+    "read_lora": "smooth_rt.lora.read",
     "BundleError": "smooth_rt.errors",
     "EngineError": "smooth_rt.errors",
     "InputError": "smooth_rt.errors",

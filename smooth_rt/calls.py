@@ -53,12 +53,14 @@ class Call:
         weights: that it runs on. A call may change them itself, from a callback.
         outer: the call that it was made in, of another pipeline.
         evaluations: rows that went through the UNet in this call, by kind.
+        ended: whether it is over. A context that was copied in it, as asyncio does, still names it.
     """
 
     calls: Calls
     weights: Weights
     outer: Call | None
     evaluations: dict[str, int] = field(default_factory=_no_evaluations)
+    ended: bool = False
 
 
 _RUNNING: ContextVar[Call | None] = ContextVar("smooth_rt_call", default=None)
@@ -98,7 +100,8 @@ class Calls:
         """Run the body as one call, or as a part of the call that this thread is in."""
         call = self._current()
         if call is not None:
-            yield call
+            with default_modes():  # a callback may have left them
+                yield call
             return
         with default_modes(), self._running.read() if exclusive else nullcontext():
             call = Call(self, self._weights, _RUNNING.get())
@@ -106,6 +109,7 @@ class Calls:
             try:
                 yield call
             finally:
+                call.ended = True
                 _RUNNING.reset(token)
 
     @contextmanager
@@ -124,7 +128,7 @@ class Calls:
 
     def _current(self) -> Call | None:
         call = _RUNNING.get()
-        while call is not None and call.calls is not self:
+        while call is not None and (call.calls is not self or call.ended):
             call = call.outer
         return call
 

@@ -27,6 +27,8 @@ import yaml
 from safetensors import safe_open
 
 from smooth_rt.errors import ModelError, reason
+from smooth_rt.ranges import shown
+from smooth_rt.scheduler_config import stated_values
 from smooth_rt.text_files import read_text
 from smooth_rt.weight_header import Header
 
@@ -94,9 +96,12 @@ def _predictions(path: Path, header: Header) -> Iterator[tuple[str, str]]:
         ("modelspec.predict_key", PREDICTIONS),
         ("ss_v_parameterization", BOOLEANS),
     ):
-        said = values.get(header.metadata.get(key, "").lower())
+        stated = header.metadata.get(key, "")
+        said = values.get(stated.strip().lower())
         if said is not None:
             yield f"metadata {key}", said
+        elif stated and values is PREDICTIONS:
+            log.warning("%s: its metadata %s says %s, which is unknown and ignored", path, key, shown(stated))
     architecture = header.metadata.get("modelspec.architecture", "").lower()
     if architecture.startswith("stable-diffusion-v2") and architecture.endswith(("-v", "-512")):
         yield "metadata modelspec.architecture", "v_prediction" if architecture.endswith("-v") else "epsilon"
@@ -117,7 +122,15 @@ def _original_config(path: Path) -> str | None:
     scaling = _at(config, "model", "params", "denoiser_config", "params", "scaling_config", "target")
     if isinstance(scaling, str) and said is None:
         said = {"VScaling": "v", "EpsScaling": "eps"}.get(scaling.rpartition(".")[2])
-    return PREDICTIONS.get(said.lower()) if isinstance(said, str) else None
+    if said is None:
+        return None
+    found = PREDICTIONS.get(said.strip().lower()) if isinstance(said, str) else None
+    if found is None:
+        raise ModelError(
+            f"{file}: parameterization is {shown(said)}, and only eps and v can be sampled; correct it, or move the "
+            "file away from the checkpoint"
+        )
+    return found
 
 
 def _at(value: Any, *keys: str) -> Any:
@@ -158,8 +171,7 @@ def marked_schedule(path: Path, config: Mapping[str, Any], markers: Markers) -> 
             "timestep_spacing": "trailing",
         }
     # diffusers fills in the defaults of the class that a config names, and lists them; a folder's config is read as is.
-    defaults = {"_use_default_values", *config.get("_use_default_values", ())}
-    merged = {key: value for key, value in config.items() if key not in defaults} | changes
+    merged = {**stated_values(config), **changes}
     if merged.get("rescale_betas_zero_snr") and merged.get("prediction_type", "epsilon") == "epsilon":
         raise ModelError(
             f"{path}: predicts epsilon, and its config rescales to zero terminal SNR, where only a velocity can be "

@@ -55,7 +55,7 @@ def to_pixels(image: Image.Image, name: str) -> Tensor:
     if stored in SIXTEEN_BIT_COLOURS:
         return _on_white(_sixteen_bit_colours(image))
     from_file = image.format in SIXTEEN_BIT_FORMATS
-    image = ImageOps.exif_transpose(image)
+    image = _upright(image)
     if image.mode.startswith("I"):
         return _on_white(_deep_grey(image, name, from_file))
     key = image.info.get("transparency")
@@ -71,6 +71,21 @@ def to_pixels(image: Image.Image, name: str) -> Tensor:
     return torch.from_numpy(rgb).permute(2, 0, 1).float() / 255
 
 
+def _upright(image: Image.Image) -> Image.Image:
+    """Turn an image upright by EXIF; one whose EXIF cannot be read is left as it is, since its pixels are whole."""
+    try:
+        return ImageOps.exif_transpose(image)
+    except Exception:  # whatever a damaged file raises; damaged pixels raise it again
+        return image
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:
+        return 1
+
+
 def _sixteen_bit_colours(image: Image.Image) -> NDArray[np.float32]:
     """Decode a PNG file with FFmpeg, which has 16 bits per channel, to [H, W, 3|4] in 0..1."""
     import av
@@ -84,7 +99,7 @@ def _sixteen_bit_colours(image: Image.Image) -> NDArray[np.float32]:
         pixels: Any = next(container.decode(video=0)).to_ndarray()
     with Image.open(io.BytesIO(content)) as checked:  # Pillow reports damage that FFmpeg passes over
         checked.load()
-        turn = TURNS.get(checked.getexif().get(ORIENTATION, 1))
+        turn = TURNS.get(_orientation(checked))
     scaled: NDArray[np.float32] = np.divide(turn(pixels) if turn else pixels, SIXTEEN_BITS, dtype=np.float32)
     return scaled
 

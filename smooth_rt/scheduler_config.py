@@ -17,7 +17,7 @@ from smooth_rt.ranges import as_whole, shown
 if TYPE_CHECKING:
     from diffusers import DDIMScheduler
 
-__all__ = ["PredictionType", "corrected_config", "finite_config", "read_scheduler"]
+__all__ = ["PredictionType", "corrected_config", "finite_config", "read_scheduler", "stated_values"]
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]
 # diffusers lists here the keys whose values are a class's defaults; `from_config` of another class ignores those.
@@ -29,6 +29,7 @@ SAME_PROCESS: dict[str, tuple[Any, ...]] = {
     "snr_shift_scale": (None, 1),
 }
 ROUNDING = 1e-6
+MOST_TIMESTEPS = 100_000  # a table of each step is made
 ADVICE = "use the scheduler configuration of a Stable Diffusion 1.x or 2.x"
 
 
@@ -39,11 +40,22 @@ def corrected_config(config: Mapping[str, Any]) -> dict[str, Any]:
     defaults for both are those of models of pixels. Its pipeline therefore sets `clip_sample` to False where it is True
     or left out, and `steps_offset` to 1. The class is kept, and so are keys that DDIM does not know.
     """
-    defaults = config.get(USED_DEFAULTS) or ()
-    stated = {key: value for key, value in config.items() if key not in defaults and key != USED_DEFAULTS}
+    stated = stated_values(config)
     # The pipeline compares with `is True`: it leaves any other value as it is.
     clip_sample = stated.get("clip_sample", True)
     return {**stated, "clip_sample": False if clip_sample is True else clip_sample, "steps_offset": 1}
+
+
+def stated_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values that a configuration states, without the defaults of its class that diffusers filled in.
+
+    Raises:
+        ModelError: the list of defaults is none.
+    """
+    defaults = config.get(USED_DEFAULTS) or ()
+    if not isinstance(defaults, list | tuple):
+        raise ModelError(f"scheduler_config: {USED_DEFAULTS} is {shown(defaults)}; give a list, or leave it out")
+    return {key: value for key, value in config.items() if key not in defaults and key != USED_DEFAULTS}
 
 
 def finite_config(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -113,9 +125,10 @@ def _check_values(config: Mapping[str, Any]) -> None:
             f"it is one of {', '.join(get_args(PredictionType))}"
         )
     count = config.get("num_train_timesteps", 1000)
-    if as_whole(count) is None or count < 2:
+    if as_whole(count) is None or not 2 <= count <= MOST_TIMESTEPS:
         raise ModelError(
-            f"scheduler_config: num_train_timesteps is {shown(count)}; give the number of training steps, at least 2"
+            f"scheduler_config: num_train_timesteps is {shown(count)}; give the number of training steps, from 2 to "
+            f"{MOST_TIMESTEPS}"
         )
 
 

@@ -63,6 +63,12 @@ def test_exif_orientation(tmp_path: Path) -> None:
     assert turned[:, 4:].min() == 1
 
 
+@pytest.mark.parametrize("values", [np.full((8, 8, 3), 51, np.uint8), np.full((8, 8), 13107, np.uint16)])
+def test_unreadable_exif_leaves_the_image_as_it_is(tmp_path: Path, values: np.ndarray) -> None:
+    Image.fromarray(values).save(tmp_path / "a.png", exif=b"Exif\0\0" + b"garbage" * 5)
+    torch.testing.assert_close(read(tmp_path / "a.png", 8, 8), torch.full((1, 3, 8, 8), 0.2))
+
+
 def test_cover_and_centre_crop() -> None:
     wide = np.zeros((8, 24, 3), dtype=np.float32)
     wide[:, 8:16] = 1

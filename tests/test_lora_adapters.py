@@ -230,6 +230,21 @@ def test_read_lora_other_setting_is_refused_by_name(adapter: Path, setting: str,
     assert f"adapter_config.json: {setting} is {json.dumps(value)}, " in refused(edited(adapter, **{setting: value}))
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"layers_pattern": "("},
+        {"layers_pattern": ["("]},
+        {"layers_pattern": 5},
+        {"layers_to_transform": 0.5},
+        {"layers_to_transform": "abc"},
+    ],
+)
+def test_read_lora_unreadable_layers_are_refused(adapter: Path, settings: dict[str, Any]) -> None:
+    given = {"target_modules": ["to_q"], "layers_to_transform": [0], **settings}
+    assert "adapter_config.json: its PEFT configuration is unreadable (" in refused(edited(adapter, **given))
+
+
 @pytest.mark.parametrize("kind", ["XLORA", "PREFIX_TUNING", "LILY", "A_LATER_ONE"])
 def test_read_lora_other_type_without_its_weights_is_named(tmp_path: Path, kind: str) -> None:
     (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": kind}))

@@ -47,6 +47,12 @@ def test_sources(tmp_path: Path) -> None:
     refusal(lambda: read_lora(cut), "no tensors")
 
 
+@pytest.mark.parametrize(("name", "said"), [("", "lora: the name is empty"), ("a" * 5000, "aaa.*cannot be read")])
+def test_name_that_no_file_has_is_refused(name: str, said: str) -> None:
+    with pytest.raises(ModelError, match=said):
+        read_lora(name)
+
+
 def test_a_pipe_is_no_lora(tmp_path: Path) -> None:
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(ModelError, match="fifo: neither file nor folder; name a"):

@@ -233,7 +233,9 @@ def _checked(settings: Any, path: Path, merge: str) -> AdapterConfig:
         stabilised = bool(settings.get("use_rslora"))
         config = AdapterConfig(str(path), rank, float(alpha), ranks, alphas, stabilised, checked)
         if checked is not None:
-            config._is_target("mid_block", 2)  # compiles the regular expressions
+            # A path that reaches all of PEFT's checks and compiles each regular expression.
+            for path_of_layer in ("mid_block", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"):
+                config._is_target(path_of_layer, 2)
     except (ValueError, TypeError, AttributeError, re.error) as error:
         raise _unreadable(path, error) from error
     return config

@@ -37,6 +37,7 @@ from smooth_rt.lora.adapter_config import (
 )
 from smooth_rt.lora.foreign import check_header, check_keys, is_ignored
 from smooth_rt.model import default_lora
+from smooth_rt.ranges import shown as as_shown
 
 __all__ = ["METADATA_KEY", "Lora", "LoraLayer", "digest_weights", "read_lora"]
 
@@ -101,7 +102,12 @@ def read_lora(source: str | Path = "default") -> Lora:
             PiSSA, ...), or it holds a key that is not understood, half of a pair, a pair of two ranks or a value that
             is not finite. The line names the setting or the key.
     """
-    path = _locate(str(source))
+    if not str(source).strip():
+        raise ModelError('lora: the name is empty; give "default", a .safetensors file, a folder or a hub id')
+    try:
+        path = _locate(str(source))
+    except OSError as error:  # a name that is too long, a folder that may not be read
+        raise ModelError(f"{as_shown(source)}: cannot be read ({reason(error)}); name another") from error
     try:
         with safe_open(path, "pt") as file:
             metadata = file.metadata() or {}

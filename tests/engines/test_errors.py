@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engines.errors import LONGEST_SAID, reason
+from engines.errors import LONGEST_SAID, InputError, reason
 
 
 @pytest.mark.parametrize(
@@ -21,6 +21,10 @@ from engines.errors import LONGEST_SAID, reason
 )
 def test_what_a_library_said_stands_in_one_line(error: Exception, said: str) -> None:
     assert reason(error) == said
+
+
+def test_message_is_one_line_whatever_it_names() -> None:
+    assert str(InputError("a\nname: is\r\nwrong")) == "a name: is wrong"
 
 
 def test_a_library_that_puts_the_cause_last() -> None:

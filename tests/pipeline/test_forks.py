@@ -59,11 +59,83 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
+# torch's threads are started by others, before a pipeline is in use.
+EARLY = """
+import os, sys
+import torch
+from smooth_rt import SmoothPipeline
+
+torch.set_num_threads(2)
+torch.randn(2000, 2000) @ torch.randn(2000, 2000)
+child = os.fork()
+if not child:
+    backend, model, bundle = sys.argv[1:]
+    if backend == "eager":
+        pipe = SmoothPipeline.from_pretrained(model, engine="eager")
+    else:
+        pipe = SmoothPipeline.from_engines(bundle, backend)
+    pipe("dog", num_inference_steps=2)
+    os._exit(7)
+_, status = os.waitpid(child, 0)
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+# A strength is set by replacing weights, which compiles graphs, as the process is forked.
+SETTING = """
+import os, sys, threading, time
+import torch
+from smooth_rt import SmoothPipeline
+
+pipe = SmoothPipeline.from_engines(sys.argv[1], "openvino", lora_mode="refit")
+def setting():
+    while True:
+        for strength in (0.5, 1.0):
+            pipe.set_lora_strength(strength)
+            pipe("dog", num_inference_steps=1)
+threading.Thread(target=setting, daemon=True).start()
+for _ in range(3):
+    time.sleep(0.3)
+    child = os.fork()
+    if not child:
+        pipe.set_lora_strength(0.5)
+        pipe("dog", num_inference_steps=1)
+        os._exit(7)
+    _, status = os.waitpid(child, 0)
+    if os.waitstatus_to_exitcode(status) != 7:
+        os._exit(1)
+os._exit(7)
+"""
+
+
 @pytest.fixture(scope="module")
 def bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("SMOOTH_RT_CACHE", str(tmp_path_factory.mktemp("cache")))
         return ensure_engines(tiny_model, backends=["onnxruntime", "openvino"]).bundle.path
+
+
+def run(arguments: list[str]) -> str:
+    """Run a process that exits with 7, and return its stderr."""
+    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        _, said = process.communicate(timeout=WAIT)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        pytest.fail("the forked process hangs")
+    assert process.returncode == 7, said
+    return said
+
+
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime", "eager"])
+def test_process_forked_before_first_use_runs(bundle: Path, tiny_model: Path, backend: str) -> None:
+    run([sys.executable, "-W", "ignore", "-c", EARLY, backend, str(tiny_model), str(bundle)])
+
+
+def test_process_forked_as_weights_are_replaced_runs(
+    tiny_model: Path, lora: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("SMOOTH_RT_CACHE", str(tmp_path_factory.mktemp("cache")))
+    built = ensure_engines(tiny_model, lora, backends=["openvino"], lora_mode="refit").bundle.path
+    run([sys.executable, "-W", "ignore", "-c", SETTING, str(built)])
 
 
 @pytest.mark.parametrize(
@@ -77,14 +149,8 @@ def bundle(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 )
 def test_forked_process_runs_a_pipeline_of_its_parent(bundle: Path, tiny_model: Path, backend: str, after: str) -> None:
     arguments = [sys.executable, "-W", "ignore", "-c", PROGRAM, backend, str(tiny_model), str(bundle), after]
-    process = subprocess.Popen(arguments, stderr=subprocess.PIPE, text=True, start_new_session=True)
-    try:
-        _, said = process.communicate(timeout=WAIT)
-    except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        pytest.fail(f"{backend}: the forked process hangs")
-    assert process.returncode == 7, said
-    warned = said.count("this process was forked after torch was in use, so torch computes on one thread here")
+    said = run(arguments)
+    warned = said.count("this process was forked after torch was loaded, so torch computes on one thread here")
     assert warned == (after != "close" or backend == "eager")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextvars
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -105,6 +106,24 @@ def test_callback_sets_the_strength_of_its_own_call(bundle: Bundle, mode: str) -
         assert not torch.equal(image(pipe, switch), first)
         assert pipe.lora_strength == STRENGTHS[0]
         assert torch.equal(image(pipe), first)
+
+
+@pytest.mark.parametrize("mode", ["refit", "runtime"])
+def test_context_copied_in_a_callback_begins_a_call_of_its_own(bundle: Bundle, mode: str) -> None:
+    copies: list[contextvars.Context] = []
+    with SmoothPipeline.from_engines(bundle, "onnxruntime", lora_mode=mode, lora_strength=STRENGTHS[0]) as pipe:
+        image(pipe, lambda *_: copies.append(contextvars.copy_context()))
+        pipe.set_lora_strength(STRENGTHS[1])
+        assert torch.equal(copies[0].run(image, pipe), image(pipe))
+
+
+def test_callback_that_changes_the_default_device_leaves_its_call_alone(bundle: Bundle) -> None:
+    with SmoothPipeline.from_engines(bundle, "onnxruntime", lora_mode="runtime") as pipe:
+        alone = image(pipe)
+        try:
+            assert torch.equal(image(pipe, lambda *_: torch.set_default_device("meta")), alone)
+        finally:
+            torch.set_default_device(None)
 
 
 def test_evaluations_of_a_call_are_its_own(bundle: Bundle) -> None:

@@ -86,6 +86,7 @@ SGM = "model: {params: {denoiser_config: {params: {scaling_config: {target: sgm.
     [
         ("model:\n  params:\n    parameterization: v\n    use_ema: true\n", V),
         ("model: {params: {parameterization: eps}}", EPSILON),
+        ("model: {params: {parameterization: 'v '}}", V),
         ("model: {params: {linear_start: 0.00085}}", SILENT),
         (SGM, V),
         ("- a list", SILENT),
@@ -97,6 +98,19 @@ def test_read_markers_of_the_original_config(path: Path, text: str, expected: Ma
     path.with_suffix(".yaml").write_text(text)
     assert markers(path, {}) == expected
     assert markers(path, {"v_pred": EMPTY}) == V
+
+
+@pytest.mark.parametrize("said", ["x0", "3", "[v]"])
+def test_read_markers_of_an_unknown_parameterization_raises(path: Path, said: str) -> None:
+    path.with_suffix(".yaml").write_text(f"model: {{params: {{parameterization: {said}}}}}")
+    with pytest.raises(ModelError, match=r"model\.yaml: parameterization is .*, and only eps and v can be sampled"):
+        markers(path, {})
+
+
+def test_read_markers_of_unknown_metadata_logs_it(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert markers(path, {}, {"modelspec.prediction_type": "sample"}) == SILENT
+    assert "modelspec.prediction_type says 'sample', which is unknown and ignored" in caplog.text
+    assert markers(path, {}, {"modelspec.prediction_type": " v "}) == V
 
 
 @pytest.mark.parametrize("text", ["{,", "a: [", "!!python/object:os.system {}"])
