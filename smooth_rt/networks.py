@@ -117,8 +117,9 @@ class Networks:
         thread goes on at the strength that it began with.
 
         If the engines were built with `lora_mode="runtime"`, the strength is an input and this takes no time. If they
-        were built with "refit", this waits until no other call runs, and replaces their weights. If that fails or is
-        interrupted, nothing runs until a strength is set again.
+        were built with "refit", this waits until no other call runs, and replaces their weights; calls that begin
+        meanwhile wait for it, so a callback must not wait for another thread's call. If it fails or is interrupted,
+        nothing runs until a strength is set again.
 
         Raises:
             InputError: the strength is out of its range, or the LoRA is fused into the engines, or there is none.
