@@ -2,8 +2,8 @@
 
 Each thread makes a random mix of calls: predictions of several sizes, gradients, prompts, images, and switches of the
 LoRA's strength where it is set at run time. An answer is right if it equals, bit for bit, the lone run's at one of the
-strengths. Then one prediction is timed with one thread and with more, in turns. Engines
-are built first, with gradients by the text: minutes, once.
+strengths. Then one prediction is timed with one thread and with more, in turns. Engines with text gradients are built
+first, which takes minutes, once.
 """
 
 from __future__ import annotations

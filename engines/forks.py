@@ -63,7 +63,8 @@ def settle() -> None:
         import torch
 
         _to_settle = False
-        _THREADS = torch.get_num_threads() if _THREADS is None else _THREADS
+        if _THREADS is None:
+            _THREADS = torch.get_num_threads()
         torch.set_num_threads(1)
         LOG.warning(
             "this process was forked after torch was loaded, so torch computes on one thread here, and last bits may "
@@ -84,7 +85,7 @@ def threads() -> int:
 
 @contextmanager
 def no_fork() -> Iterator[None]:
-    """Let forks by other threads wait until the body ends: a lock held in it would never open in a child."""
+    """Delay forks by other threads until the body ends: a lock that it holds would never be released in a child."""
     with _FORKING:
         yield
 
@@ -94,7 +95,7 @@ def _after_fork() -> None:
     _FORKING.release()
     if "torch" not in sys.modules:
         return
-    # Whether torch's threads were started, by whom ever, nothing tells.
+    # Nothing tells if torch's threads were started, so they count as started.
     _in_child = _to_settle = True
     for owner in list(_WATCHED):
         owner.after_fork()

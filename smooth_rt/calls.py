@@ -53,7 +53,7 @@ class Call:
         weights: that it runs on. A call may change them itself, from a callback.
         outer: the call that it was made in, of another pipeline.
         evaluations: rows that went through the UNet in this call, by kind.
-        ended: whether it is over. A context that was copied in it, as asyncio does, still names it.
+        ended: the call is over. A context that was copied in it, as asyncio does, still refers to it.
     """
 
     calls: Calls

@@ -55,7 +55,8 @@ def to_pixels(image: Image.Image, name: str) -> Tensor:
     if stored in SIXTEEN_BIT_COLOURS:
         return _on_white(_sixteen_bit_colours(image))
     from_file = image.format in SIXTEEN_BIT_FORMATS
-    image = _upright(image)
+    # Either way a copy, since its info is changed below.
+    image = image.copy() if _orientation(image) == 1 else ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         return _on_white(_deep_grey(image, name, from_file))
     key = image.info.get("transparency")
@@ -71,18 +72,11 @@ def to_pixels(image: Image.Image, name: str) -> Tensor:
     return torch.from_numpy(rgb).permute(2, 0, 1).float() / 255
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """Turn an image upright by EXIF; one whose EXIF cannot be read is left as it is, since its pixels are whole."""
+def _orientation(image: Image.Image) -> Any:
+    """Return EXIF's orientation; 1, upright, if the EXIF cannot be read, since the pixels may be whole."""
     try:
-        return ImageOps.exif_transpose(image)
-    except Exception:  # whatever a damaged file raises; damaged pixels raise it again
-        return image
-
-
-def _orientation(image: Image.Image) -> int:
-    try:
-        return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:
+        return image.getexif().get(ORIENTATION, 1)
+    except Exception:  # a decoder of damaged EXIF raises anything; damaged pixels raise it again when they are read
         return 1
 
 

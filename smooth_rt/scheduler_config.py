@@ -50,7 +50,7 @@ def stated_values(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return the values that a configuration states, without the defaults of its class that diffusers filled in.
 
     Raises:
-        ModelError: the list of defaults is none.
+        ModelError: the names of the defaults are no list.
     """
     defaults = config.get(USED_DEFAULTS) or ()
     if not isinstance(defaults, list | tuple):

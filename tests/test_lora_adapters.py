@@ -238,6 +238,7 @@ def test_read_lora_other_setting_is_refused_by_name(adapter: Path, setting: str,
         {"layers_pattern": 5},
         {"layers_to_transform": 0.5},
         {"layers_to_transform": "abc"},
+        {"target_modules": ["to_k", "to_v", "to_out.0"], "layers_pattern": "("},
     ],
 )
 def test_read_lora_unreadable_layers_are_refused(adapter: Path, settings: dict[str, Any]) -> None:

@@ -24,6 +24,7 @@ __all__ = ["CONFIG_FILE", "LARGEST_ALPHA", "AdapterConfig", "read_adapter_config
 
 CONFIG_FILE = "adapter_config.json"
 LARGEST_ALPHA = 1e6  # far over any rank: more overflows in half precision, if not before
+ATTENTION = "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"  # a module that most LoRAs change
 LONGEST_VALUE = 60  # characters of a setting's value in a message
 
 # Initialisations that leave the base weights as they are, when the adapter is made and when PEFT loads it.
@@ -152,7 +153,10 @@ class AdapterConfig:
         targets = copy(self.targets)
         if str(targets.target_modules).lower() == "all-linear":
             targets.target_modules = {path} if dimensions == 2 else set()
-        return bool(check_target_module_exists(targets, path))
+        try:
+            return bool(check_target_module_exists(targets, path))
+        except (ValueError, TypeError, AttributeError, re.error) as error:
+            raise _unreadable(self.source, error) from error
 
 
 def read_adapter_config(path: Path) -> AdapterConfig:
@@ -233,9 +237,7 @@ def _checked(settings: Any, path: Path, merge: str) -> AdapterConfig:
         stabilised = bool(settings.get("use_rslora"))
         config = AdapterConfig(str(path), rank, float(alpha), ranks, alphas, stabilised, checked)
         if checked is not None:
-            # A path that reaches all of PEFT's checks and compiles each regular expression.
-            for path_of_layer in ("mid_block", "down_blocks.0.attentions.0.transformer_blocks.0.attn1.to_q"):
-                config._is_target(path_of_layer, 2)
+            config._is_target(ATTENTION, 2)  # compiles the regular expressions, before a layer is looked at
     except (ValueError, TypeError, AttributeError, re.error) as error:
         raise _unreadable(path, error) from error
     return config
@@ -284,5 +286,5 @@ def _shown(value: Any) -> str:
     return text if len(text) <= LONGEST_VALUE else f"{text[:LONGEST_VALUE]}..."
 
 
-def _unreadable(path: Path, error: BaseException) -> ModelError:
+def _unreadable(path: str | Path, error: BaseException) -> ModelError:
     return ModelError(f"{path}: its PEFT configuration is unreadable ({reason(error)}); repair it")
